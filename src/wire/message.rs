@@ -1,0 +1,290 @@
+//! What two agents say to each other: requests on the lease connection, heartbeats in its datagrams,
+//! and the heads of an epoch's frames on the bulk connection.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    delta::BatchHead,
+    model::{EpochId, Extent, Name, Space, Term},
+    workload::spec::WorkloadSpec,
+};
+
+/// The primary asks for its lease to be extended (a datagram).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// Workload.
+    pub name: Name,
+    /// The sender's term.
+    pub term: Term,
+    /// Grows by one with each heartbeat of an agent's life.
+    pub seq: u64,
+    /// The sender's boot-time clock when it was sent; only the sender interprets it.
+    pub sent_ns: u64,
+}
+
+/// The standby grants it (a datagram).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeartbeatAck {
+    /// Workload.
+    pub name: Name,
+    /// The term that the standby holds; newer than the heartbeat's if it has promoted.
+    pub term: Term,
+    /// Of the heartbeat.
+    pub seq: u64,
+    /// Of the heartbeat.
+    pub sent_ns: u64,
+    /// False: the lease is not granted (the standby has promoted, is promoting, or does not know the workload).
+    pub granted: bool,
+}
+
+/// A datagram on the lease connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Datagram {
+    /// Primary to standby.
+    Heartbeat(Heartbeat),
+    /// Standby to primary.
+    Ack(HeartbeatAck),
+}
+
+/// A request on a stream of the lease connection; each is answered by one [`Reply`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// The primary asks the peer to be (or stay) its standby.
+    Offer {
+        /// The workload, whole.
+        spec: WorkloadSpec,
+        /// The primary's term.
+        term: Term,
+        /// Bytes of memory that the image will need at least.
+        resident_bytes: u64,
+    },
+    /// The primary's agent is about to stop on purpose: do not promote until the next `Offer`.
+    Suspend {
+        /// Workload.
+        name: Name,
+        /// The primary's term.
+        term: Term,
+    },
+    /// Protection has ended: forget the workload and its image.
+    Withdraw {
+        /// Workload.
+        name: Name,
+        /// The primary's term.
+        term: Term,
+    },
+    /// Handoff: the source is frozen and silent; restore this epoch under the new term.
+    TakeOver {
+        /// Workload.
+        name: Name,
+        /// The new term (the source's plus one).
+        term: Term,
+        /// The committed epoch to restore.
+        epoch: EpochId,
+    },
+    /// Handoff: the source wants the workload back; refuse from now on to start under this term.
+    Abort {
+        /// Workload.
+        name: Name,
+        /// The term that `TakeOver` named.
+        term: Term,
+    },
+    /// What do you know of the workload?
+    Inquire {
+        /// Workload.
+        name: Name,
+    },
+}
+
+/// The answer to a [`Request`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// To `Offer`: accepted; the epoch that the store holds, if any.
+    Accepted {
+        /// Newest committed epoch.
+        held: Option<EpochId>,
+    },
+    /// To `Suspend`, `Withdraw`, `Abort`: done, and durable.
+    Done,
+    /// To `TakeOver`: the restored tree runs.
+    Running {
+        /// Time from the request to the first instruction, microseconds.
+        restore_us: u64,
+    },
+    /// To `Inquire`.
+    Known {
+        /// The role here, `None` if the workload is unknown.
+        role: Option<PeerRole>,
+        /// Highest term seen.
+        term: Term,
+        /// Newest committed epoch in the store.
+        held: Option<EpochId>,
+    },
+    /// Any request: no, and why, for people.
+    Refused {
+        /// The highest term the answering side knows (newer than the asker's if that is the reason).
+        term: Term,
+        /// What is wrong and what to do about it.
+        reason: String,
+    },
+}
+
+/// The role that a peer plays for a workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PeerRole {
+    /// Runs it.
+    Primary,
+    /// Holds its image.
+    Standby,
+    /// Holds a copy that may not run.
+    Fenced,
+}
+
+/// The head of one frame of an epoch; some are followed by a body of bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FrameHead {
+    /// First frame.
+    Begin {
+        /// Workload.
+        name: Name,
+        /// Which epoch follows.
+        id: EpochId,
+        /// The epoch that the standby must hold for this delta to apply; `None`: all memory follows.
+        base: Option<EpochId>,
+    },
+    /// Changed pages; the body is packed as the head says. A later frame overrides an earlier one.
+    Pages(BatchHead),
+    /// One of CRIU's small images; the body is the file.
+    Image {
+        /// File name, no directory: `core-2.img`.
+        name: String,
+    },
+    /// A change of the replicated files; the body depends on the record.
+    File(FileRecord),
+    /// The list of all pages that the image holds; pages not in it are dropped.
+    Manifest(Manifest),
+    /// Last frame.
+    End {
+        /// BLAKE3 of every byte of the epoch before this frame.
+        digest: [u8; 32],
+    },
+}
+
+/// Which pages an epoch's image holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// One entry for each address space.
+    pub spaces: Vec<SpaceMap>,
+}
+
+/// The pages of one address space, ascending and without overlap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpaceMap {
+    /// Which.
+    pub space: Space,
+    /// The pages.
+    pub extents: Vec<Extent>,
+}
+
+/// One change of a replicated file tree. `tree` indexes [`crate::workload::spec::SandboxSpec::paths`];
+/// `path` is relative to it, without `..`, empty for the tree's root.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileRecord {
+    /// The entry exists with these properties; content follows in `Data` records if it changed.
+    Entry {
+        /// Which tree.
+        tree: u32,
+        /// Where in it (bytes of a Unix path).
+        path: Vec<u8>,
+        /// What it is.
+        meta: FileMeta,
+    },
+    /// Bytes of a regular file at an offset: the body.
+    Data {
+        /// Which tree.
+        tree: u32,
+        /// Where in it.
+        path: Vec<u8>,
+        /// Offset of the body in the file.
+        offset: u64,
+    },
+    /// The entry, and everything below it, is gone.
+    Remove {
+        /// Which tree.
+        tree: u32,
+        /// Where in it.
+        path: Vec<u8>,
+    },
+}
+
+/// Properties of a replicated file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileMeta {
+    /// Type of file.
+    pub kind: FileKind,
+    /// Permission bits, with setuid, setgid and sticky.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Modification time, seconds and nanoseconds.
+    pub mtime: (i64, u32),
+    /// Extended attributes, name and value.
+    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// Type of a replicated file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileKind {
+    /// Regular file of this size; a hole where no `Data` was ever sent.
+    Regular {
+        /// Bytes.
+        size: u64,
+    },
+    /// Directory.
+    Directory,
+    /// Symbolic link.
+    Symlink {
+        /// Its text.
+        target: Vec<u8>,
+    },
+    /// Another name of a file that was sent earlier.
+    HardLink {
+        /// Path of the first name, relative to the same tree.
+        to: Vec<u8>,
+    },
+    /// Named pipe.
+    Fifo,
+    /// Character or block device node, with its number.
+    Device {
+        /// Block device if true, else character device.
+        block: bool,
+        /// `st_rdev`.
+        rdev: u64,
+    },
+}
+
+/// The standby's answer to an epoch, one on each epoch's stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EpochAnswer {
+    /// Held whole and verified; it would be restored if the primary vanished now.
+    Committed {
+        /// Which.
+        id: EpochId,
+    },
+    /// The delta does not apply: send the whole memory.
+    NeedFull {
+        /// What is held instead.
+        held: Option<EpochId>,
+        /// Why, for people.
+        reason: String,
+    },
+    /// Refused: out of space, an older term, a lie.
+    Refused {
+        /// The highest term the standby knows.
+        term: Term,
+        /// What is wrong and what to do about it.
+        reason: String,
+    },
+}

@@ -1,0 +1,3 @@
+//! Frames and messages between agents, pure.
+
+pub mod message;

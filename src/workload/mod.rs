@@ -1,0 +1,2 @@
+//! What is protected, and how its place is made.
+pub mod spec;

@@ -1,0 +1,120 @@
+//! The description of a workload, the same on both hosts.
+
+use std::{net::IpAddr, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::Name;
+
+/// An address with its prefix length, as in `10.0.0.5/24`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Cidr {
+    /// The address itself, host bits included.
+    pub addr: IpAddr,
+    /// Prefix length, at most 32 or 128.
+    pub prefix: u8,
+}
+
+/// Why a text is no address with a prefix.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no address with prefix length: write it like 10.0.0.5/24 or fd00::5/64")]
+pub struct CidrError(String);
+
+impl std::str::FromStr for Cidr {
+    type Err = CidrError;
+
+    fn from_str(text: &str) -> Result<Self, CidrError> {
+        let error = || CidrError(text.to_owned());
+        let (addr, prefix) = text.split_once('/').ok_or_else(error)?;
+        let addr: IpAddr = addr.parse().map_err(|_| error())?;
+        let prefix: u8 = prefix.parse().map_err(|_| error())?;
+        let prefix_max = if addr.is_ipv4() { 32 } else { 128 };
+        if prefix > prefix_max {
+            return Err(error());
+        }
+        Ok(Self { addr, prefix })
+    }
+}
+
+impl TryFrom<String> for Cidr {
+    type Error = CidrError;
+
+    fn try_from(text: String) -> Result<Self, CidrError> {
+        text.parse()
+    }
+}
+
+impl From<Cidr> for String {
+    fn from(cidr: Cidr) -> Self {
+        cidr.to_string()
+    }
+}
+
+impl std::fmt::Display for Cidr {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.addr, self.prefix)
+    }
+}
+
+/// An address that clients use, and the host device on whose network it is announced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vip {
+    /// The address; for a sandbox it is also an address inside it.
+    pub cidr: Cidr,
+    /// The host's device, e.g. `eth0`. The same name is used on both hosts.
+    pub device: String,
+}
+
+impl std::str::FromStr for Vip {
+    type Err = CidrError;
+
+    fn from_str(text: &str) -> Result<Self, CidrError> {
+        let (cidr, device) = text.split_once('@').ok_or_else(|| CidrError(text.to_owned()))?;
+        let fits = (1..16).contains(&device.len())
+            && !device.contains(|c: char| c == '/' || c.is_whitespace())
+            && device != "."
+            && device != "..";
+        if !fits {
+            return Err(CidrError(text.to_owned()));
+        }
+        Ok(Self { cidr: cidr.parse()?, device: device.to_owned() })
+    }
+}
+
+/// Which network the workload's sockets are in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Net {
+    /// A network namespace of its own, joined to the host by a veth pair.
+    Own {
+        /// Addresses on the device inside.
+        ips: Vec<Cidr>,
+    },
+    /// The host's network namespace (a tree that was started without a sandbox).
+    Host,
+}
+
+/// A sandbox: the namespaces and the place in which a workload runs, identical on both hosts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxSpec {
+    /// The workload's name.
+    pub name: Name,
+    /// Its network.
+    pub net: Net,
+    /// Directories whose files belong to the workload and are replicated with each epoch.
+    pub paths: Vec<PathBuf>,
+    /// Host name inside (its own uts namespace); the workload's name unless said otherwise.
+    pub hostname: String,
+}
+
+/// A protected workload as both agents know it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkloadSpec {
+    /// Its place.
+    pub sandbox: SandboxSpec,
+    /// Addresses that follow the workload.
+    pub vips: Vec<Vip>,
+    /// Interval between the starts of two epochs, milliseconds.
+    pub every_ms: u64,
+}
