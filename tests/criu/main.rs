@@ -1,0 +1,4 @@
+//! Real dumps and restores by a real CRIU. Needs root, a CRIU, redis-server and python3.
+
+mod common;
+mod probe;
