@@ -24,7 +24,8 @@ fn main() {
         Err(error) => format!("it could not be started: {error}"),
     };
     panic!(
-        "compiling {SOURCE} with the C compiler {compiler:?} failed: {said}. \
-         Install one (`apt install gcc`, `dnf install gcc`) or name it in CC."
+        "compiling {SOURCE} with the C compiler {} failed: {said}. \
+         Install one (`apt install gcc`, `dnf install gcc`) or name it in CC.",
+        compiler.display()
     );
 }

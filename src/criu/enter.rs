@@ -278,10 +278,9 @@ fn room_init(root: &Path, program: &[OsString]) -> Result<Infallible, String> {
         start_program(name, arguments)?;
     }
     loop {
-        match waitpid(None::<Pid>, None) {
-            // Without a child there is nobody to wait for until a restore brings one.
-            Err(Errno::ECHILD) => std::thread::sleep(Duration::from_millis(20)),
-            _ => continue,
+        // Without a child there is nobody to wait for until a restore brings one.
+        if waitpid(None::<Pid>, None) == Err(Errno::ECHILD) {
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }

@@ -148,13 +148,13 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
     }
     let (rpc, their_rpc) = sockets("making the RPC socket", SockType::SeqPacket)?;
     let (control, their_control) = sockets("making the control socket", SockType::SeqPacket)?;
-    let pages = spawn.page_server.then(page_sockets).transpose()?;
+    let (pages, their_pages) = spawn.page_server.then(page_sockets).transpose()?.unzip();
     let stderr = bounded_file().map_err(|source| SpawnError::Prepare {
         what: "making a bounded file for the standard error",
         source,
     })?;
     let prepare = |what| move |source| SpawnError::Prepare { what, source };
-    let child = Command::new(install.launcher())
+    let mut child = Command::new(install.launcher())
         .args(["enter", "swrk"])
         .stdin(Stdio::from(their_control))
         .stdout(Stdio::null())
@@ -163,7 +163,7 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
         .map_err(prepare("starting our own program again"))?;
 
     let mut fds = vec![their_rpc.as_raw_fd(), spawn.images.as_raw_fd()];
-    fds.extend(pages.iter().map(|(_, theirs)| theirs.as_raw_fd()));
+    fds.extend(their_pages.iter().map(AsRawFd::as_raw_fd));
     if let Some(bridge) = spawn.bridge {
         fds.extend([bridge.library().as_raw_fd(), bridge.kerndat().as_raw_fd()]);
     }
@@ -179,16 +179,20 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
         command: install.command().to_vec(),
         cgroups: spawn.cgroups.clone(),
         pids_above: spawn.pids_above,
-        pages: pages.is_some(),
+        pages: their_pages.is_some(),
         bridge: spawn.bridge.is_some(),
         track: spawn.track && spawn.bridge.is_some(),
         init,
         cgroup_namespace,
         inherit: spawn.inherit.len(),
     };
-    let started = Started { child, rpc, pages: pages.map(|(ours, _)| ours), stderr };
-    hand_over(&control, &plan, &fds)?;
-    Ok(started)
+    if let Err(error) = hand_over(&control, &plan, &fds) {
+        // Without a plan it ends by itself, as soon as the control socket does.
+        drop(control);
+        std::thread::spawn(move || child.wait());
+        return Err(error);
+    }
+    Ok(Started { child, rpc, pages, stderr })
 }
 
 /// Sends the plan and hears that CRIU is about to be executed.

@@ -193,7 +193,7 @@ impl Swrk {
         options: &DumpOptions,
         notify: &mut dyn FnMut(&str) -> bool,
     ) -> Result<(), CriuError> {
-        let mut wanted = self.common_options(DUMP_LOG, &options.external);
+        let mut wanted = common_options(DUMP_LOG, &options.external);
         wanted.pid = Some(options.pid as i32);
         wanted.leave_running = Some(options.leave_running);
         wanted.link_remap = Some(true);
@@ -212,7 +212,7 @@ impl Swrk {
         options: &RestoreOptions,
         notify: &mut dyn FnMut(&str) -> bool,
     ) -> Result<u32, CriuError> {
-        let mut wanted = self.common_options(RESTORE_LOG, &options.external);
+        let mut wanted = common_options(RESTORE_LOG, &options.external);
         wanted.lazy_pages = Some(options.lazy);
         wanted.inherit_fd = (slot::INHERIT..)
             .zip(std::mem::take(&mut self.inherit))
@@ -246,25 +246,6 @@ impl Swrk {
             mem_track: features.mem_track.unwrap_or(false),
             lazy_pages: features.lazy_pages.unwrap_or(false),
         })
-    }
-
-    fn common_options(&self, log: &str, external: &[String]) -> Options {
-        Options {
-            // The descriptor of the RPC's own field is looked up under the peer's pid, which means
-            // nothing inside another pid namespace (cr-service.c); the path field needs this -1.
-            images_dir_fd: -1,
-            images_dir: Some(format!("/proc/self/fd/{}", slot::IMAGES)),
-            log_level: Some(LOG_LEVEL),
-            log_file: Some(log.to_owned()),
-            tcp_established: Some(true),
-            file_locks: Some(true),
-            shell_job: Some(true),
-            notify_scripts: Some(true),
-            manage_cgroups_mode: Some(rpc::CGROUPS_IGNORE),
-            network_lock: Some(rpc::NETWORK_LOCK_SKIP),
-            external: external.to_vec(),
-            ..Options::default()
-        }
     }
 
     fn question(&mut self, what: &'static str, request: &Request) -> Result<Answer, CriuError> {
@@ -366,6 +347,25 @@ impl Swrk {
         ];
         let first = sources.iter().find(|text| !text.is_empty()).map(|text| (*text).to_owned());
         first.unwrap_or_else(|| format!("it gave no reason (error number {})", answer.errno.unwrap_or(0)))
+    }
+}
+
+fn common_options(log: &str, external: &[String]) -> Options {
+    Options {
+        // The descriptor of the RPC's own field is looked up under the peer's pid, which means
+        // nothing inside another pid namespace (cr-service.c); the path field needs this -1.
+        images_dir_fd: -1,
+        images_dir: Some(format!("/proc/self/fd/{}", slot::IMAGES)),
+        log_level: Some(LOG_LEVEL),
+        log_file: Some(log.to_owned()),
+        tcp_established: Some(true),
+        file_locks: Some(true),
+        shell_job: Some(true),
+        notify_scripts: Some(true),
+        manage_cgroups_mode: Some(rpc::CGROUPS_IGNORE),
+        network_lock: Some(rpc::NETWORK_LOCK_SKIP),
+        external: external.to_vec(),
+        ..Options::default()
     }
 }
 

@@ -274,6 +274,15 @@ struct Task {
     exited: bool,
 }
 
+/// Who is to be attended to.
+struct Ready {
+    stopped: bool,
+    /// CRIU connects or says something.
+    spoken_to: bool,
+    /// Indices of tasks that did or want something.
+    tasks: Vec<usize>,
+}
+
 /// How an attempt to put pages ended.
 enum Put {
     /// All, or all that the task still wants of them.
@@ -310,42 +319,36 @@ impl Session<'_> {
                     return Ok(());
                 }
             }
-            let (ready_head, ready) = self.wait(listener, stop, socket.as_ref())?;
-            if ready_head.0 && self.finished_at.is_none() {
+            let ready = self.wait(listener, stop, socket.as_ref())?;
+            // What CRIU said comes first: it may be that the tasks run.
+            if ready.stopped && !ready.spoken_to {
                 return Err(LazyError::Stopped);
             }
-            for index in ready.iter().copied() {
+            for index in ready.tasks.iter().copied() {
                 self.events(index)?;
             }
-            if ready_head.1 {
+            if ready.spoken_to {
                 match &socket {
                     None => socket = Some(accept(listener)?),
-                    Some(stream) => {
-                        if self.hear(stream)? {
-                            finished();
-                        }
-                        if self.finished_at.is_some() {
-                            continue;
-                        }
-                    }
+                    Some(stream) if self.hear(stream)? => finished(),
+                    Some(_) => {}
                 }
             }
-            if ready.is_empty() && self.finished_at.is_some() {
+            if ready.tasks.is_empty() && !self.tasks.is_empty() && self.finished_at.is_some() {
                 turn += 1;
                 self.push(turn)?;
             }
         }
     }
 
-    /// Waits for the stop handle, the socket, and the tasks; does not wait if there are pages to
-    /// push. Returns who is ready.
-    #[expect(clippy::type_complexity, reason = "a pair of flags and a list, used once")]
+    /// Waits for the stop handle, the socket and the tasks; once there are pages to push, only
+    /// looks at the tasks.
     fn wait(
         &self,
         listener: &UnixListener,
         stop: &EventFd,
         socket: Option<&UnixStream>,
-    ) -> Result<((bool, bool), Vec<usize>), LazyError> {
+    ) -> Result<Ready, LazyError> {
         let running = self.finished_at.is_some();
         let speaker = socket.map_or_else(|| listener.as_fd(), UnixStream::as_fd);
         let mut fds: Vec<PollFd<'_>> =
@@ -364,8 +367,11 @@ impl Session<'_> {
         }
         let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
         let (tasks, head) = fds.split_at(self.tasks.len());
-        let ready = (0..tasks.len()).filter(|index| is_ready(&tasks[*index])).collect();
-        Ok(((head.first().is_some_and(is_ready), head.get(1).is_some_and(is_ready)), ready))
+        Ok(Ready {
+            stopped: head.first().is_some_and(is_ready),
+            spoken_to: head.get(1).is_some_and(is_ready),
+            tasks: (0..tasks.len()).filter(|index| is_ready(&tasks[*index])).collect(),
+        })
     }
 
     /// Takes one message of CRIU; true if the restore is finished by it.
@@ -503,16 +509,14 @@ impl Session<'_> {
                     done += length;
                     no_memory_since = None;
                 }
-                // Present already.
-                Err(Errno::EEXIST) => done += page,
                 Err(Errno::EAGAIN) => {
                     task.pending.remove(run.start, at);
                     return Ok((pages, Put::Changing));
                 }
                 Err(Errno::ENOENT) if step > page => step = page,
-                // No mapping of ours is there. Changes of mappings that are under way say EAGAIN,
-                // so this is one whose event was read, or that is no longer the image's.
-                Err(Errno::ENOENT) => done += page,
+                // Present already; or no mapping of ours is there. Changes of mappings that are
+                // under way say EAGAIN, so the latter is one whose event was read.
+                Err(Errno::EEXIST | Errno::ENOENT) => done += page,
                 Err(Errno::ESRCH | Errno::ENOSPC) => {
                     task.exited = true;
                     return Ok((pages, Put::Exited));
