@@ -4,3 +4,4 @@ mod common;
 mod dump;
 mod probe;
 mod restore;
+mod start;

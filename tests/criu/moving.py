@@ -29,16 +29,11 @@ open("ready", "w").close()
 while not os.path.exists("go"):
     time.sleep(0.001)
 
-faults = []
 areas[0].madvise(mmap.MADV_DONTNEED, 256 * 4096, 512 * 4096)
-faults += [("given up", p) for p in range(256, 768) if any(areas[0][p * 4096 : p * 4096 + 16])]
-faults += [("beside it", p) for p in wrong(areas[0], 0, [*range(256), *range(768, PAGES)])]
 areas[1].resize(3 * PAGES * 4096)
 areas[2].close()
 areas[2] = mmap.mmap(-1, PAGES * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-faults += [("new", p) for p in every if any(areas[2][p * 4096 : p * 4096 + 16])]
-for page in range(0, PAGES, 3):
-    areas[3][page * 4096 + 64] = 9
+areas[3][64] = 9
 if os.fork() == 0:
     if os.fork() == 0:
         os._exit(wrong(areas[4], 4, range(0, 64)) != [])
@@ -47,6 +42,11 @@ if os.fork() == 0:
         faults.append("grandchild")
     report("result-child", faults)
     os._exit(0)
+faults = [("given up", p) for p in range(256, 768) if any(areas[0][p * 4096 : p * 4096 + 16])]
+faults += [("beside it", p) for p in wrong(areas[0], 0, [*range(256), *range(768, PAGES)])]
+faults += [("new", p) for p in every if any(areas[2][p * 4096 : p * 4096 + 16])]
+for page in range(0, PAGES, 3):
+    areas[3][page * 4096 + 64] = 9
 for seed in (7, 6, 5, 4, 3, 1):
     faults += [("parent", seed, p) for p in wrong(areas[seed], seed, reversed(every))]
 faults += [("written", p) for p in range(0, PAGES, 3) if areas[3][p * 4096 + 64] != 9]
