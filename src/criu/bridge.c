@@ -7,9 +7,10 @@
  *   - keeps its cache of kernel features in a directory of ours, tmpfs or not;
  *   - can read the limits of a task of another user where root lacks CAP_SYS_RESOURCE.
  *
- * Environment, read once:
- *   STANDIN_TRACK=1      the first of these;
- *   STANDIN_KERNDAT=DIR  the second.
+ * The first of these changes nothing for a dump that does not ask for tracking, nor for a restore;
+ * so it is always on, and one cache of kernel features serves all.
+ *
+ * Environment, read once: STANDIN_KERNDAT=DIR, where that cache goes.
  *
  * It is freestanding: no C library but the address of errno, which comes from whichever C library
  * the criu is linked with. CRIU is single-threaded where these functions matter. x86-64 alone.
@@ -135,7 +136,6 @@ static void path_with_number(char *out, const char *head, u64 number, const char
 
 /* ---- settings ---- */
 
-static int tracking;
 static const char *kerndat_dir;
 
 static const char *setting(const char *name)
@@ -148,18 +148,15 @@ static const char *setting(const char *name)
 	return 0;
 }
 
-/* The settings are looked up at the first call of any function below: a constructor of this
- * library could run after another library's that calls one of them. */
+/* Looked up at the first call of a function below: a constructor of this library could run after
+ * another library's that calls one of them. */
 static void read_settings(void)
 {
 	static int done;
-	const char *track;
 
 	if (done)
 		return;
 	done = 1;
-	track = setting("STANDIN_TRACK");
-	tracking = track && same(track, "1");
 	kerndat_dir = setting("STANDIN_KERNDAT");
 }
 
@@ -217,7 +214,7 @@ static int open_at(int dir, const char *path, int flags, u32 mode)
 			kerndat_fd = -1;
 		if (used != path)
 			kerndat_fd = (int)fd;
-		else if (tracking && ends_with(path, "clear_refs"))
+		else if (ends_with(path, "clear_refs"))
 			clear_refs_fd = (int)fd;
 	}
 	return (int)with_errno(fd);
@@ -334,8 +331,7 @@ EXPORT long read(int fd, void *buffer, u64 size)
 {
 	long result = sys3(SYS_READ, fd, buffer, size);
 
-	read_settings();
-	if (tracking && result == 8 && size == 8) {
+	if (result == 8 && size == 8) {
 		char link[64];
 
 		link_of(fd, link, sizeof(link));
@@ -448,8 +444,7 @@ EXPORT int ioctl(int fd, u64 request, ...)
 	__builtin_va_start(list, request);
 	argument = __builtin_va_arg(list, long);
 	__builtin_va_end(list);
-	read_settings();
-	if (tracking && (u32)request == PAGEMAP_SCAN) {
+	if ((u32)request == PAGEMAP_SCAN) {
 		struct pm_scan_arg *scan = (struct pm_scan_arg *)argument;
 
 		/* Without a result vector it is CRIU's probe of the kernel: let it see the truth. */

@@ -237,7 +237,6 @@ fn execute(plan: &Plan) -> Result<Infallible, String> {
         for text in [
             format!("LD_PRELOAD=/proc/self/fd/{}", slot::LIBRARY),
             format!("STANDIN_KERNDAT=/proc/self/fd/{}", slot::KERNDAT),
-            format!("STANDIN_TRACK={}", i32::from(plan.track)),
         ] {
             environment.push(CString::new(text).map_err(failed("the environment of CRIU"))?);
         }

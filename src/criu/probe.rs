@@ -27,6 +27,10 @@ const ROOM_TIMEOUT: Duration = Duration::from_secs(10);
 const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// How much further it must count to be believed alive.
 const COUNTS: u64 = 5;
+/// A room's program comes right behind its init.
+const PROGRAM_PID: u32 = 2;
+/// CRIU's own processes start far above it.
+const PIDS_ABOVE: u32 = 1000;
 
 /// What this kernel offers, and lets us use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,6 +157,20 @@ impl Room {
         Place::Inside { init: self.pidfd.as_fd(), cgroup: false }
     }
 
+    /// Waits until a pid inside is free again: the kill that ends a dump is over before the init
+    /// has reaped the dead.
+    fn wait_for_end(&self, pid: u32) -> io::Result<()> {
+        let entry = PathBuf::from(format!("/proc/{}/root/proc/{pid}", self.init));
+        let until = Instant::now() + ROOM_TIMEOUT;
+        while entry.exists() {
+            if Instant::now() > until {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        Ok(())
+    }
+
     /// The init is named before it has a root of its own; a proc that is of its namespace is the
     /// last thing it mounts.
     fn wait_for_root(&self) -> io::Result<()> {
@@ -202,12 +220,14 @@ pub fn round_trip(install: &Install, scratch: &Path) -> Result<RoundTrip, RoundT
     };
     let criu = start(None)?;
     let began = Instant::now();
-    let options = DumpOptions { leave_running: false, ..DumpOptions::new(2) };
+    let options = DumpOptions { leave_running: false, ..DumpOptions::new(PROGRAM_PID) };
     criu.dump(&options, &mut |_| true)?;
     let dump = began.elapsed();
     let counted = read_counter(&counter).unwrap_or(0);
 
-    let criu = start(Some(1000))?;
+    room.wait_for_end(PROGRAM_PID).map_err(prepare("waiting for the end of the dumped process"))?;
+
+    let criu = start(Some(PIDS_ABOVE))?;
     let began = Instant::now();
     criu.restore(&RestoreOptions::default(), &mut |_| true)?;
     let restore = began.elapsed();

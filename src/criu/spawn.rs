@@ -69,10 +69,8 @@ pub struct Spawn<'a> {
     pub place: Place<'a>,
     /// Directory of the images to write or read; the log goes there too.
     pub images: BorrowedFd<'a>,
-    /// The bridge to preload.
+    /// The bridge to preload. Without it CRIU tracks memory as it does by itself, with soft-dirty.
     pub bridge: Option<&'a Bridge>,
-    /// Whether CRIU shall believe that memory is tracked (see `bridge.c`); only with a bridge.
-    pub track: bool,
     /// Whether to make the socket of a page server.
     pub page_server: bool,
     /// Directories of cgroups to enter first, host paths: restored processes are born there.
@@ -90,7 +88,6 @@ impl<'a> Spawn<'a> {
             place: Place::Here,
             images,
             bridge: None,
-            track: false,
             page_server: false,
             cgroups: Vec::new(),
             pids_above: None,
@@ -127,7 +124,6 @@ pub(super) struct Plan {
     pub(super) pids_above: Option<u32>,
     pub(super) pages: bool,
     pub(super) bridge: bool,
-    pub(super) track: bool,
     pub(super) init: bool,
     pub(super) cgroup_namespace: bool,
     pub(super) inherit: usize,
@@ -181,7 +177,6 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
         pids_above: spawn.pids_above,
         pages: their_pages.is_some(),
         bridge: spawn.bridge.is_some(),
-        track: spawn.track && spawn.bridge.is_some(),
         init,
         cgroup_namespace,
         inherit: spawn.inherit.len(),

@@ -89,12 +89,11 @@ impl Workload {
         path
     }
 
-    pub(crate) fn spawn(&self, images: &Path, track: bool, page_server: bool, pids: Option<u32>) -> Swrk {
+    pub(crate) fn spawn(&self, images: &Path, page_server: bool, pids: Option<u32>) -> Swrk {
         let images = File::open(images).unwrap();
         let options = Spawn {
             place: self.room.place(),
             bridge: Some(&self.bridge),
-            track,
             page_server,
             pids_above: pids,
             ..Spawn::new(images.as_fd())
@@ -112,7 +111,7 @@ impl Workload {
         notify: &mut dyn FnMut(&str) -> bool,
     ) -> (Result<(), CriuError>, Result<Summary, page_server::PageServerError>) {
         parent::create(&self.directory.path().join(parent::DIRECTORY)).unwrap();
-        let mut criu = self.spawn(images, tracked, true, None);
+        let mut criu = self.spawn(images, true, None);
         let socket = criu.take_page_server().unwrap();
         let version = criu.version();
         let options = DumpOptions {
@@ -128,7 +127,7 @@ impl Workload {
     }
 
     pub(crate) fn restore(&self, images: &Path, lazy: bool) -> Result<u32, CriuError> {
-        let criu = self.spawn(images, false, false, Some(5000));
+        let criu = self.spawn(images, false, Some(5000));
         criu.restore(&RestoreOptions { lazy, ..RestoreOptions::default() }, &mut |_| true)
     }
 

@@ -4,18 +4,26 @@ use std::{
     collections::BTreeSet,
     fs::{self, File},
     io,
-    os::unix::fs::FileExt as _,
+    os::{
+        fd::{AsFd as _, FromRawFd as _, OwnedFd},
+        unix::fs::FileExt as _,
+    },
+    path::Path,
+    process::{Command, Stdio},
 };
 
 use standin::{
     criu::{
-        page_server::{Handler, PageServerError},
-        swrk::{CriuError, DUMP_LOG},
+        bridge::Bridge,
+        images,
+        page_server::{self, Handler, PageServerError},
+        spawn::{Place, Spawn},
+        swrk::{CriuError, DUMP_LOG, DumpOptions, Swrk},
     },
     model::{Extent, PAGE_SIZE, Space},
 };
 
-use crate::common::{Collector, ROOT_PID, Workload, wait_until};
+use crate::common::{Collector, ROOT_PID, Workload, install, wait_until};
 
 /// Memory of every kind that CRIU tells apart.
 const MEMORY: &str = "
@@ -79,7 +87,6 @@ fn private_pages(pid: u32, zero: u64) -> BTreeSet<u64> {
 
 #[test]
 fn the_holes_of_a_tracked_dump_are_all_private_pages() {
-    fs::write("/proc/self/coredump_filter", "0x33").ok();
     let workload = Workload::start(&format!("exec /usr/bin/python3 -c \"{MEMORY}\""));
     let ready = |pid: u32| workload.directory.path().join(format!("ready{pid}")).exists();
     wait_until("both processes are ready", || ready(2) && ready(3));
@@ -192,10 +199,10 @@ fn a_page_server_that_fails_lets_the_workload_run_on() {
 fn an_agent_that_goes_away_during_a_dump_leaves_the_workload_running() {
     let workload = Workload::redis();
     let images = workload.images("1");
-    let mut criu = workload.spawn(&images, true, true, None);
+    let mut criu = workload.spawn(&images, true, None);
     // Nobody serves the pages: the socket is closed while CRIU is at work.
     drop(criu.take_page_server());
-    let options = standin::criu::swrk::DumpOptions::new(ROOT_PID);
+    let options = DumpOptions::new(ROOT_PID);
     assert!(criu.dump(&options, &mut |_| true).is_err());
     workload.assert_running();
 }
@@ -223,4 +230,141 @@ while True:
     assert!(error.contains("userfaultfd"), "{error}\n{}", fs::read_to_string(images.join(DUMP_LOG)).unwrap());
     let before = counted().unwrap_or(0);
     wait_until("it counts on", || counted() > Some(before + 2));
+}
+
+/// Takes the list alone.
+#[derive(Default)]
+struct Count(u64);
+impl Handler for Count {
+    fn opened(&mut self, space: Space) -> io::Result<bool> {
+        Ok(matches!(space, Space::Task(_)))
+    }
+    fn hole(&mut self, _: Space, extent: Extent) -> io::Result<()> {
+        self.0 += extent.pages;
+        Ok(())
+    }
+    fn pages(&mut self, _: Space, _: Extent, _: bool, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+    fn close(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_gigabyte_comes_as_a_list_without_content() {
+    let workload = Workload::start(
+        "exec /usr/bin/python3 -c \"
+import mmap, time
+big = mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS)
+for page in range(0, 1 << 30, 4096): big[page] = 1
+open('ready', 'w').close()
+while True: time.sleep(1)
+\"",
+    );
+    wait_until("it is ready", || workload.directory.path().join("ready").exists());
+    for number in 0..4 {
+        let mut count = Count::default();
+        let directory = workload.images(&number.to_string());
+        let began = std::time::Instant::now();
+        let (dumped, served) = workload.dump(&directory, true, true, &mut count, &mut |_| true);
+        dumped.unwrap();
+        let summary = served.unwrap();
+        let stats = images::dump_stats(&images::read(&directory, images::STATS_FILE).unwrap()).unwrap();
+        eprintln!("{:?} with the start; {stats:?}; {summary:?}", began.elapsed());
+        assert!(stats.frozen_us > 0 && u128::from(stats.frozen_us) < began.elapsed().as_micros());
+        assert!(count.0 > 262_144 && summary.content_pages < 16);
+    }
+}
+
+/// Hangs in the middle of a dump, at a given call.
+struct Hanging<'a> {
+    directory: &'a Path,
+    stage: &'a str,
+}
+
+impl Hanging<'_> {
+    fn at(&self, stage: &str) {
+        if stage == self.stage {
+            fs::write(self.directory.join("frozen"), "").unwrap();
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+}
+
+impl Handler for Hanging<'_> {
+    fn opened(&mut self, _: Space) -> io::Result<bool> {
+        Ok(false)
+    }
+    fn hole(&mut self, _: Space, _: Extent) -> io::Result<()> {
+        Ok(())
+    }
+    fn pages(&mut self, _: Space, _: Extent, _: bool, _: &[u8]) -> io::Result<()> {
+        self.at("pages");
+        Ok(())
+    }
+    fn close(&mut self) -> io::Result<()> {
+        self.at("close");
+        Ok(())
+    }
+}
+
+/// Not a test: the agent that the next test kills. `STANDIN_TEST_HANG` has the room's init, where
+/// to hang, and the directory.
+#[test]
+#[ignore = "started by the test that kills it"]
+fn an_agent_hangs_in_a_dump() {
+    let words = std::env::var("STANDIN_TEST_HANG").expect("started by the test that kills it");
+    let [init, stage, directory] = words.split(' ').collect::<Vec<_>>().try_into().unwrap();
+    let directory = Path::new(directory);
+    let room = pidfd(init.parse().unwrap());
+    let images = File::open(directory).unwrap();
+    let bridge = Bridge::new(directory, install().version).unwrap();
+    let place = Place::Inside { init: room.as_fd(), cgroup: false };
+    let spawn = Spawn { place, bridge: Some(&bridge), page_server: true, ..Spawn::new(images.as_fd()) };
+    let mut criu = Swrk::spawn(&install(), &spawn).unwrap();
+    let (socket, version) = (criu.take_page_server().unwrap(), criu.version());
+    std::thread::scope(|scope| {
+        scope.spawn(|| page_server::serve(&socket, version, &mut Hanging { directory, stage }));
+        criu.dump(&DumpOptions::new(ROOT_PID), &mut |name| {
+            Hanging { directory, stage }.at(name);
+            true
+        })
+    })
+    .unwrap();
+}
+
+fn pidfd(pid: i32) -> OwnedFd {
+    // SAFETY: the call touches no memory, and what it returns, if no error, is a new descriptor.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        assert!(fd >= 0);
+        OwnedFd::from_raw_fd(fd as i32)
+    }
+}
+
+#[test]
+fn an_agent_that_is_killed_during_a_dump_leaves_the_workload_running() {
+    let workload = Workload::redis();
+    for stage in ["pre-dump", "pages", "close", "post-dump"] {
+        let directory = workload.images(stage);
+        let words = format!("{} {stage} {}", workload.room.init(), directory.display());
+        let mut agent = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "dump::an_agent_hangs_in_a_dump"])
+            .env("STANDIN_TEST_HANG", words)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_until(stage, || directory.join("frozen").exists());
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+        wait_until("redis answers again", || workload.redis_cli(&["ping"]) == "PONG");
+        workload.assert_running();
+    }
+    let mut collector = Collector::new(&workload, true);
+    let (dumped, _) = workload.dump(&workload.images("good"), true, true, &mut collector, &mut |_| true);
+    dumped.unwrap_or_else(|error| panic!("{error}"));
+    workload.assert_running();
 }

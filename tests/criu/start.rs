@@ -29,7 +29,7 @@ fn version_and_features_are_answered() {
     assert!(features.lazy_pages, "{features:?}");
     // The bridge vouches for tracking, also on kernels without soft-dirty.
     let bridge = standin::criu::bridge::Bridge::new(scratch.path(), install.version).unwrap();
-    let bridged = Spawn { bridge: Some(&bridge), track: true, ..Spawn::new(images.as_fd()) };
+    let bridged = Spawn { bridge: Some(&bridge), ..Spawn::new(images.as_fd()) };
     assert!(start(&bridged).ask_features().unwrap().mem_track);
     // Its answers were cached in the directory given, and nowhere else.
     let began = Instant::now();
@@ -50,7 +50,7 @@ fn a_tree_of_another_user_is_dumped_without_cap_sys_resource() {
     );
     workload.wait_for("PONG", &["ping"]);
     let images = workload.images("1");
-    let criu = workload.spawn(&images, false, false, None);
+    let criu = workload.spawn(&images, false, None);
     criu.dump(&DumpOptions::new(ROOT_PID), &mut |_| true).unwrap_or_else(|error| panic!("{error}"));
     workload.assert_running();
 }
@@ -84,7 +84,7 @@ fn restored_processes_are_born_in_the_cgroup_given_and_above_no_pid_of_theirs() 
     {
         let workload = Workload::redis();
         let images = workload.images("1");
-        let criu = workload.spawn(&images, false, false, None);
+        let criu = workload.spawn(&images, false, None);
         let options = DumpOptions { leave_running: false, ..DumpOptions::new(ROOT_PID) };
         criu.dump(&options, &mut |_| true).unwrap_or_else(|error| panic!("{error}"));
         wait_until("the tree is gone", || workload.outside(ROOT_PID).is_none());
@@ -121,7 +121,7 @@ fn restored_processes_are_born_in_the_cgroup_given_and_above_no_pid_of_theirs() 
 fn real_images_are_read_and_come_back_the_same() {
     let workload = Workload::redis();
     let directory = workload.images("1");
-    let criu = workload.spawn(&directory, false, false, None);
+    let criu = workload.spawn(&directory, false, None);
     criu.dump(&DumpOptions::new(ROOT_PID), &mut |_| true).unwrap_or_else(|error| panic!("{error}"));
     let read = |name: &str| images::read(&directory, name).unwrap();
     // Without tracking there is no time in it; that it is read at all shows where its entry begins.
