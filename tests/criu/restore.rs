@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
@@ -49,7 +50,7 @@ fn a_flat_image_restores_eagerly() {
 fn a_flat_image_restores_lazily() {
     let workload = Workload::redis();
     let (digest, images) = dumped(&workload, true);
-    let server = LazyServer::listen(&images).unwrap();
+    let server = LazyServer::listen(&workload.install, &images).unwrap();
     std::thread::scope(|scope| {
         let source = FlatImages::new(&images);
         let served = scope.spawn(move || server.serve(&source, &mut || eprintln!("running")));
@@ -67,14 +68,14 @@ fn a_flat_image_restores_lazily() {
 fn a_lazy_server_can_be_stopped_and_a_failed_restore_ends_it() {
     let workload = Workload::redis();
     let (_, images) = dumped(&workload, true);
-    let server = LazyServer::listen(&images).unwrap();
+    let server = LazyServer::listen(&workload.install, &images).unwrap();
     let stop = server.stopper();
     stop.stop();
     assert!(server.serve(&FlatImages::new(&images), &mut || ()).unwrap_err().to_string().contains("stopped"));
 
     // Without the registers of a task CRIU gives up behind the connection.
     std::fs::remove_file(images.join(format!("core-{ROOT_PID}.img"))).unwrap();
-    let server = LazyServer::listen(&images).unwrap();
+    let server = LazyServer::listen(&workload.install, &images).unwrap();
     let stop = server.stopper();
     std::thread::scope(|scope| {
         let source = FlatImages::new(&images);
@@ -129,7 +130,7 @@ fn result(workload: &Workload, name: &str) -> String {
 fn memory_that_is_moved_given_up_and_forked_while_pages_come_is_what_it_was() {
     for _ in 0..3 {
         let (workload, images) = moving();
-        let server = LazyServer::listen(&images).unwrap();
+        let server = LazyServer::listen(&workload.install, &images).unwrap();
         std::thread::scope(|scope| {
             let source = Slow { images: FlatImages::new(&images), reads_left: AtomicU32::new(u32::MAX) };
             let served = scope.spawn(move || server.serve(&source, &mut || ()));
@@ -143,25 +144,79 @@ fn memory_that_is_moved_given_up_and_forked_while_pages_come_is_what_it_was() {
     }
 }
 
+/// The processes that hold userfaultfds for a server started by `parent`.
+fn holders() -> Vec<u32> {
+    let pids = fs::read_dir("/proc").unwrap();
+    let pids = pids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| {
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let ours = env!("CARGO_BIN_EXE_standin").as_bytes();
+        words.starts_with(ours) && words.ends_with(b"\0enter\0hold\0")
+    })
+    .collect()
+}
+
+/// The workload waits for a page, neither wrong nor gone; it can be killed, and the holder goes too.
+fn assert_stuck_and_killable(workload: Workload, images: &Path) {
+    let file = workload.directory.path().join("result");
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!file.exists(), "it went on without its pages");
+    assert!(workload.outside(ROOT_PID).is_some(), "it crashed");
+    assert!(!holders().is_empty());
+    assert!(images.exists());
+    drop(workload);
+}
+
 #[test]
-fn a_server_that_fails_holds_the_workload_until_it_is_killed() {
+fn a_server_that_fails_leaves_the_workload_waiting_until_it_is_killed() {
     let (workload, images) = moving();
-    let server = LazyServer::listen(&images).unwrap();
+    let server = LazyServer::listen(&workload.install, &images).unwrap();
     let source = Slow { images: FlatImages::new(&images), reads_left: AtomicU32::new(60) };
     std::thread::scope(|scope| {
         let served = scope.spawn(move || server.serve(&source, &mut || ()));
         workload.restore(&images, true).unwrap_or_else(|error| panic!("{error}"));
-        let failure = served.join().unwrap().unwrap_err();
-        assert!(failure.to_string().contains("as told") && failure.tasks() >= 1);
-        let file = workload.directory.path().join("result");
-        std::thread::sleep(Duration::from_millis(300));
-        assert!(!file.exists(), "it went on without its pages");
-        assert!(workload.outside(ROOT_PID).is_some());
-        // This is why it must be killed first: let go, it goes on, with zeros for pages, and
-        // crashes or finds wrong content.
-        drop(failure);
-        wait_until("it is harmed", || {
-            workload.outside(ROOT_PID).is_none() || fs::read_to_string(&file).is_ok_and(|text| text != "good")
-        });
+        let error = served.join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("as told"), "{error}");
     });
+    assert_stuck_and_killable(workload, &images);
+}
+
+/// Not a test: the agent that the next test kills. `STANDIN_TEST_SERVE` is the images directory.
+#[test]
+#[ignore = "started by the test that kills it"]
+fn an_agent_serves_pages_slowly() {
+    let images = std::env::var_os("STANDIN_TEST_SERVE").map(PathBuf::from).expect("as the test starts it");
+    let server = LazyServer::listen(&crate::common::install(), &images).unwrap();
+    let source = Slow { images: FlatImages::new(&images), reads_left: AtomicU32::new(60) };
+    // The pages stop coming while the descriptors are open; then it is killed.
+    let _ = server.serve(&Stalling(source), &mut || fs::write(images.join("running"), "").unwrap());
+}
+
+struct Stalling(Slow);
+
+impl PageSource for Stalling {
+    fn read(&self, space: Space, start: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        while self.0.reads_left.load(Ordering::Relaxed) == 0 {
+            std::thread::park();
+        }
+        self.0.read(space, start, buffer)
+    }
+}
+
+#[test]
+fn an_agent_that_is_killed_while_pages_come_leaves_the_workload_waiting() {
+    let (workload, images) = moving();
+    let mut agent = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "restore::an_agent_serves_pages_slowly"])
+        .env("STANDIN_TEST_SERVE", &images)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("it listens", || images.join("lazy-pages.socket").exists());
+    workload.restore(&images, true).unwrap_or_else(|error| panic!("{error}"));
+    wait_until("the workload runs", || images.join("running").exists());
+    std::thread::sleep(Duration::from_millis(50));
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    assert_stuck_and_killable(workload, &images);
 }

@@ -11,14 +11,16 @@
 //! userfaultfd by SCM_RIGHTS, for each zombie its negated pid alone, and at the end one word.
 //!
 //! A userfaultfd that is closed lets go of its memory: a page that was not put is then *zero*, and
-//! the task goes on with it. Hence:
-//! - the descriptors are closed only when nothing is pending; a server that fails hands them out
-//!   with the error, to be kept until the workload is killed;
-//! - **if this process dies before it is done, the workload is corrupt**: whoever starts it again
-//!   must find a durable mark that a lazy restore was under way, kill the tasks and restore anew. The
-//!   mark must be there before the restore begins, and goes when [`LazyServer::serve`] returns.
+//! the task goes on with it. So a second process (`holder.rs`) holds each of them too, until the
+//! last page is there. If the server fails, or this process dies, a task that touches a missing page
+//! waits for ever: stuck, never wrong. Whoever comes next must find a durable mark that a lazy
+//! restore was under way (written before the restore, removed when [`LazyServer::serve`] returns
+//! well), kill the tasks and restore anew. The holder must not be killed with this process: a
+//! service manager that ends all of a service's processes at once (systemd's default KillMode)
+//! ends the guarantee.
 
 mod flat;
+mod holder;
 mod pending;
 mod sys;
 
@@ -41,11 +43,16 @@ use nix::{
 };
 
 pub use self::flat::FlatImages;
+pub(super) use self::holder::hold;
 use self::{
+    holder::Holder,
     pending::{Awaited, Pending},
     sys::Event,
 };
-use super::images::{self, ImageError, Pagemap};
+use super::{
+    Install,
+    images::{self, ImageError, Pagemap},
+};
 use crate::model::{Extent, PAGE_SIZE, Space};
 
 /// Name of the socket in the directory of the images; CRIU knows it by heart.
@@ -89,6 +96,9 @@ pub enum LazyError {
         /// Why.
         source: io::Error,
     },
+    /// The process beside us.
+    #[error("holding userfaultfds in a process beside the agent failed: {0}")]
+    Holder(#[source] io::Error),
     /// [`Stop::stop`] was called before the restore was finished.
     #[error("serving pages was stopped before the restore was finished")]
     Stopped,
@@ -128,24 +138,6 @@ pub enum LazyError {
     },
 }
 
-/// A failed server. The tasks' descriptors are still open: those who touch a missing page wait.
-/// Kill the workload before dropping this, or it runs on with zeros for pages.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}")]
-pub struct LazyFailure {
-    /// What failed.
-    #[source]
-    pub error: LazyError,
-    held: Vec<OwnedFd>,
-}
-
-impl LazyFailure {
-    /// Number of tasks that wait, or would, for pages.
-    pub fn tasks(&self) -> usize {
-        self.held.len()
-    }
-}
-
 /// What was served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LazySummary {
@@ -179,12 +171,13 @@ pub struct LazyServer {
     listener: UnixListener,
     expected: HashMap<u32, Pending>,
     stop: Arc<EventFd>,
+    holder: Holder,
 }
 
 impl LazyServer {
     /// Listens in the directory of the images to be restored: their page maps say which pages are
     /// lazy. To be called before the restore is asked for.
-    pub fn listen(directory: &Path) -> Result<Self, LazyError> {
+    pub fn listen(install: &Install, directory: &Path) -> Result<Self, LazyError> {
         let failed = |source| LazyError::Listen { directory: directory.to_owned(), source };
         let expected = expected_pages(directory)?;
         let path = directory.join(SOCKET_NAME);
@@ -199,7 +192,8 @@ impl LazyServer {
         listener.set_nonblocking(true).map_err(failed)?;
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         let stop = Arc::new(stop.map_err(|error| failed(error.into()))?);
-        Ok(Self { listener, expected, stop })
+        let holder = Holder::start(install).map_err(LazyError::Holder)?;
+        Ok(Self { listener, expected, stop, holder })
     }
 
     /// A handle by which another thread can end it.
@@ -208,27 +202,24 @@ impl LazyServer {
     }
 
     /// Serves one restore until each task has all its pages; blocks. `finished` is called when the
-    /// tasks run.
+    /// tasks run. After an error tasks that run wait for missing pages, and must be killed.
     pub fn serve(
         self,
         source: &dyn PageSource,
         finished: &mut dyn FnMut(),
-    ) -> Result<LazySummary, LazyFailure> {
+    ) -> Result<LazySummary, LazyError> {
         let mut session = Session {
             source,
             expected: self.expected,
+            holder: self.holder,
             tasks: Vec::new(),
             buffer: vec![0; CHUNK_BYTES_MAX as usize],
             finished_at: None,
             summary: LazySummary::default(),
         };
-        match session.run(&self.listener, &self.stop, finished) {
-            Ok(()) => Ok(session.summary),
-            Err(error) => {
-                let held = session.tasks.into_iter().map(|task| task.uffd).collect();
-                Err(LazyFailure { error, held })
-            }
-        }
+        session.run(&self.listener, &self.stop, finished)?;
+        session.holder.release();
+        Ok(session.summary)
     }
 }
 
@@ -296,6 +287,7 @@ enum Put {
 struct Session<'a> {
     source: &'a dyn PageSource,
     expected: HashMap<u32, Pending>,
+    holder: Holder,
     tasks: Vec<Task>,
     buffer: Vec<u8>,
     finished_at: Option<Instant>,
@@ -400,6 +392,7 @@ impl Session<'_> {
     }
 
     fn add(&mut self, pid: u32, uffd: OwnedFd, pending: Pending) -> Result<(), LazyError> {
+        self.holder.keep(&uffd).map_err(LazyError::Holder)?;
         self.tasks.push(Task { pid, uffd, pending, chunk_bytes: CHUNK_BYTES_MIN, exited: false });
         self.summary.tasks += 1;
         if self.tasks.len() > TASKS_MAX {

@@ -13,6 +13,8 @@ const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 
+const UFFDIO_CONTINUE: libc::c_ulong = 0xc020_aa07;
+
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_FORK: u8 = 0x13;
 const EVENT_REMAP: u8 = 0x14;
@@ -104,6 +106,17 @@ pub(super) fn zero(uffd: &OwnedFd, at: u64, length: u64) -> Result<(), Errno> {
     // SAFETY: the request is laid out as struct uffdio_zeropage and refers to no memory of ours.
     let result = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_ZEROPAGE, &raw mut request) };
     Errno::result(result).map(drop)
+}
+
+/// Whether the memory behind a userfaultfd is gone with its last task. Asked by way of a request
+/// that anonymous memory refuses after the kernel has looked for the memory itself.
+pub(super) fn is_over(uffd: &OwnedFd) -> bool {
+    const ANY_ADDRESS: u64 = 1 << 30;
+    // struct uffdio_continue is laid out as struct uffdio_zeropage.
+    let mut request = ZeroPage { range: Range { start: ANY_ADDRESS, length: 4096 }, mode: 0, done: 0 };
+    // SAFETY: the request is laid out as said and refers to no memory of ours.
+    let result = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_CONTINUE, &raw mut request) };
+    Errno::result(result) == Err(Errno::ESRCH)
 }
 
 /// Has those who wait for a page in the range look again.
