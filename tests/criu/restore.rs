@@ -144,7 +144,7 @@ fn memory_that_is_moved_given_up_and_forked_while_pages_come_is_what_it_was() {
     }
 }
 
-/// The processes that hold userfaultfds for a server started by `parent`.
+/// The processes that hold userfaultfds for some server of these tests.
 fn holders() -> Vec<u32> {
     let pids = fs::read_dir("/proc").unwrap();
     let pids = pids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());

@@ -185,3 +185,40 @@ fn a_dump_in_our_own_namespaces_works_too() {
     result.unwrap_or_else(|error| panic!("{error}"));
     assert!(running);
 }
+
+#[test]
+fn a_restored_process_gets_the_descriptor_that_is_given_for_its_file() {
+    let workload = Workload::start(
+        "exec /usr/bin/python3 -c \"
+import time
+out = open('out', 'w', buffering=1)
+while True:
+    print('here', file=out)
+    time.sleep(0.005)
+\"",
+    );
+    let path = |name: &str| workload.directory.path().join(name);
+    let length = |name: &str| fs::metadata(path(name)).map_or(0, |facts| facts.len());
+    wait_until("it writes", || length("out") > 0);
+    let images = workload.images("1");
+    let criu = workload.spawn(&images, false, None);
+    let options = DumpOptions { leave_running: false, ..DumpOptions::new(ROOT_PID) };
+    criu.dump(&options, &mut |_| true).unwrap_or_else(|error| panic!("{error}"));
+    wait_until("the tree is gone", || workload.outside(ROOT_PID).is_none());
+    let before = length("out");
+
+    let other = File::create(path("other")).unwrap();
+    let directory = File::open(&images).unwrap();
+    // CRIU names a file by its path without the leading slash.
+    let key = path("out").to_str().unwrap().trim_start_matches('/').to_owned();
+    let options = Spawn {
+        place: workload.room.place(),
+        pids_above: Some(1000),
+        inherit: vec![(key, other.as_fd())],
+        ..Spawn::new(directory.as_fd())
+    };
+    let criu = Swrk::spawn(&workload.install, &options).unwrap();
+    criu.restore(&RestoreOptions::default(), &mut |_| true).unwrap_or_else(|error| panic!("{error}"));
+    wait_until("it writes to the other file", || length("other") > 0);
+    assert_eq!(length("out"), before);
+}
