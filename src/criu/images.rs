@@ -22,9 +22,6 @@ const PSTREE_MAGIC: u32 = 0x5027_3030;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 const CORE_MAGIC: u32 = 0x5505_3847;
 const MM_MAGIC: u32 = 0x5749_2820;
-/// What service files (statistics) begin with in place of the common magic.
-const SERVICE_MAGIC: u32 = 0x5510_5940;
-const STATS_MAGIC: u32 = 0x5709_3306;
 
 /// Why an image is not what it should be.
 #[derive(Debug, thiserror::Error)]
@@ -98,11 +95,7 @@ struct Entries<'a> {
 
 impl<'a> Entries<'a> {
     fn open(name: &'a str, bytes: &'a [u8], magic: u32) -> Result<Self, ImageError> {
-        Self::open_kind(name, bytes, COMMON_MAGIC, magic)
-    }
-
-    fn open_kind(name: &'a str, bytes: &'a [u8], kind: u32, magic: u32) -> Result<Self, ImageError> {
-        let wanted = [kind.to_le_bytes(), magic.to_le_bytes()].concat();
+        let wanted = [COMMON_MAGIC.to_le_bytes(), magic.to_le_bytes()].concat();
         let rest = bytes.strip_prefix(wanted.as_slice());
         Ok(Self { name, rest: rest.ok_or_else(|| damaged(name, "it begins with another magic"))? })
     }
@@ -287,35 +280,6 @@ struct CoreEntry {
 pub fn stack_pointer(name: &str, bytes: &[u8]) -> Result<Option<u64>, ImageError> {
     let core: CoreEntry = Entries::open(name, bytes, CORE_MAGIC)?.first()?;
     Ok(core.thread.and_then(|thread| thread.registers).map(|registers| registers.sp))
-}
-
-// ---- statistics ----
-
-/// Name of the statistics of a dump, which CRIU writes behind the thaw.
-pub const STATS_FILE: &str = "stats-dump";
-
-#[derive(Clone, PartialEq, Message)]
-struct StatsEntry {
-    #[prost(message, optional, tag = "1")]
-    dump: Option<DumpStats>,
-}
-
-/// What a dump cost, by CRIU's own clock.
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub struct DumpStats {
-    /// From the start of freezing to the last task stopped, microseconds.
-    #[prost(uint32, required, tag = "1")]
-    pub freezing_us: u32,
-    /// From then to the last task running again, microseconds.
-    #[prost(uint32, required, tag = "2")]
-    pub frozen_us: u32,
-}
-
-/// Reads the statistics of a dump.
-pub fn dump_stats(bytes: &[u8]) -> Result<DumpStats, ImageError> {
-    let mut entries = Entries::open_kind(STATS_FILE, bytes, SERVICE_MAGIC, STATS_MAGIC)?;
-    let dump = entries.first::<StatsEntry>()?.dump;
-    dump.ok_or_else(|| damaged(STATS_FILE, "it is not of a dump"))
 }
 
 // ---- page maps ----

@@ -15,7 +15,6 @@ use std::{
 use standin::{
     criu::{
         bridge::Bridge,
-        images,
         page_server::{self, Handler, PageServerError},
         spawn::{Place, Spawn},
         swrk::{CriuError, DUMP_LOG, DumpOptions, Swrk},
@@ -270,9 +269,7 @@ while True: time.sleep(1)
         let (dumped, served) = workload.dump(&directory, true, true, &mut count, &mut |_| true);
         dumped.unwrap();
         let summary = served.unwrap();
-        let stats = images::dump_stats(&images::read(&directory, images::STATS_FILE).unwrap()).unwrap();
-        eprintln!("{:?} with the start; {stats:?}; {summary:?}", began.elapsed());
-        assert!(stats.frozen_us > 0 && u128::from(stats.frozen_us) < began.elapsed().as_micros());
+        eprintln!("{:?} with the start; {summary:?}", began.elapsed());
         assert!(count.0 > 262_144 && summary.content_pages < 16);
     }
 }
