@@ -22,9 +22,11 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// Starts several pings, of which one must be answered: the first after a cut may still wait for a neighbour's address.
+/// Starts a few pings in a row, of which one must be answered: just after a cut, the kernel may still hold the failed
+/// search for a neighbour's address against the first.
 fn ping(lab: &Lab, from: Host, address: &str) -> Child {
-    lab.spawn(from, &["ping", "-n", "-q", "-c1", "-i0.2", "-w2", address])
+    let once = format!("ping -n -q -c1 -W1 {address}");
+    lab.spawn(from, &["sh", "-c", &format!("{once} || {once} || {once}")])
 }
 
 fn is_answered(mut ping: Child) -> bool {
@@ -61,11 +63,10 @@ struct Remains {
 
 impl Remains {
     fn of(lab_name: &str, network_namespaces: &BTreeSet<PathBuf>) -> Self {
-        let cgroup_name = format!("standin-lab.{lab_name}");
-        let paths = ["/run/standin-lab", "/tmp/standin-lab"]
-            .map(|dir| Path::new(dir).join(lab_name))
+        let directory_name = format!("standin-lab.{lab_name}");
+        let paths = ["/run", "/tmp", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+            .map(|parent| Path::new(parent).join(&directory_name))
             .into_iter()
-            .chain(["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(|dir| Path::new(dir).join(&cgroup_name)))
             .filter(|path| path.exists())
             .collect();
         let mounts = fs::read_to_string("/proc/self/mountinfo")
@@ -78,8 +79,8 @@ impl Remains {
             // A zombie has no command line any more; whoever adopted it reaps it when it likes.
             .filter(|process| !command_line(process).is_empty())
             .filter(|process| {
-                let in_cgroup =
-                    fs::read_to_string(process.join("cgroup")).is_ok_and(|text| text.contains(&cgroup_name));
+                let in_cgroup = fs::read_to_string(process.join("cgroup"))
+                    .is_ok_and(|text| text.contains(&directory_name));
                 let in_network = fs::read_link(process.join("ns/net"))
                     .is_ok_and(|namespace| network_namespaces.contains(&namespace));
                 let is_lab_script = command_line(process).contains(&format!("--name {lab_name} "));
