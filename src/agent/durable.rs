@@ -67,6 +67,11 @@ impl Place {
         self.dir.join("paths")
     }
 
+    /// Says that a lazy restore was under way: see [`super::standby`].
+    pub(super) fn lazy_mark(&self) -> PathBuf {
+        self.dir.join("lazy-restore.json")
+    }
+
     /// Makes the directory, 0700.
     pub(super) fn make(&self) -> io::Result<()> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)
@@ -78,13 +83,7 @@ impl Place {
 
     pub(super) fn write(&self, durable: &Durable) -> io::Result<()> {
         self.make()?;
-        let temporary = self.file().with_extension("new");
-        let mut file =
-            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(&serde_json::to_vec_pretty(durable)?)?;
-        file.sync_all()?;
-        fs::rename(&temporary, self.file())?;
-        File::open(&self.dir)?.sync_all()
+        write_synced(&self.file(), &serde_json::to_vec_pretty(durable)?)
     }
 
     /// Forgets the workload; its history, log and files stay for people.
@@ -99,4 +98,16 @@ impl Place {
     fn file(&self) -> PathBuf {
         self.dir.join("workload.json")
     }
+}
+
+/// Puts a file on stable storage, whole: whoever reads it sees the old or the new one.
+pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file =
+        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    File::open(dir)?.sync_all()
 }

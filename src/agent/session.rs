@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{Agent, links::Link, owner::Msg};
 use crate::{
@@ -97,6 +97,8 @@ pub(super) struct Session {
     pub(super) owner: mpsc::Sender<Msg>,
     pub(super) orders: mpsc::Receiver<Order>,
     pub(super) first_epoch: Epoch,
+    /// False while the copy is frozen by its guard: CRIU could not dump it.
+    pub(super) may_capture: watch::Receiver<bool>,
 }
 
 /// What is known between two epochs.
@@ -120,6 +122,9 @@ impl Session {
         let mut offered = false;
         let mut pending: Option<HandoffOrder> = None;
         while let Some(mut now) = progress.take() {
+            if self.may_capture.wait_for(|may| *may).await.is_err() {
+                return;
+            }
             let began = Instant::now();
             let outcome = if offered { Ok(()) } else { self.offer(&mut now).await };
             let outcome = match outcome {
