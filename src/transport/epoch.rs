@@ -12,6 +12,8 @@
 //! - The receiver may answer early (the delta does not apply, the disk is full); the sender's next `frame`
 //!   then returns that answer.
 //! - What the receiver does not read is held back by flow control; neither end buffers more than a window.
+//!   All streams of a connection share that window: an epoch that is not read holds up the others, so
+//!   workloads that must not wait for each other have a bulk connection each.
 
 use std::time::Duration;
 

@@ -39,6 +39,9 @@ pub use endpoint::Endpoint;
 pub use epoch::{EpochReceiver, EpochSender};
 pub use identity::{Fingerprint, Identity};
 pub use peers::{Peer, PeerName, Peers};
+pub use private_file::PrivateFileError;
+pub use stream::MessageError;
+pub use tls::TlsError;
 
 /// What a connection is for; agreed in the TLS handshake (ALPN), so both ends know it before the first byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

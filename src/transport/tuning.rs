@@ -26,8 +26,10 @@ const BULK_IDLE_MS_MAX: u32 = 10_000;
 /// Congestion window of a new connection. RFC 6928's ten packets are for the open internet; between two
 /// hosts of one network the first epoch may use what a switch port's buffer takes.
 const INITIAL_CONGESTION_WINDOW: u64 = 256 << 10;
-/// Largest UDP payload that is tried: a jumbo frame of 9,000 bytes less IPv6 and UDP headers.
-const UDP_PAYLOAD_MAX: u16 = 8_952;
+/// Largest UDP payload that is tried, for links with jumbo frames. quinn hands the kernel up to ten packets
+/// in one call (`MAX_TRANSMIT_SEGMENTS`) and takes EMSGSIZE for a lost probe, so ten must fit in the 65,507
+/// bytes that a UDP send may have: with larger packets whole batches vanish, and QUIC falls back to 1,200.
+const UDP_PAYLOAD_MAX: u16 = 6_500;
 /// Receive and send buffers of the UDP socket: at 10 Gbit/s, what arrives in 6 ms without this process
 /// being scheduled. The kernel's default of 208 KiB is 0.2 ms, and what overflows counts as congestion.
 const SOCKET_BUFFER_LEN: usize = 8 << 20;

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Invariants:
-//! - Nobody learns that an epoch is whole before [`Stage::Ended`]: an epoch that was cut off anywhere never
+//! - Nobody learns that an epoch is whole before `Ended`: an epoch that was cut off anywhere never
 //!   gets there.
 //! - The digest covers every byte before the last frame, headers included.
 //! - After an error the reader stays failed: no later frame is taken.

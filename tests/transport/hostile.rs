@@ -2,14 +2,19 @@
 
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use quinn::{ClientConfig, Endpoint, VarInt, crypto::rustls::QuicClientConfig};
+use quinn::{
+    ClientConfig, Endpoint, ServerConfig, VarInt,
+    crypto::rustls::{QuicClientConfig, QuicServerConfig},
+};
 use rustls::{
     DigitallySignedStruct, Error, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime},
+    sign::{CertifiedKey, SingleCertAndKey},
 };
 use standin::{
-    transport::{Channel, Fingerprint, epoch::RecvEpochError, pairing::PAIRING_VALID_FOR},
+    transport::{Channel, endpoint::ConnectError, epoch::RecvEpochError, pairing::PAIRING_VALID_FOR},
     wire::{epoch::EpochWriter, frame::HEADER_LEN, message::EpochAnswer},
 };
 
@@ -63,6 +68,18 @@ struct Stolen {
     key: PrivatePkcs8KeyDer<'static>,
 }
 
+impl Stolen {
+    /// Shows the certificate and signs with the key, whether or not the two belong together.
+    fn resolver(self) -> Arc<SingleCertAndKey> {
+        let key = rustls::crypto::ring::sign::any_supported_type(&self.key.into()).unwrap();
+        Arc::new(CertifiedKey::new(vec![self.certificate], key).into())
+    }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
 fn steal(dir: &Path) -> Stolen {
     let text = std::fs::read_to_string(dir.join("identity.json")).unwrap();
     let stored: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -74,16 +91,13 @@ fn steal(dir: &Path) -> Stolen {
 }
 
 async fn dial(stolen: Option<Stolen>, alpn: &[u8], to: SocketAddr) -> Result<quinn::Connection, String> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
+    let config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Gullible));
     let mut config = match stolen {
-        Some(Stolen { certificate, key }) => {
-            config.with_client_auth_cert(vec![certificate], key.into()).unwrap()
-        }
+        Some(stolen) => config.with_client_cert_resolver(stolen.resolver()),
         None => config.with_no_client_auth(),
     };
     config.alpn_protocols = if alpn.is_empty() { vec![] } else { vec![alpn.to_vec()] };
@@ -125,12 +139,33 @@ async fn a_stranger_gets_no_byte_on_any_channel() {
 #[tokio::test]
 async fn a_peers_certificate_without_its_key_is_worth_nothing() {
     let (a, b) = paired();
-    let other = Host::new();
-    // rustls will not pair a certificate with another's key, so this is the nearest: other's own pair, and the
-    // fingerprint of it is not that of the peer.
-    let stolen = steal(other.dir.path());
-    assert_ne!(Fingerprint::of(&stolen.certificate), a.endpoint.fingerprint());
-    assert_gets_nothing(dial(Some(stolen), b"standin-lease/1", b.addr()).await).await;
+    let key = steal(Host::new().dir.path()).key;
+    // As a dialer.
+    let mask = Stolen { key: key.clone_key(), ..steal(a.dir.path()) };
+    assert_gets_nothing(dial(Some(mask), b"standin-lease/1", b.addr()).await).await;
+    tokio::time::timeout(Duration::from_millis(100), b.endpoint.accept()).await.unwrap_err();
+    // In the peer's place.
+    let mask = Stolen { key, ..steal(b.dir.path()) };
+    let mut config = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_cert_resolver(mask.resolver());
+    config.alpn_protocols = vec![b"standin-lease/1".to_vec()];
+    let config = ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(config).unwrap()));
+    let server = Endpoint::server(config, "127.0.0.1:0".parse().unwrap()).unwrap();
+    let mut claimed = b.as_peer("b");
+    claimed.addr = server.local_addr().unwrap();
+    a.endpoint.peers().add(claimed).unwrap();
+    let name = "b".parse().unwrap();
+    let (connected, served) = soon(async {
+        tokio::join!(a.endpoint.connect(&name, Channel::Lease), async {
+            server.accept().await.unwrap().await
+        })
+    })
+    .await;
+    assert!(matches!(connected, Err(ConnectError::Broken { .. })), "{connected:?}");
+    assert!(served.is_err());
 }
 
 #[tokio::test]

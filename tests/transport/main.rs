@@ -3,6 +3,7 @@
 mod channel;
 mod epoch;
 mod hostile;
+mod link;
 mod pairing;
 
 use std::{
