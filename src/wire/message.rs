@@ -154,10 +154,15 @@ pub enum FrameHead {
     },
     /// Changed pages; the body is packed as the head says. A later frame overrides an earlier one.
     Pages(BatchHead),
-    /// One of CRIU's small images; the body is the file.
+    /// A piece of one of CRIU's small images; the body is the piece. The pieces of an image follow each
+    /// other without a gap, with no other frame between them.
     Image {
         /// File name, no directory: `core-2.img`.
         name: String,
+        /// Where the piece begins in the file.
+        offset: u64,
+        /// Whether another piece of this image follows.
+        more: bool,
     },
     /// A change of the replicated files; the body depends on the record.
     File(FileRecord),
