@@ -34,6 +34,7 @@
 //! - A page of a manifest is in the epoch or in what was held before it; else the commit is refused.
 //! - While a [`View`] of an epoch lives, no later epoch is folded, and no file it needs is removed.
 
+mod commit;
 mod disk;
 mod extents;
 #[cfg(test)]
@@ -60,12 +61,13 @@ use std::{
 use nix::fcntl::Flock;
 
 pub use self::{
+    commit::{CommitError, Committed},
     disk::{Durability, IoFault},
     extents::{ADDRESS_END, intersect},
     files::{ApplyFiles, FILE_BODY_LEN_MAX, FileChanges},
     fold::FoldError,
     recover::{OpenError, RemoveError},
-    staging::{BeginError, CommitError, Committed, StageError, Staging},
+    staging::{BeginError, StageError, Staging},
     view::{FreezeError, ReadError, VerifyError, View},
 };
 use self::{flat::Flat, layer::Layer};

@@ -37,8 +37,10 @@ while :; do wait -n || true; done
 
 fn criu_program() -> PathBuf {
     let criu = env::var_os("STANDIN_CRIU").unwrap_or_else(|| "/opt/standin/criu/bin/criu".into());
-    assert!(Path::new(&criu).exists(), "{criu:?} is missing: run scripts/setup, or name one in STANDIN_CRIU");
-    criu.into()
+    let criu = PathBuf::from(criu);
+    let missing = "is missing: run scripts/setup, or name one in STANDIN_CRIU";
+    assert!(criu.exists(), "{} {missing}", criu.display());
+    criu
 }
 
 /// Namespaces with a redis in them; all of it goes when this is dropped.

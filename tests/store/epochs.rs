@@ -36,10 +36,9 @@ pub(crate) fn page_of(page: u64, epoch: u64) -> Vec<u8> {
 /// Bytes that the directory takes of its file system.
 pub(crate) fn disk_usage(path: &Path) -> u64 {
     let found = fs::symlink_metadata(path).expect("the file is there");
-    let below = if found.is_dir() {
+    if found.is_dir() {
         fs::read_dir(path).expect("a directory").map(|e| disk_usage(&e.expect("an entry").path())).sum()
     } else {
         found.blocks() * 512
-    };
-    below
+    }
 }
