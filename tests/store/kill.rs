@@ -1,17 +1,19 @@
-//! A process that receives and folds epochs is killed at random moments, again and again.
+//! A process that receives and folds epochs is killed at random moments, again and again; and threads that
+//! do it at the same time do not disturb each other.
 
 use std::{
     env,
     io::{BufRead, BufReader, Write},
     path::Path,
     process::{Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
 };
 
 use standin::{
     model::PAGE_SIZE,
-    store::{Durability, Store},
+    store::{Durability, Store, View},
 };
 
 use crate::epochs::{SPACE, START, id, manifest, open, page_of};
@@ -58,7 +60,10 @@ fn receive_until_killed() {
 }
 
 fn assert_whole(store: &Store, epoch: u64) {
-    let view = store.view().expect("something is held");
+    assert_view(&store.view().expect("something is held"), epoch);
+}
+
+fn assert_view(view: &View, epoch: u64) {
     assert_eq!(view.id(), id(epoch));
     view.verify().expect("every page is what was received");
     let mut all = vec![0; (PAGES * PAGE_SIZE) as usize];
@@ -107,4 +112,45 @@ fn a_kill_at_any_moment_leaves_exactly_one_whole_epoch() {
         before = held;
     }
     assert!(before > 200, "only {before} epochs were received");
+}
+
+#[test]
+fn readers_see_whole_epochs_while_others_are_received_and_folded() {
+    let root = tempfile::tempdir_in("/dev/shm").expect("a directory in RAM");
+    let store = open(root.path(), Durability::Memory);
+    receive(&store, 1);
+    let done = AtomicBool::new(false);
+    let (mut folded, mut read) = (0, 0);
+    thread::scope(|scope| {
+        let folding = scope.spawn(|| {
+            let mut folded = 0;
+            while !done.load(Ordering::Relaxed) {
+                folded += store.fold().unwrap_or_default(); // in use by a reader, mostly
+            }
+            folded
+        });
+        let reading = scope.spawn(|| {
+            let mut read = 0;
+            while !done.load(Ordering::Relaxed) {
+                let view = store.view().expect("something is held");
+                assert_view(&view, view.id().epoch.0);
+                read += 1;
+                drop(view);
+                thread::sleep(Duration::from_millis(1));
+            }
+            read
+        });
+        for epoch in 2..400 {
+            while store.unfolded() > 20 {
+                thread::sleep(Duration::from_millis(1));
+            }
+            receive(&store, epoch);
+        }
+        done.store(true, Ordering::Relaxed);
+        folded = folding.join().expect("it folds");
+        read = reading.join().expect("every view is one whole epoch");
+    });
+    assert!(folded > 100 && read > 10, "{folded} folded, {read} read");
+    store.fold().expect("nobody reads any more");
+    assert_whole(&store, 399);
 }

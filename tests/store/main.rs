@@ -5,3 +5,4 @@ mod epochs;
 mod full;
 mod kill;
 mod measure;
+mod ready;
