@@ -193,7 +193,7 @@ impl Staging {
         let inner = Arc::clone(&self.inner);
         self.write_full(&manifest).map_err(io)?;
         let dir = inner.dir.join(layout::image_name(id));
-        let folding = inner.folding(); // a fold into the old image ends first
+        let _folding = inner.folding(); // a fold into the old image ends first
         let mut state = inner.state();
         let newer = state.held().is_none_or(|held| held.id < id);
         if !newer || !self.may_commit(&state) {
@@ -207,9 +207,7 @@ impl Staging {
             state.garbage.push(old.dir.clone());
         }
         state.folded = Some(Held { id, manifest: Arc::new(manifest) });
-        drop(state);
-        inner.sweep(&folding);
-        Ok(())
+        Ok(()) // the next fold removes the garbage: that takes long for a large image
     }
 
     fn write_full(&mut self, manifest: &Manifest) -> Result<(), IoFault> {

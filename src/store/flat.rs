@@ -13,7 +13,7 @@ use std::{
 use super::{
     disk::{self, Context as _, Durability, IoFault},
     layout::{CHUNK_SHIFT, PAGES_DIR, SUMS_DIR, chunk_name},
-    sum::{SUM_LEN, Sum},
+    sum::{SUM_LEN, Sum, ZERO_PAGE},
 };
 use crate::model::{Extent, PAGE_SIZE, Space};
 
@@ -27,6 +27,9 @@ struct Chunk {
 
 /// Most chunks that are kept open (two files each; a process may often have no more than 1024).
 const OPEN_CHUNKS_MAX: usize = 128;
+
+/// Pages whose sums fill a page of their file.
+const BLOCK_PAGES: u64 = PAGE_SIZE / SUM_LEN as u64;
 
 /// The page files in an image's directory.
 pub(super) struct Flat {
@@ -109,17 +112,36 @@ impl Flat {
 
     /// Writes whole pages with their sums.
     pub(super) fn write(&self, space: Space, start: u64, bytes: &[u8], sums: &[Sum]) -> Result<(), IoFault> {
+        self.write_pages(space, start, bytes)?;
+        self.write_sums(space, start, sums)
+    }
+
+    fn write_pages(&self, space: Space, start: u64, bytes: &[u8]) -> Result<(), IoFault> {
         let mut done = 0;
         for (chunk, range) in chunks(start, start + bytes.len() as u64) {
             let files = self.made(space, chunk)?;
             let len = (range.end - range.start) as usize;
-            let pages = done / PAGE_SIZE as usize..(done + len) / PAGE_SIZE as usize;
             disk::write_at(&files.pages, &files.pages_path, &bytes[done..done + len], range.start)?;
-            let sums = sums[pages].as_flattened();
-            disk::write_at(&files.sums, &files.sums_path, sums, sum_offset(range.start))?;
             done += len;
         }
         Ok(())
+    }
+
+    fn write_sums(&self, space: Space, start: u64, sums: &[Sum]) -> Result<(), IoFault> {
+        let mut done = 0;
+        for (chunk, range) in chunks(start, start + sums.len() as u64 * PAGE_SIZE) {
+            let files = self.made(space, chunk)?;
+            let count = ((range.end - range.start) / PAGE_SIZE) as usize;
+            let bytes = sums[done..done + count].as_flattened();
+            disk::write_at(&files.sums, &files.sums_path, bytes, sum_offset(range.start))?;
+            done += count;
+        }
+        Ok(())
+    }
+
+    /// For many short runs; [`Batch::finish`] must be called.
+    pub(super) fn batch(&self) -> Batch<'_> {
+        Batch { flat: self, place: None, sums: [ZERO_PAGE; BLOCK_PAGES as usize] }
     }
 
     /// Makes the pages zero, taking no memory.
@@ -194,6 +216,55 @@ impl Flat {
     pub(super) fn sync(&self, durability: Durability) -> Result<(), IoFault> {
         disk::sync_files_in(&self.pages_dir, durability)?;
         disk::sync_files_in(&self.sums_dir, durability)
+    }
+}
+
+/// Writes pages as they come, and their sums a block at a time: scattered pages would otherwise cost two
+/// system calls each.
+pub(super) struct Batch<'a> {
+    flat: &'a Flat,
+    /// Which block `sums` holds.
+    place: Option<(Space, u64)>,
+    sums: [Sum; BLOCK_PAGES as usize],
+}
+
+impl Batch<'_> {
+    pub(super) fn write(
+        &mut self,
+        space: Space,
+        start: u64,
+        bytes: &[u8],
+        sums: &[Sum],
+    ) -> Result<(), IoFault> {
+        self.flat.write_pages(space, start, bytes)?;
+        let first = start / PAGE_SIZE;
+        let mut done = 0;
+        while done < sums.len() {
+            let page = first + done as u64;
+            self.turn_to(space, page / BLOCK_PAGES)?;
+            let at = (page % BLOCK_PAGES) as usize;
+            let count = (sums.len() - done).min(self.sums.len() - at);
+            self.sums[at..at + count].copy_from_slice(&sums[done..done + count]);
+            done += count;
+        }
+        Ok(())
+    }
+
+    fn turn_to(&mut self, space: Space, block: u64) -> Result<(), IoFault> {
+        if self.place == Some((space, block)) {
+            return Ok(());
+        }
+        self.finish()?;
+        self.flat.read_sums(space, block * BLOCK_PAGES * PAGE_SIZE, &mut self.sums)?;
+        self.place = Some((space, block));
+        Ok(())
+    }
+
+    pub(super) fn finish(&mut self) -> Result<(), IoFault> {
+        match self.place.take() {
+            Some((space, block)) => self.flat.write_sums(space, block * BLOCK_PAGES * PAGE_SIZE, &self.sums),
+            None => Ok(()),
+        }
     }
 }
 

@@ -115,7 +115,9 @@ impl Inner {
         for (space, extent) in due.layer.zero_runs() {
             flat.zero(space, extent)?;
         }
-        due.layer.for_each_data(|space, start, bytes, sums| flat.write(space, start, bytes, sums))?;
+        let mut batch = flat.batch();
+        due.layer.for_each_data(|space, start, bytes, sums| batch.write(space, start, bytes, sums))?;
+        batch.finish()?;
         for map in &due.folded.manifest.spaces {
             let key = space_order(map.space);
             let stays = due.manifest.spaces.binary_search_by_key(&key, |map| space_order(map.space)).is_ok();

@@ -5,13 +5,14 @@
 //! ```text
 //! lock                      held while a store is open: one agent only
 //! staging-TERM-EPOCH.N/     an epoch that is being received; discarded by recovery
-//! epoch-TERM-EPOCH/         a committed delta that is not folded yet: log of pages, index, manifest,
-//!                           CRIU's small images (criu/), log of file changes
+//! epoch-TERM-EPOCH/         a committed delta that is not folded yet: log of pages, index, log of file
+//!                           changes, and manifest-TERM-EPOCH and criu-TERM-EPOCH/ as below
 //! image-TERM-EPOCH/         the flat image; TERM-EPOCH is the full epoch that it began with
 //!   pages/task-PID.C        pages at their own addresses from C TiB on, sparse
 //!   sums/task-PID.C         their checksums, laid out the same way
 //!   manifest-TERM-EPOCH     which pages the image holds; state.json says of which epoch it is whole
 //!   criu-TERM-EPOCH/        CRIU's small images
+//!   files.log               of a full epoch, until its file changes were applied
 //!   state.json              written last by a rename: the epoch that is folded completely
 //! files/                    for the replicated file trees; filled by the hook given to [`Store::open`]
 //! ```
@@ -33,6 +34,10 @@
 //!   was interrupted, or is under way, changes nothing that can be read, and doing it again does no harm.
 //! - A page of a manifest is in the epoch or in what was held before it; else the commit is refused.
 //! - While a [`View`] of an epoch lives, no later epoch is folded, and no file it needs is removed.
+//! - What waits is bounded: with 32 epochs waiting, the next one is begun only after a fold. A view that is
+//!   kept for longer than that many epochs (other than for a restore) holds replication up.
+//!
+//! The agent's part: [`Store::fold`] after each commit, off the critical path, and again after an error.
 
 mod commit;
 mod disk;
