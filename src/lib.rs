@@ -5,6 +5,7 @@ pub mod delta;
 pub mod ha;
 pub mod memory;
 pub mod model;
+pub mod restore;
 pub mod store;
 pub mod takeover;
 pub mod transport;
