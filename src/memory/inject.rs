@@ -7,7 +7,8 @@
 //! Invariants:
 //! - Registers, among them `orig_rax`, and the signal mask are put back on every path, and the thread is let
 //!   go from a stop inside the kernel's signal delivery: there, and only there, the kernel turns the
-//!   interrupted system call's `-ERESTART…` into a restart or EINTR, as if nothing had happened.
+//!   interrupted system call's `-ERESTART…` into a restart or EINTR, as if nothing had happened. The few calls
+//!   that the kernel fails with EINTR for any stop are begun again.
 //! - All signals are blocked while the injected calls run: one that arrives stays pending and is delivered
 //!   after. (SIGSTOP cannot be blocked; it is let through and the group stop stands after the detach.)
 //! - System call stops are used, not single steps: a step raises SIGTRAP, and the kernel resets that signal's
@@ -39,6 +40,8 @@ const THREADS_TRIED_MAX: usize = 4;
 /// A vDSO is two pages today.
 const VDSO_BYTES_MAX: u64 = 64 * 1024;
 const UFFD_USER_MODE_ONLY: u64 = 1;
+/// Length of the `syscall` instruction.
+const SYSCALL_BYTES: u64 = 2;
 /// The code segment selector of 64-bit code.
 const USER_CS_64: u64 = 0x33;
 
@@ -122,7 +125,7 @@ pub enum AttachError {
         "this kernel's userfaultfd has no asynchronous write protection ({0}): kernel 6.7 or newer is needed"
     )]
     KernelTooOld(io::Error),
-    /// Another program uses the memory's userfaultfd, or the maps are odd.
+    /// Its maps are not understood.
     #[error(transparent)]
     Maps(#[from] maps::MapsError),
     /// A signal that cannot be blocked came in between; it was delivered.
@@ -164,7 +167,16 @@ pub(super) struct Injected {
 
 /// Makes `pid` open a userfaultfd and takes it.
 pub(super) fn userfaultfd_of(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
-    check(pid)?;
+    let injected = check(pid).and_then(|()| inject_from_own_thread(pid, pidfd));
+    // A process that is dying answers with all kinds of errors.
+    injected.map_err(|error| {
+        let gone = sys::has_exited(pidfd) || Status::of(pid, pid).is_ok_and(|status| !status.has_memory);
+        let precise = matches!(error, AttachError::KernelThread(_) | AttachError::LeaderExited(_));
+        if gone && !precise { AttachError::Gone(pid) } else { error }
+    })
+}
+
+fn inject_from_own_thread(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
     let gadget = syscall_gadget(pid)?;
     thread::scope(|scope| {
         let work = move || inject(pid, pidfd, gadget);
@@ -202,6 +214,8 @@ struct Status {
     state: char,
     tracer: i32,
     seccomp: bool,
+    has_memory: bool,
+    signal_pending: bool,
 }
 
 impl Status {
@@ -216,6 +230,8 @@ impl Status {
             state: field("State").chars().next().unwrap_or('X'),
             tracer: field("TracerPid").parse().unwrap_or(0),
             seccomp: !matches!(field("Seccomp"), "" | "0"),
+            has_memory: !field("VmSize").is_empty(),
+            signal_pending: [field("SigPnd"), field("ShdPnd")].iter().any(|set| set.contains(|c| c != '0')),
         })
     }
 }
@@ -367,15 +383,13 @@ impl Tracee {
             // The registers are ours now: the thread may not be left before it stops again. Something that
             // holds it (a cgroup v2 freezer) lets it stop for an interrupt.
             let deadline = Some(Instant::now() + CALL_WAIT).filter(|_| !interrupted);
-            let stop = match wait_stop(self.pid, self.tid, deadline)? {
-                Some(stop) => stop,
-                None => {
-                    interrupted = true;
-                    ptrace::interrupt(self.tid).map_err(failed)?;
-                    wait_stop(self.pid, self.tid, None)?.expect("an unbounded wait ends with a stop")
-                }
-            };
-            match stop {
+            let mut stop = wait_stop(self.pid, self.tid, deadline)?;
+            if stop.is_none() {
+                interrupted = true;
+                ptrace::interrupt(self.tid).map_err(failed)?;
+                stop = wait_stop(self.pid, self.tid, None)?;
+            }
+            match stop.expect("an unbounded wait ends with a stop") {
                 Stop::Syscall if entered => {
                     return ptrace::registers(self.tid).map(|r| r.rax as i64).map_err(failed);
                 }
@@ -402,8 +416,14 @@ impl Tracee {
     }
 
     /// Puts everything back and lets the thread go.
-    fn release(self) -> Result<(), AttachError> {
-        let failed = |e| AttachError::io(self.pid, "letting a thread go", e);
+    fn release(mut self) -> Result<(), AttachError> {
+        let pid = self.pid;
+        let failed = |e| AttachError::io(pid, "letting a thread go", e);
+        if fails_for_a_stop(&self.registers) && Status::of(pid, self.tid).is_ok_and(|s| !s.signal_pending) {
+            self.registers.rip -= SYSCALL_BYTES;
+            self.registers.rax = self.registers.orig_rax;
+            self.registers.orig_rax = u64::MAX;
+        }
         match ptrace::set_registers(self.tid, &self.registers) {
             // Already let go, with a signal.
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
@@ -449,6 +469,24 @@ fn seize(pid: i32, tid: i32) -> Result<(), AttachError> {
         },
         _ => AttachError::io(pid, "tracing a thread", e),
     })
+}
+
+/// Whether it is leaving a call that the kernel ends with EINTR for any stop, with or without a signal
+/// (signal(7), "Interruption of system calls by stop signals"), instead of restarting it.
+///
+/// Made again from its beginning it is as if the thread had come to it a little later; an EINTR out of
+/// nothing some programs cannot bear. With a signal pending, EINTR is what they wait for.
+fn fails_for_a_stop(registers: &user_regs_struct) -> bool {
+    const CALLS: [libc::c_long; 7] = [
+        libc::SYS_epoll_wait,
+        libc::SYS_epoll_pwait,
+        libc::SYS_epoll_pwait2,
+        libc::SYS_semop,
+        libc::SYS_semtimedop,
+        libc::SYS_rt_sigtimedwait,
+        libc::SYS_io_getevents,
+    ];
+    registers.rax as i64 == -i64::from(libc::EINTR) && CALLS.contains(&(registers.orig_rax as i64))
 }
 
 /// If the thread is inside a restartable sequence: where it must continue.

@@ -51,22 +51,22 @@ pub enum MapsError {
 }
 
 /// Parses the whole file.
-pub fn parse(text: &[u8]) -> Result<Vec<Mapping>, MapsError> {
+pub(super) fn parse(text: &[u8]) -> Result<Vec<Mapping>, MapsError> {
     let lines = text.split(|b| *b == b'\n').filter(|line| !line.is_empty());
     let mut mappings = Vec::new();
     for (number, line) in lines.enumerate() {
         let mapping = parse_line(line).ok_or(MapsError::Line(number + 1))?;
-        let Some(mapping) = mapping else { continue };
-        if mapping.extent.end() > TASK_END {
+        if mapping.extent.end() <= TASK_END {
+            mappings.push(mapping);
+        } else if mapping.kind != MappingKind::Kernel {
             return Err(MapsError::High(mapping.extent.start));
         }
-        mappings.push(mapping);
     }
     Ok(mappings)
 }
 
-/// `start-end perms offset dev inode  path`; the inner `None` is a mapping of no interest (`[vsyscall]`).
-fn parse_line(line: &[u8]) -> Option<Option<Mapping>> {
+/// `start-end perms offset dev inode  path`
+fn parse_line(line: &[u8]) -> Option<Mapping> {
     // The path may hold any byte: only the first five fields are text.
     let mut fields = line.splitn(6, |b| *b == b' ');
     let (start, end) = std::str::from_utf8(fields.next()?).ok()?.split_once('-')?;
@@ -82,14 +82,13 @@ fn parse_line(line: &[u8]) -> Option<Option<Mapping>> {
         return None;
     }
     let kind = match path {
-        b"[vsyscall]" => return Some(None),
         b"[vdso]" => MappingKind::Vdso,
-        b"[vvar]" | b"[vvar_vclock]" | b"[uprobes]" => MappingKind::Kernel,
+        b"[vvar]" | b"[vvar_vclock]" | b"[uprobes]" | b"[vsyscall]" => MappingKind::Kernel,
         _ if shared => MappingKind::Shared,
         _ if inode != b"0" => MappingKind::PrivateFile,
         _ => MappingKind::Anonymous,
     };
-    Some(Some(Mapping { extent: Extent { start, pages: (end - start) / PAGE_SIZE }, kind }))
+    Some(Mapping { extent: Extent { start, pages: (end - start) / PAGE_SIZE }, kind })
 }
 
 #[cfg(test)]

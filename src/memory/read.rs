@@ -161,7 +161,7 @@ impl Memory {
     }
 
     /// Fills `buffer` with the pages; gives those that could not be read, whose bytes mean nothing.
-    fn read_part(&self, wanted: &[Extent], buffer: &mut [u8]) -> Result<Vec<Extent>, ReadError> {
+    fn read_part(self, wanted: &[Extent], buffer: &mut [u8]) -> Result<Vec<Extent>, ReadError> {
         let mut unread = Vec::new();
         let mut mem = None;
         let (mut rest, mut buffer) = (wanted.iter().copied(), buffer);
@@ -192,7 +192,7 @@ impl Memory {
 
     /// Reads, run by run, what a batch did not reach.
     fn read_rest(
-        &self,
+        self,
         batch: &[Extent],
         buffer: &mut [u8],
         read: usize,

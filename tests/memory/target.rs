@@ -20,28 +20,32 @@ const MARK: &str = "STANDIN_MEMORY_TARGET";
 
 /// A running target; killed and reaped when dropped.
 pub(crate) struct Target {
-    child: Child,
+    launcher: Child,
+    pid: i32,
     socket: BufReader<UnixStream>,
 }
 
 impl Target {
     pub(crate) fn start() -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let child =
-            Self::command().stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).spawn().unwrap();
-        let mut target = Self { child, socket: BufReader::new(ours) };
-        target.ask("hello");
+        let launcher = Self::command("1")
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut target = Self { launcher, pid: 0, socket: BufReader::new(ours) };
+        target.pid = target.answer().strip_prefix("ready ").unwrap().parse().unwrap();
         target
     }
 
-    fn command() -> Command {
+    fn command(stage: &str) -> Command {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "target::the_target_program", "--nocapture"]).env(MARK, "1");
+        command.args(["--exact", "target::the_target_program", "--nocapture"]).env(MARK, stage);
         command
     }
 
     pub(crate) fn pid(&self) -> i32 {
-        self.child.id() as i32
+        self.pid
     }
 
     /// Sends a command and waits for its answer.
@@ -76,16 +80,13 @@ impl Target {
     pub(crate) fn thaw(&self) {
         self.signal(libc::SIGCONT);
     }
-
-    pub(crate) fn await_state(&self, wanted: impl Fn(&str) -> bool) {
-        await_state(self.pid(), wanted);
-    }
 }
 
 impl Drop for Target {
     fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        // The program dies with its launcher.
+        self.launcher.kill().unwrap();
+        self.launcher.wait().unwrap();
     }
 }
 
@@ -99,8 +100,10 @@ pub(crate) fn signal_process(pid: i32, signal: i32) {
 
 /// The state letters of all threads.
 pub(crate) fn states(pid: i32) -> String {
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).ok();
     threads
+        .into_iter()
+        .flatten()
         .filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("stat")).ok())
         .filter_map(|stat| stat.rsplit_once(") ")?.1.chars().next())
         .collect()
@@ -115,11 +118,22 @@ pub(crate) fn await_state(pid: i32, wanted: impl Fn(&str) -> bool) {
 }
 
 /// Not a test when run by hand: the program that [`Target::start`] runs.
+///
+/// libtest runs it on a second thread; a fork makes that the main thread of a process of its own, because
+/// the main thread is the one that an attach stops.
 #[test]
 fn the_target_program() {
-    if std::env::var_os(MARK).is_some() {
+    let Some(stage) = std::env::var_os(MARK) else { return };
+    // SAFETY: the child goes on alone, and the C library's allocator allows that after a fork.
+    let child = if stage == "1" { unsafe { libc::fork() } } else { 0 };
+    if child == 0 {
+        // SAFETY: integers only.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
         Program::default().run();
+        std::process::exit(0);
     }
+    // SAFETY: waits for the child.
+    unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
 }
 
 static SIGNALS: AtomicU32 = AtomicU32::new(0);
@@ -146,7 +160,7 @@ struct Program {
 
 fn write_page(start: *mut u8, page: usize, value: u64) {
     // SAFETY: callers pass a page of a writable mapping of theirs.
-    unsafe { start.add(page * PAGE).cast::<u64>().write_volatile(value) }
+    unsafe { start.add(page * PAGE).cast::<[u8; 8]>().write_volatile(value.to_ne_bytes()) }
 }
 
 fn map(pages: usize, flags: i32, fd: i32) -> *mut u8 {
@@ -184,6 +198,7 @@ impl Program {
             action.sa_sigaction = count_signal as *const () as usize;
             libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut());
         }
+        writeln!(output, "ready {}", std::process::id()).unwrap();
         let mut line = String::new();
         while input.read_line(&mut line).unwrap() > 0 {
             let words: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -196,29 +211,25 @@ impl Program {
     fn obey(&mut self, words: &[&str]) -> String {
         let number = |i: usize| words.get(i).map_or(0, |word| word.parse::<u64>().unwrap());
         match words[0] {
-            "hello" | "soak" => {
-                for _ in 0..number(2) {
-                    self.random_operation();
-                }
-                self.rng = if words[0] == "soak" { self.rng } else { 1 };
-                return "done".into();
+            "soak" => {
+                self.rng = number(1) | 1;
+                (0..number(2)).for_each(|_| self.random_operation());
             }
-            "seed" => self.rng = number(1) | 1,
             "signals" => return SIGNALS.load(Ordering::Relaxed).to_string(),
             "sleep" => return sleep_by(words[1], number(2)),
             "writers" => {
                 for _ in 0..number(1) {
-                    self.start_writer();
+                    Self::start_writer();
                 }
             }
             "still" => WRITING.store(false, Ordering::Relaxed),
             "exec" => {
-                let error = Target::command().exec();
+                let error = Target::command("2").exec();
                 panic!("exec failed: {error}");
             }
             "fork" => return self.fork().to_string(),
             "vfork" => return vfork_and_sleep(number(1)).to_string(),
-            "pid" => return std::process::id().to_string(),
+            "limit" => return limit_descriptors().to_string(),
             name => return self.on_memory(name, words, &number),
         }
         "done".into()
@@ -250,18 +261,31 @@ impl Program {
                 (0..held).step_by(every).for_each(|page| write_page(start, page, number(2) + page as u64));
             }
             "poke" => write_page(start, pages, number(3)),
-            // SAFETY (all below): the range is a mapping of this program that nothing else refers to.
-            "drop" => assert_eq!(unsafe { libc::madvise(start.cast(), held * PAGE, libc::MADV_DONTNEED) }, 0),
-            "guard" => return unsafe { libc::madvise(start.cast(), pages * PAGE, 102) }.to_string(),
-            "protect" => assert_eq!(unsafe { libc::mprotect(start.cast(), held * PAGE, pages as i32) }, 0),
+            "drop" => {
+                // SAFETY: a mapping of this program that nothing else refers to.
+                let dropped = unsafe { libc::madvise(start.cast(), held * PAGE, libc::MADV_DONTNEED) };
+                assert_eq!(dropped, 0);
+            }
+            "guard" => {
+                const MADV_GUARD_INSTALL: i32 = 102;
+                // SAFETY: as above; it is not touched again.
+                let done = unsafe { libc::madvise(start.cast(), pages * PAGE, MADV_GUARD_INSTALL) };
+                return done.to_string();
+            }
+            "protect" => {
+                // SAFETY: as above.
+                assert_eq!(unsafe { libc::mprotect(start.cast(), held * PAGE, pages as i32) }, 0);
+            }
             "remake" => {
                 let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
                 let access = libc::PROT_READ | libc::PROT_WRITE;
+                // SAFETY: as above.
                 let again = unsafe { libc::mmap(start.cast(), held * PAGE, access, flags, -1, 0) };
                 assert_eq!(again, start.cast());
             }
             "receive" => {
                 let (mut from, mut to) = UnixStream::pair().unwrap();
+                // SAFETY: as above, and writable.
                 let into = unsafe { std::slice::from_raw_parts_mut(start.add(pages * PAGE), 64) };
                 to.write_all(&[number(3) as u8; 64]).unwrap();
                 from.read_exact(into).unwrap();
@@ -419,7 +443,7 @@ impl Program {
     }
 
     /// A thread that writes all the time.
-    fn start_writer(&mut self) {
+    fn start_writer() {
         let start = map(256, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1) as usize;
         thread::spawn(move || {
             for value in 0u64.. {
@@ -488,6 +512,13 @@ fn sleep_by(kind: &str, ms: u64) -> String {
             _ => panic!("no sleep {kind}"),
         }
     }
+}
+
+/// Leaves the program no free descriptor.
+fn limit_descriptors() -> i32 {
+    let limit = libc::rlimit { rlim_cur: 3, rlim_max: 3 };
+    // SAFETY: a live object.
+    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }
 }
 
 /// The parent waits, unkillable by a stop, until the child lets it go.

@@ -36,8 +36,7 @@ fn a_dirty_page_is_never_lost_in_thousands_of_random_operations() {
     let (mut target, mut tracker, mut replica, _) = followed(&["writers 2"]);
     let mut reported = 0;
     for seed in 1..=80u64 {
-        target.ask(&format!("seed {}", seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-        target.tell(&format!("soak {seed} 100"));
+        target.tell(&format!("soak {} 100", seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
         // Passes race with the operations: these are pre-copy rounds.
         for _ in 0..seed % 4 {
             replica.follow(&mut tracker, false);
@@ -123,7 +122,7 @@ fn a_guard_region_is_no_page() {
 fn an_exec_is_noticed() {
     let (mut target, mut tracker, mut replica, _) = followed(&["anon a 16"]);
     target.tell("exec");
-    target.ask("hello");
+    assert_eq!(target.answer(), format!("ready {}", target.pid()));
     let error = tracker.take_dirty(&mut Vec::new()).unwrap_err();
     assert!(matches!(error, TrackError::Replaced(_)), "{error}");
     let mut tracker = Tracker::attach(target.pid()).unwrap();
