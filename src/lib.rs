@@ -2,6 +2,7 @@
 
 pub mod criu;
 pub mod delta;
+pub mod extents;
 pub mod ha;
 pub mod memory;
 pub mod model;
