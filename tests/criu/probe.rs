@@ -1,0 +1,19 @@
+//! What the doctor asks.
+
+use standin::criu::probe::{Kernel, round_trip};
+
+use crate::common::install;
+
+#[test]
+fn a_process_with_a_tcp_connection_goes_round() {
+    let scratch = tempfile::tempdir().unwrap();
+    let trip = round_trip(&install(), scratch.path()).unwrap_or_else(|error| panic!("{error}"));
+    eprintln!("{trip:?}");
+}
+
+#[test]
+fn the_kernel_is_probed() {
+    let kernel = Kernel::probe(&install()).unwrap();
+    eprintln!("{kernel:?}");
+    assert!(kernel.ptrace && kernel.pidfd_getfd);
+}
