@@ -179,6 +179,28 @@ impl RouteSocket {
     }
 }
 
+impl RouteSocket {
+    /// Whether the device passes packets: up, with carrier, *and* the kernel's link watch has put its queue
+    /// to work. After a carrier has come back the latter is done by a worker later (for some devices up to
+    /// a second), and what the device should send until then is dropped. Since Linux 6.8 just asking makes
+    /// the kernel catch up (`rtnl_getlink` calls `linkwatch_sync_dev`).
+    pub fn is_running(&self, index: u32) -> Result<bool, NetError> {
+        let mut out = Vec::with_capacity(32);
+        message(&mut out, libc::RTM_GETLINK, libc::NLM_F_REQUEST, 0, &|out| link(out, index, 0));
+        let (fd, kernel) = (self.fd.as_raw_fd(), NetlinkAddr::new(0, 0));
+        socket::sendto(fd, &out, &kernel, MsgFlags::empty()).map_err(NetError::Socket)?;
+        // Longer answers are cut off behind what is looked at: the flags in the `struct ifinfomsg`.
+        let mut buffer = [0u8; HEADER + 16];
+        let length = socket::recv(fd, &mut buffer, MsgFlags::MSG_DONTWAIT).map_err(NetError::Socket)?;
+        let kind = u16::from_ne_bytes([buffer[4], buffer[5]]);
+        if length < buffer.len() || kind != libc::RTM_NEWLINK {
+            return Err(NetError::NoAnswer { missing: 1, asked: 1 });
+        }
+        let flags = u32::from_ne_bytes([buffer[24], buffer[25], buffer[26], buffer[27]]);
+        Ok(flags & libc::IFF_RUNNING as u32 != 0)
+    }
+}
+
 /// The (sequence number, errno) pairs in a datagram of NLMSG_ERROR messages.
 struct Answers<'a>(&'a [u8]);
 
@@ -219,18 +241,23 @@ pub(super) fn encode(steps: &[NetStep]) -> Result<Vec<u8>, NetError> {
     Ok(out)
 }
 
+/// One message: `struct nlmsghdr` and the body.
+fn message(out: &mut Vec<u8>, kind: u16, flags: i32, seq: u32, body: &dyn Fn(&mut Vec<u8>)) {
+    let start = out.len();
+    out.extend_from_slice(&[0; 4]);
+    out.extend_from_slice(&kind.to_ne_bytes());
+    out.extend_from_slice(&(flags as u16).to_ne_bytes());
+    out.extend_from_slice(&seq.to_ne_bytes());
+    out.extend_from_slice(&0u32.to_ne_bytes());
+    body(out);
+    let length = (out.len() - start) as u32;
+    out[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+}
+
 fn encode_step(out: &mut Vec<u8>, step: NetStep, seq: u32) {
     let create = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
     let mut message = |kind: u16, flags: i32, body: &dyn Fn(&mut Vec<u8>)| {
-        let start = out.len();
-        out.extend_from_slice(&[0; 4]);
-        out.extend_from_slice(&kind.to_ne_bytes());
-        out.extend_from_slice(&((libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags) as u16).to_ne_bytes());
-        out.extend_from_slice(&seq.to_ne_bytes());
-        out.extend_from_slice(&0u32.to_ne_bytes());
-        body(out);
-        let length = (out.len() - start) as u32;
-        out[start..start + 4].copy_from_slice(&length.to_ne_bytes());
+        message(out, kind, libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags, seq, body);
     };
     match step {
         NetStep::LinkUp { index } => {

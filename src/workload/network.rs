@@ -16,9 +16,10 @@
 use std::{
     fs, io,
     net::IpAddr,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::BorrowedFd,
     path::Path,
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -94,7 +95,7 @@ pub fn within<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -
 }
 
 /// Makes the pair between here and the namespace of the process (by its pid here), gate closed.
-pub(super) fn create(name: &Name, pid: u32, netns: &OwnedFd, ips: &[Cidr]) -> Result<(), NetworkError> {
+pub(super) fn create(name: &Name, pid: u32, netns: BorrowedFd<'_>, ips: &[Cidr]) -> Result<(), NetworkError> {
     let device = host_device(name);
     let (host_mac, inner_mac) = (mac(name, "host"), mac(name, "inside"));
     let mut batch = format!(
@@ -107,7 +108,7 @@ pub(super) fn create(name: &Name, pid: u32, netns: &OwnedFd, ips: &[Cidr]) -> Re
     if has_v6 {
         sysctl(&format!("ipv6/conf/{device}/accept_ra"), "0")?;
     }
-    within(netns.as_fd(), || create_inside(&device, ips, has_v6)).map_err(NetworkError::Enter)?
+    within(netns, || create_inside(&device, ips, has_v6)).map_err(NetworkError::Enter)?
 }
 
 fn create_inside(device: &str, ips: &[Cidr], has_v6: bool) -> Result<(), NetworkError> {
@@ -128,7 +129,7 @@ fn create_inside(device: &str, ips: &[Cidr], has_v6: bool) -> Result<(), Network
         batch += &format!("route add default via {GATEWAY_V4} dev eth0 onlink\n");
     }
     if has_v6 {
-        batch += &format!("-6 route add default via {GATEWAY_V6} dev eth0\n");
+        batch += &format!("route add default via {GATEWAY_V6} dev eth0\n");
     }
     ip(device, &batch)
 }
@@ -187,20 +188,37 @@ pub(super) fn remove(name: &Name) -> Result<(), NetworkError> {
     }
 }
 
-/// The steps that open and close a sandbox's gate.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The gate of a sandbox, seen from both of its sides.
+#[derive(Debug)]
 pub struct Gate {
     index: u32,
     ips: Vec<IpAddr>,
+    /// eth0, and a socket in its namespace.
+    inside: (RouteSocket, u32),
 }
 
 impl Gate {
-    pub(super) fn of(name: &Name, ips: &[Cidr]) -> Result<Self, NetworkError> {
+    /// `netns` is the sandbox's.
+    pub(super) fn of(name: &Name, ips: &[Cidr], netns: BorrowedFd<'_>) -> Result<Self, NetworkError> {
+        let missing = |device: String, errno| NetworkError::Missing { device, errno };
         let device = host_device(name);
-        match if_nametoindex(device.as_str()) {
-            Ok(index) => Ok(Self { index, ips: ips.iter().map(|cidr| cidr.addr).collect() }),
-            Err(errno) => Err(NetworkError::Missing { device, errno }),
+        let index = if_nametoindex(device.as_str()).map_err(|errno| missing(device, errno))?;
+        let inside = within(netns, || Ok((RouteSocket::open()?, if_nametoindex("eth0"))));
+        let (socket, inner) = inside.map_err(NetworkError::Enter)?.map_err(NetworkError::Net)?;
+        let inner = inner.map_err(|errno| missing("eth0".to_owned(), errno))?;
+        Ok(Self { index, ips: ips.iter().map(|cidr| cidr.addr).collect(), inside: (socket, inner) })
+    }
+
+    /// Waits until packets pass after the gate was opened; false if they do not within the limit.
+    pub fn await_running(&self, limit: Duration) -> Result<bool, NetError> {
+        let until = Instant::now() + limit;
+        while !self.inside.0.is_running(self.inside.1)? {
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_micros(500));
         }
+        Ok(true)
     }
 
     /// Link up, then what the kernel had dropped with the link.

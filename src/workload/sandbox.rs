@@ -12,6 +12,7 @@
 
 use std::{
     fs, io,
+    net::IpAddr,
     os::fd::{AsFd, OwnedFd},
     path::{Component, Path, PathBuf},
     time::{Duration, Instant},
@@ -26,7 +27,7 @@ use super::{
     init::{self, Place, Setup, make_mount_point},
     keeper::{Keeper, KeeperError, ProcessId, boot_id, private_dir, read_record, write_record},
     network::{self, Gate, NetworkError},
-    spec::{Net, SandboxSpec},
+    spec::{Cidr, Net, SandboxSpec},
 };
 use crate::model::Name;
 
@@ -187,9 +188,8 @@ impl Sandbox {
         })
         .map_err(&keeper_error)?;
         if let Net::Own { ips } = &spec.net {
-            let path = PathBuf::from(format!("/proc/{}/ns/net", keeper.pid()));
-            let netns: OwnedFd = fs::File::open(&path).map_err(file("open", &path))?.into();
-            network::create(&spec.name, keeper.pid(), &netns, ips).map_err(network_error(&spec.name))?;
+            let netns = netns(&spec.name, &keeper)?;
+            network::create(&spec.name, keeper.pid(), netns.as_fd(), ips).map_err(network_error(&spec.name))?;
         }
         record.complete = true;
         write_record(&record_path, &record).map_err(&keeper_error)?;
@@ -211,7 +211,10 @@ impl Sandbox {
 
     fn with(spec: SandboxSpec, keeper: Keeper) -> Result<Self, SandboxError> {
         let gate = match &spec.net {
-            Net::Own { ips } => Some(Gate::of(&spec.name, ips).map_err(network_error(&spec.name))?),
+            Net::Own { ips } => {
+                let netns = netns(&spec.name, &keeper)?;
+                Some(Gate::of(&spec.name, ips, netns.as_fd()).map_err(network_error(&spec.name))?)
+            }
             Net::Host => None,
         };
         Ok(Self { spec, keeper, gate })
@@ -372,6 +375,12 @@ fn file_error(name: &Name, what: &'static str, path: &Path) -> impl FnOnce(io::E
     move |source| SandboxError::File { name, what, path, source }
 }
 
+/// The network namespace of a sandbox.
+fn netns(name: &Name, keeper: &Keeper) -> Result<OwnedFd, SandboxError> {
+    let path = PathBuf::from(format!("/proc/{}/ns/net", keeper.pid()));
+    Ok(fs::File::open(&path).map_err(file_error(name, "open", &path))?.into())
+}
+
 /// The errno that the new process wrote because it could not exec; the pipe's end means that it could.
 fn read_errno(pipe: OwnedFd) -> io::Result<Option<io::Error>> {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -410,10 +419,20 @@ fn check_spec(spec: &SandboxSpec, options: &Options) -> Result<(), SandboxError>
     if spec.hostname.is_empty() || spec.hostname.len() > 63 {
         return refuse(format!("the host name {:?} must have 1 to 63 characters", spec.hostname));
     }
-    if let Net::Own { ips } = &spec.net
-        && ips.len() > IPS_MAX
-    {
-        return refuse(format!("{} addresses; at most {IPS_MAX} are allowed", ips.len()));
+    if let Net::Own { ips } = &spec.net {
+        if ips.len() > IPS_MAX {
+            return refuse(format!("{} addresses; at most {IPS_MAX} are allowed", ips.len()));
+        }
+        for (i, Cidr { addr, .. }) in ips.iter().enumerate() {
+            let is_link_local = matches!(addr, IpAddr::V4(v4) if v4.is_link_local())
+                || matches!(addr, IpAddr::V6(v6) if v6.is_unicast_link_local());
+            if addr.is_unspecified() || addr.is_multicast() || addr.is_loopback() || is_link_local {
+                return refuse(format!("{addr} is not an address that others can reach; name a unicast one"));
+            }
+            if ips[..i].iter().any(|other| other.addr == *addr) {
+                return refuse(format!("the address {addr} is named twice"));
+            }
+        }
     }
     if spec.paths.len() > PATHS_MAX {
         return refuse(format!("{} paths; at most {PATHS_MAX} are allowed", spec.paths.len()));

@@ -1,7 +1,10 @@
 use std::{fs, time::Duration};
 
 use standin::{
-    takeover::{address::Addresses, gate},
+    takeover::{
+        address::Addresses,
+        gate::{self, GateError},
+    },
     workload::{
         control::ControlError,
         guard::{GuardError, GuardState, boot_time_ns},
@@ -67,7 +70,7 @@ fn a_guard_that_is_not_extended_silences_the_workload() {
         assert_eq!(count(), before);
         // Nothing opens it again by accident.
         assert!(matches!(guard.extend(boot_time_ns() + 1000 * MS), Err(GuardError::Fired)));
-        assert!(matches!(gate::open(sandbox), Err(ControlError::Fired)));
+        assert!(matches!(gate::open(sandbox), Err(GateError::Control(ControlError::Fired))));
         assert!(!client.pings(VIP));
     });
 }
@@ -100,12 +103,12 @@ fn an_unfenced_workload_runs_and_answers_until_the_new_deadline() {
         keeper.guard().fence_now(SECOND).unwrap();
         assert!(!client.pings(VIP));
         let before = count();
-        let steps = [sandbox.gate().unwrap().open_steps(), addresses.up_steps().to_vec()].concat();
-        assert!(keeper.unfence(1, &steps).is_err(), "a deadline in the past");
-        keeper.unfence(boot_time_ns() + 3000 * MS, &steps).unwrap();
+        let steps = addresses.up_steps();
+        assert!(gate::unfence(sandbox, 1, steps).is_err(), "a deadline in the past");
+        gate::unfence(sandbox, boot_time_ns() + 3000 * MS, steps).unwrap();
         assert!(client.pings(VIP));
         await_true("the count", || count() > before);
-        assert!(keeper.unfence(boot_time_ns() + 3000 * MS, &steps).is_err(), "not fenced");
+        assert!(gate::unfence(sandbox, boot_time_ns() + 3000 * MS, steps).is_err(), "not fenced");
         await_true("the guard to fire again", || keeper.guard().fired());
         assert!(!client.pings(VIP));
     });

@@ -9,12 +9,13 @@ use standin::{
     },
     workload::{
         netlink::RouteSocket,
+        network::host_device,
         sandbox::Sandbox,
         spec::{Net, Vip},
     },
 };
 
-use super::lab::{Lan, Netns, Place, await_true, output, start, unique};
+use super::lab::{Lan, Netns, Place, await_true, ip, output, start, unique};
 
 const V4: &str = "10.77.0.50";
 const V6: &str = "fd00::50";
@@ -158,8 +159,9 @@ fn an_address_that_cannot_work_is_refused_with_the_reason() {
 #[test]
 fn a_sandbox_whose_network_cannot_be_made_leaves_nothing() {
     let host = Netns::new();
-    let place = Place::new(&unique("half"), Net::Own { ips: vec!["0.0.0.0/24".parse().unwrap(); 2] });
+    let place = Place::new(&unique("half"), own());
     host.run(|| {
+        ip(&format!("link add {} type bridge", host_device(&place.spec.name)));
         let error = Sandbox::create(&place.spec, &place.options()).unwrap_err().to_string();
         assert!(error.contains("ip -batch"), "{error}");
         assert!(!output("ip link").contains("sd-"));
