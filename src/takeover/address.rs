@@ -112,10 +112,9 @@ impl Addresses {
     pub fn announce(&self) -> Result<(), AddressError> {
         let mut first = Ok(());
         for announcer in &self.announcers {
-            let sent = announcer.send().map_err(|source| AddressError::Send {
-                device: announcer.device().to_owned(),
-                source,
-            });
+            let sent = announcer
+                .send()
+                .map_err(|source| AddressError::Send { device: announcer.device().to_owned(), source });
             first = first.and(sent);
         }
         first

@@ -40,7 +40,9 @@ pub enum VipError {
         cidr: Cidr,
     },
     /// Another network.
-    #[error("the address {cidr} is on none of the networks of {device}: {networks}; clients there would not find it")]
+    #[error(
+        "the address {cidr} is on none of the networks of {device}: {networks}; clients there would not find it"
+    )]
     ForeignNetwork {
         /// Device.
         device: String,

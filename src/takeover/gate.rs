@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::workload::{
     control::ControlError,
     netlink::{NetError, NetStep, RouteSocket},
+    network::Gate,
     sandbox::Sandbox,
 };
 
@@ -40,7 +41,7 @@ pub fn open(sandbox: &Sandbox) -> Result<(), GateError> {
 /// `steps` applied (see [`Addresses::up_steps`](super::address::Addresses::up_steps)); all but the waiting is done by
 /// the sandbox's init, so that no firing can be overtaken.
 pub fn unfence(sandbox: &Sandbox, deadline_ns: u64, steps: &[NetStep]) -> Result<(), GateError> {
-    let mut all = sandbox.gate().map(|gate| gate.open_steps()).unwrap_or_default();
+    let mut all = sandbox.gate().map(Gate::open_steps).unwrap_or_default();
     all.extend(steps);
     sandbox.keeper().unfence(deadline_ns, &all)?;
     await_running(sandbox)

@@ -45,8 +45,7 @@ pub(super) fn ethernet_address(socket: &OwnedFd) -> io::Result<Option<Mac>> {
     let mut address = link_address(0, 0);
     let mut length = size_of_val(&address) as u32;
     // SAFETY: the pointers are to a whole sockaddr_ll and to its size.
-    let answer =
-        unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut address).cast(), &raw mut length) };
+    let answer = unsafe { libc::getsockname(socket.as_raw_fd(), (&raw mut address).cast(), &raw mut length) };
     if answer < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -72,7 +71,11 @@ pub(super) fn send_frame(socket: &OwnedFd, index: u32, frame: &[u8]) -> io::Resu
 }
 
 /// Waits for a frame; `None` when the time is up.
-pub(super) fn receive_frame(socket: &OwnedFd, buffer: &mut [u8], limit: Duration) -> io::Result<Option<usize>> {
+pub(super) fn receive_frame(
+    socket: &OwnedFd,
+    buffer: &mut [u8],
+    limit: Duration,
+) -> io::Result<Option<usize>> {
     let timeout = PollTimeout::try_from(limit.as_millis()).unwrap_or(PollTimeout::MAX);
     if poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], timeout)? == 0 {
         return Ok(None);

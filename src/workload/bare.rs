@@ -55,7 +55,9 @@ pub enum BareError {
         cgroup: PathBuf,
     },
     /// It would freeze us.
-    #[error("process {0} is an ancestor of this agent, which would freeze itself; start the workload elsewhere")]
+    #[error(
+        "process {0} is an ancestor of this agent, which would freeze itself; start the workload elsewhere"
+    )]
     Ourselves(u32),
     /// A name that is in use.
     #[error("a bare tree {0} is adopted already; release it first")]
@@ -64,7 +66,9 @@ pub enum BareError {
     #[error("no bare tree {0} is adopted")]
     Unknown(Name),
     /// It forks too fast.
-    #[error("process {0} and its children start new processes faster than they can be moved into a cgroup; try again")]
+    #[error(
+        "process {0} and its children start new processes faster than they can be moved into a cgroup; try again"
+    )]
     Restless(u32),
     /// Files of /proc.
     #[error("cannot read {path}: {source}")]
@@ -173,7 +177,10 @@ impl BareTree {
         if cgroup.work().exists() {
             cgroup.thaw(std::time::Duration::from_secs(10)).map_err(cgroup_error)?;
             let root = cgroup::v2_root().map_err(cgroup_error)?;
-            let home = record.as_ref().and_then(|record| record.home.strip_prefix("/").ok()).map(|home| root.join(home));
+            let home = record
+                .as_ref()
+                .and_then(|record| record.home.strip_prefix("/").ok())
+                .map(|home| root.join(home));
             // Its old cgroup may have been removed since; then the root takes it.
             let home = home.filter(|home| home.exists()).unwrap_or(root).join("cgroup.procs");
             for _ in 0..SCANS_MAX {

@@ -61,7 +61,9 @@ impl Cgroup {
     pub fn create(name: &Name) -> Result<Self, CgroupError> {
         let cgroup = Self::of(name)?;
         for dir in [cgroup.init(), cgroup.work()] {
-            fs::create_dir_all(&dir).map_err(file_error("create", &dir))?;
+            // Another workload's end may remove `standin` between the steps of this.
+            let made = fs::create_dir_all(&dir).or_else(|_| fs::create_dir_all(&dir));
+            made.map_err(file_error("create", &dir))?;
         }
         Ok(cgroup)
     }
@@ -120,12 +122,12 @@ impl Cgroup {
 
     fn await_frozen(&self, wanted: bool, limit: Duration) -> Result<(), CgroupError> {
         let state = if wanted { "frozen" } else { "thawed" };
-        self.await_event(&self.work(), limit, state, |text| event(text, "frozen") == wanted)
+        await_event(&self.work(), limit, state, |text| event(text, "frozen") == wanted)
     }
 
     /// Kills the tree, frozen or not, and waits until it is gone.
     pub fn kill(&self, limit: Duration) -> Result<(), CgroupError> {
-        self.kill_dir(&self.work(), limit)
+        kill_dir(&self.work(), limit)
     }
 
     /// Kills the init as well, then removes the directories. Nothing to do is no error.
@@ -133,13 +135,13 @@ impl Cgroup {
         if !self.dir.exists() {
             return Ok(());
         }
-        self.kill_dir(&self.dir, limit)?;
+        kill_dir(&self.dir, limit)?;
         self.remove()
     }
 
     /// Kills what is in `init` only, then removes the directories: `work` must be empty.
     pub(super) fn destroy_guard(&self, limit: Duration) -> Result<(), CgroupError> {
-        self.kill_dir(&self.init(), limit)?;
+        kill_dir(&self.init(), limit)?;
         self.remove()
     }
 
@@ -147,45 +149,48 @@ impl Cgroup {
     fn remove(&self) -> Result<(), CgroupError> {
         for dir in [self.work(), self.init(), self.dir.clone()] {
             match fs::remove_dir(&dir) {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(file_error("remove", &dir)(error)),
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(file_error("remove", &dir)(error));
+                }
                 _ => {}
             }
         }
+        // The last workload takes `standin` along; where there are others, it is not empty.
+        let _ = self.dir.parent().map(fs::remove_dir);
         Ok(())
     }
+}
 
-    fn kill_dir(&self, dir: &Path, limit: Duration) -> Result<(), CgroupError> {
-        write(&dir.join("cgroup.kill"), "1")?;
-        self.await_event(dir, limit, "dead", |text| !event(text, "populated"))
-    }
+fn kill_dir(dir: &Path, limit: Duration) -> Result<(), CgroupError> {
+    write(&dir.join("cgroup.kill"), "1")?;
+    await_event(dir, limit, "dead", |text| !event(text, "populated"))
+}
 
-    fn await_event(
-        &self,
-        dir: &Path,
-        limit: Duration,
-        state: &'static str,
-        done: impl Fn(&str) -> bool,
-    ) -> Result<(), CgroupError> {
-        let path = dir.join("cgroup.events");
-        let mut file = File::open(&path).map_err(file_error("open", &path))?;
-        let until = Instant::now() + limit;
-        let mut text = String::new();
-        loop {
-            text.clear();
-            file.rewind().and_then(|()| file.read_to_string(&mut text)).map_err(file_error("read", &path))?;
-            if done(&text) {
-                return Ok(());
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(CgroupError::Timeout { path: dir.to_owned(), state, waited: limit });
-            }
-            let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
-            let timeout = PollTimeout::try_from(left.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
-            match poll(&mut fds, timeout) {
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(errno) => return Err(file_error("poll", &path)(errno.into())),
-            }
+fn await_event(
+    dir: &Path,
+    limit: Duration,
+    state: &'static str,
+    done: impl Fn(&str) -> bool,
+) -> Result<(), CgroupError> {
+    let path = dir.join("cgroup.events");
+    let mut file = File::open(&path).map_err(file_error("open", &path))?;
+    let until = Instant::now() + limit;
+    let mut text = String::new();
+    loop {
+        text.clear();
+        file.rewind().and_then(|()| file.read_to_string(&mut text)).map_err(file_error("read", &path))?;
+        if done(&text) {
+            return Ok(());
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(CgroupError::Timeout { path: dir.to_owned(), state, waited: limit });
+        }
+        let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
+        let timeout = PollTimeout::try_from(left.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(file_error("poll", &path)(errno.into())),
         }
     }
 }

@@ -242,7 +242,11 @@ impl Guard {
 }
 
 pub(super) fn check(deadline_ns: u64) -> Result<u64, GuardError> {
-    if (1..=DEADLINE_MAX).contains(&deadline_ns) { Ok(deadline_ns) } else { Err(GuardError::NoDeadline(deadline_ns)) }
+    if (1..=DEADLINE_MAX).contains(&deadline_ns) {
+        Ok(deadline_ns)
+    } else {
+        Err(GuardError::NoDeadline(deadline_ns))
+    }
 }
 
 #[cfg(test)]

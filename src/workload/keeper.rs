@@ -43,7 +43,8 @@ impl ProcessId {
     }
 
     pub(super) fn is_alive(self) -> bool {
-        Stat::read(self.pid).is_ok_and(|stat| stat.started == self.started && !matches!(stat.state, 'Z' | 'X'))
+        Stat::read(self.pid)
+            .is_ok_and(|stat| stat.started == self.started && !matches!(stat.state, 'Z' | 'X'))
     }
 
     /// A descriptor for exactly this process.
@@ -314,9 +315,11 @@ pub(super) fn read_record<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Opt
 /// Tells the boots of this host apart; /run may survive one on hosts where it is no tmpfs.
 pub(super) fn boot_id() -> Result<String, KeeperError> {
     let path = Path::new("/proc/sys/kernel/random/boot_id");
-    fs::read_to_string(path)
-        .map(|text| text.trim().to_owned())
-        .map_err(|source| KeeperError::File { what: "read", path: path.to_owned(), source })
+    fs::read_to_string(path).map(|text| text.trim().to_owned()).map_err(|source| KeeperError::File {
+        what: "read",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 #[cfg(test)]

@@ -86,7 +86,10 @@ impl NetStep {
             | Self::DelLink { .. }
             | Self::DelAddress { .. }
             | Self::DelProxy { .. } => {
-                matches!(errno, Errno::ENODEV | Errno::ENOENT | Errno::ESRCH | Errno::EADDRNOTAVAIL | Errno::ENXIO)
+                matches!(
+                    errno,
+                    Errno::ENODEV | Errno::ENOENT | Errno::ESRCH | Errno::EADDRNOTAVAIL | Errno::ENXIO
+                )
             }
         }
     }
@@ -99,7 +102,9 @@ pub enum NetError {
     #[error("cannot talk to the kernel's rtnetlink: {0}; does this process have CAP_NET_ADMIN?")]
     Socket(#[source] Errno),
     /// The kernel refused one step; the others were still tried.
-    #[error("the kernel refused the network change {step:?}: {errno}; does the device still exist and is it up?")]
+    #[error(
+        "the kernel refused the network change {step:?}: {errno}; does the device still exist and is it up?"
+    )]
     Refused {
         /// Which.
         step: NetStep,
@@ -293,7 +298,8 @@ fn link(out: &mut Vec<u8>, index: u32, flags: u32) {
 fn route(out: &mut Vec<u8>, index: u32, addr: IpAddr) {
     // IPv6 knows no scopes of routes.
     let scope = if addr.is_ipv4() { libc::RT_SCOPE_LINK } else { libc::RT_SCOPE_UNIVERSE };
-    let rtm = [family(addr), bits(addr), 0, 0, libc::RT_TABLE_MAIN, libc::RTPROT_STATIC, scope, libc::RTN_UNICAST];
+    let rtm =
+        [family(addr), bits(addr), 0, 0, libc::RT_TABLE_MAIN, libc::RTPROT_STATIC, scope, libc::RTN_UNICAST];
     out.extend_from_slice(&rtm);
     out.extend_from_slice(&0u32.to_ne_bytes());
     attribute(out, libc::RTA_DST, &octets(addr));

@@ -40,7 +40,9 @@ const GATEWAY_V4: &str = "169.254.1.1";
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     /// The `ip` command.
-    #[error("`ip -batch` failed for device {device}: {reason}; is iproute2 installed, and the address unused?")]
+    #[error(
+        "`ip -batch` failed for device {device}: {reason}; is iproute2 installed, and the address unused?"
+    )]
     Ip {
         /// The host's end.
         device: String,
@@ -98,10 +100,10 @@ pub fn within<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -
 pub(super) fn create(name: &Name, pid: u32, netns: BorrowedFd<'_>, ips: &[Cidr]) -> Result<(), NetworkError> {
     let device = host_device(name);
     let (host_mac, inner_mac) = (mac(name, "host"), mac(name, "inside"));
-    let mut batch = format!(
-        "link add {device} address {host_mac} type veth peer name eth0 address {inner_mac} netns {pid}\n"
+    let batch = format!(
+        "link add {device} address {host_mac} type veth peer name eth0 address {inner_mac} netns {pid}\n\
+         addr add {GATEWAY_V4}/32 dev {device} scope link\n"
     );
-    batch += &format!("addr add {GATEWAY_V4}/32 dev {device} scope link\n");
     ip(&device, &batch)?;
     let has_v6 = ips.iter().any(|cidr| cidr.addr.is_ipv6());
     enable_forwarding(&device, has_v6)?;
@@ -117,21 +119,20 @@ fn create_inside(device: &str, ips: &[Cidr], has_v6: bool) -> Result<(), Network
             sysctl(&format!("ipv6/conf/eth0/{key}"), value)?;
         }
     }
-    let mut batch = String::from("link set lo up\nlink set eth0 up\n");
-    for cidr in ips {
-        batch += &match cidr.addr {
-            IpAddr::V4(v4) => format!("addr add {v4}/32 dev eth0\n"),
-            IpAddr::V6(v6) => format!("addr add {v6}/128 dev eth0 nodad\n"),
-        };
-    }
+    let mut lines = vec!["link set lo up".to_owned(), "link set eth0 up".to_owned()];
+    lines.extend(ips.iter().map(|cidr| match cidr.addr {
+        IpAddr::V4(v4) => format!("addr add {v4}/32 dev eth0"),
+        IpAddr::V6(v6) => format!("addr add {v6}/128 dev eth0 nodad"),
+    }));
     if ips.iter().any(|cidr| cidr.addr.is_ipv4()) {
-        batch += &format!("route add {GATEWAY_V4} dev eth0 scope link\n");
-        batch += &format!("route add default via {GATEWAY_V4} dev eth0 onlink\n");
+        lines.push(format!("route add {GATEWAY_V4} dev eth0 scope link"));
+        lines.push(format!("route add default via {GATEWAY_V4} dev eth0 onlink"));
     }
     if has_v6 {
-        batch += &format!("route add default via {GATEWAY_V6} dev eth0\n");
+        lines.push(format!("route add default via {GATEWAY_V6} dev eth0"));
     }
-    ip(device, &batch)
+    lines.push(String::new());
+    ip(device, &lines.join("\n"))
 }
 
 /// Lets the host pass packets on that arrive on the device.

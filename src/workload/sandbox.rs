@@ -189,7 +189,8 @@ impl Sandbox {
         .map_err(&keeper_error)?;
         if let Net::Own { ips } = &spec.net {
             let netns = netns(&spec.name, &keeper)?;
-            network::create(&spec.name, keeper.pid(), netns.as_fd(), ips).map_err(network_error(&spec.name))?;
+            network::create(&spec.name, keeper.pid(), netns.as_fd(), ips)
+                .map_err(network_error(&spec.name))?;
         }
         record.complete = true;
         write_record(&record_path, &record).map_err(&keeper_error)?;
@@ -276,7 +277,7 @@ impl Sandbox {
         let (reply, _) = self.ask(&Request::Start(command.clone()), &[failure.as_fd()])?;
         let Reply::Started { pid } = reply else { return Err(self.nonsense(&reply)) };
         drop(failure);
-        match read_errno(failed) {
+        match read_errno(&failed) {
             Ok(None) => Ok(Root { pid, exit: None }),
             Ok(Some(source)) => {
                 self.await_end()?;
@@ -370,7 +371,11 @@ fn network_error(name: &Name) -> impl Fn(NetworkError) -> SandboxError + use<'_>
     move |source| SandboxError::Network { name: name.clone(), source }
 }
 
-fn file_error(name: &Name, what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SandboxError + use<> {
+fn file_error(
+    name: &Name,
+    what: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> SandboxError + use<> {
     let (name, path) = (name.clone(), path.to_owned());
     move |source| SandboxError::File { name, what, path, source }
 }
@@ -382,11 +387,14 @@ fn netns(name: &Name, keeper: &Keeper) -> Result<OwnedFd, SandboxError> {
 }
 
 /// The errno that the new process wrote because it could not exec; the pipe's end means that it could.
-fn read_errno(pipe: OwnedFd) -> io::Result<Option<io::Error>> {
+fn read_errno(pipe: &OwnedFd) -> io::Result<Option<io::Error>> {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let limit = PollTimeout::try_from(EXEC_LIMIT).unwrap_or(PollTimeout::MAX);
     if poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)], limit)? == 0 {
-        return Err(io::Error::new(io::ErrorKind::TimedOut, "exec did not return; is the file system there?"));
+        return Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "exec did not return; is the file system there?",
+        ));
     }
     let mut bytes = [0; 4];
     match nix::unistd::read(pipe.as_fd(), &mut bytes)? {
@@ -441,8 +449,14 @@ fn check_spec(spec: &SandboxSpec, options: &Options) -> Result<(), SandboxError>
         if let Err(reason) = check_path(path, options) {
             return refuse(reason);
         }
-        if let Some(other) = spec.paths[..i].iter().find(|other| other.starts_with(path) || path.starts_with(other)) {
-            return refuse(format!("the path {} lies in {}; name only the outer one", path.display(), other.display()));
+        if let Some(other) =
+            spec.paths[..i].iter().find(|other| other.starts_with(path) || path.starts_with(other))
+        {
+            return refuse(format!(
+                "the path {} lies in {}; name only the outer one",
+                path.display(),
+                other.display()
+            ));
         }
     }
     Ok(())
@@ -461,11 +475,17 @@ fn check_path(path: &Path, options: &Options) -> Result<(), String> {
     }
     // A link could lead into another declared path, or differ between the hosts.
     if let Some(link) = path.ancestors().find(|part| part.is_symlink()) {
-        return Err(format!("the path {shown} leads through the symbolic link {}; name its target", link.display()));
+        return Err(format!(
+            "the path {shown} leads through the symbolic link {}; name its target",
+            link.display()
+        ));
     }
     for ours in [&options.run_dir, &options.data_dir, &options.log] {
         if ours.starts_with(path) {
-            return Err(format!("the path {shown} would hide {}, which standin needs inside", ours.display()));
+            return Err(format!(
+                "the path {shown} would hide {}, which standin needs inside",
+                ours.display()
+            ));
         }
     }
     Ok(())
@@ -495,7 +515,9 @@ mod tests {
     #[test]
     fn paths_that_cannot_be_a_tree_are_refused() {
         assert!(!refused(&["/srv/no-such/a", "/srv/no-such/b"]));
-        for path in ["/", "srv", "/srv/../etc", "/proc/x", "/dev/shm", "/run", "/var/lib", "/var/lib/standin/web/log"] {
+        for path in
+            ["/", "srv", "/srv/../etc", "/proc/x", "/dev/shm", "/run", "/var/lib", "/var/lib/standin/web/log"]
+        {
             assert!(refused(&[path]), "{path}");
         }
         assert!(refused(&["/srv/no-such", "/srv/no-such/b"]));

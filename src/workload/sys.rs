@@ -33,9 +33,11 @@ pub(super) fn fork() -> nix::Result<Option<Pid>> {
 /// If the mapping has no such word.
 pub(super) fn shared_word(map: &MmapRaw, index: usize) -> &AtomicU64 {
     assert!((index + 1) * size_of::<u64>() <= map.len());
-    // SAFETY: the mapping begins at a page, so the word is aligned; it is inside (asserted), lives as long
-    // as the borrow of the map, and is only ever accessed as an atomic.
-    unsafe { AtomicU64::from_ptr(map.as_mut_ptr().cast::<u64>().add(index)) }
+    #[expect(clippy::cast_ptr_alignment, reason = "a mapping begins at a page")]
+    let words = map.as_mut_ptr().cast::<u64>();
+    // SAFETY: the word is aligned, lies in the mapping (asserted), lives as long as the borrow of the map,
+    // and is only ever accessed as an atomic.
+    unsafe { AtomicU64::from_ptr(words.add(index)) }
 }
 
 /// Keeps all memory of this process, present and future, in RAM.
@@ -48,7 +50,9 @@ pub(super) fn lock_memory() -> io::Result<()> {
 pub(super) fn prefer_realtime() -> io::Result<()> {
     let param = libc::sched_param { sched_priority: 1 };
     // SAFETY: the pointer is to a local of the right type.
-    check(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &raw const param) })
+    check(unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &raw const param)
+    })
 }
 
 /// Sets every signal to its default action, as a program expects that a shell starts.

@@ -37,7 +37,10 @@ impl Tree {
 impl Drop for Tree {
     fn drop(&mut self) {
         let _ = BareTree::release(&self.name, self.dir.path());
-        let _ = nix::sys::signal::killpg(nix::unistd::Pid::from_raw(self.child.id() as i32), nix::sys::signal::SIGKILL);
+        let _ = nix::sys::signal::killpg(
+            nix::unistd::Pid::from_raw(self.child.id() as i32),
+            nix::sys::signal::SIGKILL,
+        );
         let _ = self.child.wait();
     }
 }
@@ -102,7 +105,8 @@ fn what_cannot_be_protected_is_refused_with_the_reason() {
 #[test]
 fn a_fence_takes_the_host_address_away() {
     let mut lan = Lan::new();
-    let (host, client) = (lan.plug(&["10.77.0.1/24", "fd00::1/64"]), lan.plug(&["10.77.0.9/24", "fd00::9/64"]));
+    let (host, client) =
+        (lan.plug(&["10.77.0.1/24", "fd00::1/64"]), lan.plug(&["10.77.0.9/24", "fd00::9/64"]));
     let tree = Tree::new();
     await_true("the session", || tree_size(tree.child.id()) == 2);
     host.run(|| {

@@ -73,7 +73,8 @@ fn a_connection_outlives_the_move_from_one_sandbox_to_another() {
     let (on_b, second, second_addresses) = place(&b, "criu-b");
     first_addresses.up(first.keeper()).unwrap();
     gate::open(&first).unwrap();
-    let script = format!("exec redis-server --save '' --port 6400 --bind {VIP} --protected-mode no --dir /tmp");
+    let script =
+        format!("exec redis-server --save '' --port 6400 --bind {VIP} --protected-mode no --dir /tmp");
     let root = first.start(&shell(&script)).unwrap();
     on_a.await_log("Ready to accept connections");
     let mut connection = client.run(|| TcpStream::connect((VIP, 6400)).unwrap());
@@ -116,7 +117,11 @@ fn a_connection_outlives_the_move_from_one_sandbox_to_another() {
 
     let (outside, inside) = second.workload_pid().unwrap().unwrap();
     assert_eq!(inside, pid);
-    assert_eq!(second.keeper().cgroup().pids().unwrap(), [outside], "in the workload's cgroup, and nobody else");
+    assert_eq!(
+        second.keeper().cgroup().pids().unwrap(),
+        [outside],
+        "in the workload's cgroup, and nobody else"
+    );
     assert_eq!(second.log_pipes().unwrap().len(), 1);
     connection.write_all(b"SHUTDOWN\r\n").unwrap();
     on_b.await_log("bye bye");

@@ -96,7 +96,8 @@ impl Lan {
         let port = format!("p{}", self.ports);
         self.switch.run(|| {
             // `ip` names a namespace by a process or a file; the descriptor is a file of this process.
-            let file = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&host.0));
+            let file =
+                format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&host.0));
             ip(&format!("link add {port} type veth peer name lan0 netns {file}"));
             ip(&format!("link set {port} master br0 up"));
         });

@@ -64,7 +64,10 @@ fn an_address_follows_the_workload_to_the_other_host() {
     assert!(client.pings(V6), "{}", a.output("ip -6 route"));
     assert_eq!(neighbour(&client, V4), Some(hardware_address(&a)));
     // The workload reaches others, too.
-    start(&first, "ping -c1 -W1 10.77.0.9 >/dev/null && ping -c1 -W1 fd00::9 >/dev/null && echo reached; sleep 1000");
+    start(
+        &first,
+        "ping -c1 -W1 10.77.0.9 >/dev/null && ping -c1 -W1 fd00::9 >/dev/null && echo reached; sleep 1000",
+    );
     on_a.await_log("reached");
 
     first.keeper().guard().fence_now(Duration::from_secs(1)).unwrap();
@@ -84,7 +87,8 @@ fn an_address_follows_the_workload_to_the_other_host() {
 #[test]
 fn a_gate_can_be_closed_and_opened_again_and_again() {
     let mut lan = Lan::new();
-    let (host, client) = (lan.plug(&["10.77.0.1/24", "fd00::1/64"]), lan.plug(&["10.77.0.9/24", "fd00::9/64"]));
+    let (host, client) =
+        (lan.plug(&["10.77.0.1/24", "fd00::1/64"]), lan.plug(&["10.77.0.9/24", "fd00::9/64"]));
     let place = Place::new(&unique("gate"), own());
     let (sandbox, addresses) = host.run(|| up(&place));
     let route = host.run(|| RouteSocket::open().unwrap());

@@ -103,7 +103,10 @@ fn the_end_of_the_root_is_reported_and_orphans_are_reaped() {
 fn nothing_inside_can_end_the_init() {
     let place = Place::new(&unique("immune"), Net::Host);
     let sandbox = place.create();
-    start(&sandbox, "kill -TERM 1; kill -KILL 1; kill -STOP 1; kill -KILL 2; sleep 0.2; echo still here; sleep 1000");
+    start(
+        &sandbox,
+        "kill -TERM 1; kill -KILL 1; kill -STOP 1; kill -KILL 2; sleep 0.2; echo still here; sleep 1000",
+    );
     // The logger (2) was killed; its successor has what was written meanwhile.
     place.await_log("still here");
     assert!(sandbox.is_occupied().unwrap());

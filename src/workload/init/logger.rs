@@ -52,7 +52,7 @@ pub(super) fn inode(pipe: &OwnedFd) -> nix::Result<u64> {
 }
 
 /// The child's whole life. `socket` is its only descriptor besides the standard ones.
-pub(super) fn run(socket: OwnedFd, path: PathBuf, bytes_max: u64) -> ! {
+pub(super) fn run(socket: &OwnedFd, path: PathBuf, bytes_max: u64) -> ! {
     let _ = leave_stdio();
     let mut log = Log { path, bytes_max, file: None };
     let mut pipes: Vec<File> = Vec::new();

@@ -138,18 +138,12 @@ fn launch() -> Result<(), String> {
     if let Some(place) = &setup.place {
         unshare(place.flags()).map_err(at("make namespaces (is this root, with CAP_SYS_ADMIN?)"))?;
     }
-    match sys::fork().map_err(at("fork"))? {
-        Some(child) => {
-            report(&Report::Pid(child.as_raw().unsigned_abs()));
-            Ok(())
-        }
-        None => {
-            if let Err(error) = run(&setup, hands) {
-                report(&Report::Failed(error));
-            }
-            std::process::exit(1);
-        }
+    if let Some(child) = sys::fork().map_err(at("fork"))? {
+        report(&Report::Pid(child.as_raw().unsigned_abs()));
+        return Ok(());
     }
+    // Nobody waits for what this process answers; only its report counts.
+    run(&setup, hands)
 }
 
 /// What the init does to the world outside of its namespaces: descriptors opened before it leaves.

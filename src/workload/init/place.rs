@@ -40,14 +40,20 @@ pub(super) fn enter(place: &Place) -> Result<(), String> {
     fs::create_dir_all("/dev/shm").map_err(at("make /dev/shm"))?;
     mount_new("tmpfs", "/dev/shm", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=1777")
         .map_err(at("mount /dev/shm"))?;
-    mount_new("devpts", "/dev/pts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620")
-        .map_err(at("mount /dev/pts"))?;
+    mount_new(
+        "devpts",
+        "/dev/pts",
+        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+        "newinstance,ptmxmode=0666,mode=620",
+    )
+    .map_err(at("mount /dev/pts"))?;
     // Where /dev/ptmx is a link to pts/ptmx it is right already.
     if !fs::symlink_metadata("/dev/ptmx").is_ok_and(|meta| meta.is_symlink()) {
         bind("/dev/pts/ptmx".as_ref(), "/dev/ptmx".as_ref()).map_err(at("bind /dev/ptmx"))?;
     }
     for (from, to) in &place.binds {
-        bind(from, to).map_err(|error| format!("cannot show {} as {}: {error}", from.display(), to.display()))?;
+        bind(from, to)
+            .map_err(|error| format!("cannot show {} as {}: {error}", from.display(), to.display()))?;
     }
     Ok(())
 }

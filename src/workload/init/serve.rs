@@ -200,7 +200,7 @@ impl Server {
             Ok(None) => {
                 let _ = sys::close_from(3, theirs.as_fd());
                 let (path, bytes_max) = logger.log.clone();
-                logger::run(theirs, path, bytes_max);
+                logger::run(&theirs, path, bytes_max);
             }
             Ok(Some(child)) => {
                 for (_, pipe) in &logger.pipes {
@@ -236,7 +236,8 @@ impl Server {
             Ok(None) | Err(_) => return false,
         };
         let leaves = matches!(request, Request::Leave) && self.logger.is_none();
-        let (reply, fds) = self.answer(request, fds).unwrap_or_else(|reason| (Reply::Refused(reason), Vec::new()));
+        let (reply, fds) =
+            self.answer(request, fds).unwrap_or_else(|reason| (Reply::Refused(reason), Vec::new()));
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         let sent = control::send(self.clients[i].as_fd(), &reply, &borrowed).is_ok();
         if leaves {
@@ -279,7 +280,9 @@ impl Server {
             Request::Apply { steps } => self.apply(&steps)?,
             Request::Unfence { deadline_ns, steps } => self.unfence(deadline_ns, &steps)?,
             Request::Leave if self.logger.is_none() => Reply::Done,
-            Request::Leave => return Err("the init of a sandbox cannot leave it; destroy the sandbox".to_owned()),
+            Request::Leave => {
+                return Err("the init of a sandbox cannot leave it; destroy the sandbox".to_owned());
+            }
         };
         Ok((reply, Vec::new()))
     }
