@@ -109,7 +109,9 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is not what it should be (unknown keys included).
-    #[error("the settings in {path} are not usable: {message}(the keys are listed by `standin agent --help`)")]
+    #[error(
+        "the settings in {path} are not usable: {message}(the keys are listed by `standin agent --help`)"
+    )]
     Parse {
         /// Which file.
         path: PathBuf,
@@ -175,9 +177,12 @@ impl Settings {
         });
         let run_dir = self.run_dir.unwrap_or_else(|| DEFAULT_RUN_DIR.into());
         let work_dir = self.work_dir.unwrap_or_else(|| "/dev/shm/standin/work".into());
-        for (key, path) in
-            [("state_dir", &state_dir), ("store_dir", &store_dir), ("run_dir", &run_dir), ("work_dir", &work_dir)]
-        {
+        for (key, path) in [
+            ("state_dir", &state_dir),
+            ("store_dir", &store_dir),
+            ("run_dir", &run_dir),
+            ("work_dir", &work_dir),
+        ] {
             if !path.is_absolute() {
                 return Err(ConfigError::Relative { key, path: path.clone() });
             }

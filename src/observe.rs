@@ -86,7 +86,11 @@ impl HistoryLog {
         let last = self.epochs.back()?;
         let incremental: Vec<&EpochFigures> = self.epochs.iter().filter(|epoch| !epoch.full).collect();
         let of = |value: fn(&EpochFigures) -> u64| -> Vec<u64> {
-            if incremental.is_empty() { vec![value(last)] } else { incremental.iter().map(|e| value(e)).collect() }
+            if incremental.is_empty() {
+                vec![value(last)]
+            } else {
+                incremental.iter().map(|e| value(e)).collect()
+            }
         };
         Some(Summary {
             epochs: self.epochs.len() as u64,
@@ -112,8 +116,12 @@ impl HistoryLog {
             text.push(b'\n');
         }
         let temporary = self.path.with_extension("new");
-        let mut file =
-            std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
         file.write_all(&text)?;
         std::fs::rename(&temporary, &self.path)
     }

@@ -26,7 +26,10 @@ pub(super) fn listen(path: &Path) -> std::io::Result<UnixListener> {
     if std::os::unix::net::UnixStream::connect(path).is_ok() {
         return Err(std::io::Error::new(
             std::io::ErrorKind::AddrInUse,
-            format!("an agent already answers on {}; stop it first, or give this one another run_dir", path.display()),
+            format!(
+                "an agent already answers on {}; stop it first, or give this one another run_dir",
+                path.display()
+            ),
         ));
     }
     match std::fs::remove_file(path) {
@@ -64,7 +67,8 @@ async fn answer(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Respons
     let (status, body) = match route(&agent, request).await {
         Ok(body) => (StatusCode::OK, body),
         Err(error) => {
-            let status = StatusCode::from_u16(error.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            let status =
+                StatusCode::from_u16(error.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             let body = ErrorBody { code: error.code, error: error.message };
             (status, serde_json::to_vec(&body).unwrap_or_default())
         }
@@ -122,7 +126,9 @@ async fn body<T: DeserializeOwned>(request: Request<Incoming>) -> Result<T, ApiE
     let bytes = Limited::new(request.into_body(), BODY_BYTES_MAX)
         .collect()
         .await
-        .map_err(|error| ApiError::new(ErrorCode::Invalid, format!("the request's body cannot be read: {error}")))?
+        .map_err(|error| {
+            ApiError::new(ErrorCode::Invalid, format!("the request's body cannot be read: {error}"))
+        })?
         .to_bytes();
     let bytes: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
     serde_json::from_slice(bytes).map_err(|error| ApiError::invalid(format!("the request's body: {error}")))

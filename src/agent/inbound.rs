@@ -50,7 +50,9 @@ pub(super) async fn serve_lease(agent: Arc<Agent>, connection: Connection) {
 async fn answer(agent: &Arc<Agent>, connection: &Connection, request: Request) -> Reply {
     let peer = connection.peer();
     match request {
-        Request::Offer { spec, term, resident_bytes } => agent.offered(peer, spec, term, resident_bytes).await,
+        Request::Offer { spec, term, resident_bytes } => {
+            agent.offered(peer, spec, term, resident_bytes).await
+        }
         Request::Tell { name, message } => {
             let Some(owner) = agent.owner_for(&name, peer) else {
                 return agent.unknown(&name, message);

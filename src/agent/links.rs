@@ -75,7 +75,12 @@ impl Links {
 }
 
 /// Keeps one connection dialled.
-async fn keep(agent: Arc<Agent>, peer: PeerName, channel: Channel, publish: watch::Sender<Option<Connection>>) {
+async fn keep(
+    agent: Arc<Agent>,
+    peer: PeerName,
+    channel: Channel,
+    publish: watch::Sender<Option<Connection>>,
+) {
     let mut reported = false;
     loop {
         match agent.endpoint.connect(&peer, channel).await {
@@ -86,7 +91,8 @@ async fn keep(agent: Arc<Agent>, peer: PeerName, channel: Channel, publish: watc
                 reported = false;
                 publish.send_replace(Some(connection.clone()));
                 if channel == Channel::Lease {
-                    let served = tokio::spawn(super::inbound::serve_lease(Arc::clone(&agent), connection.clone()));
+                    let served =
+                        tokio::spawn(super::inbound::serve_lease(Arc::clone(&agent), connection.clone()));
                     until_dead(&connection).await;
                     served.abort();
                 } else {

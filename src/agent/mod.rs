@@ -42,8 +42,8 @@ use tokio::{
 
 use self::{
     api::{
-        AgentStatus, ApiError, ErrorCode, HandoffReport, HandoffRequest, History, PairCode, PairJoinRequest, PeerInfo,
-        ProtectRequest, RunReply, RunRequest, Source, UnprotectRequest, WorkloadStatus,
+        AgentStatus, ApiError, ErrorCode, HandoffReport, HandoffRequest, History, PairCode, PairJoinRequest,
+        PeerInfo, ProtectRequest, RunReply, RunRequest, Source, UnprotectRequest, WorkloadStatus,
     },
     durable::Durable,
     home::Home,
@@ -153,7 +153,9 @@ impl Agent {
 
     fn owner(&self, name: &Name) -> Result<mpsc::Sender<Msg>, ApiError> {
         let owner = self.owners().get(name).cloned();
-        owner.ok_or_else(|| ApiError::not_found(format!("no workload named {name} here; see `standin status`")))
+        owner.ok_or_else(|| {
+            ApiError::not_found(format!("no workload named {name} here; see `standin status`"))
+        })
     }
 
     /// The owner of a workload about which a peer speaks.
@@ -204,7 +206,9 @@ impl Agent {
             }
         };
         if tokio::time::timeout(STOP_TIMEOUT, all).await.is_err() {
-            tracing::warn!("a peer did not answer: it takes over if the workload's lease runs out before the agent is back");
+            tracing::warn!(
+                "a peer did not answer: it takes over if the workload's lease runs out before the agent is back"
+            );
         }
         self.endpoint.close().await;
     }
@@ -268,7 +272,8 @@ impl Agent {
             return Err(ApiError::refused(format!("the name {name} is taken; see `standin status {name}`")));
         }
         let agent = Arc::clone(self);
-        let started = tokio::task::spawn_blocking(move || agent.start(&request)).await.map_err(ApiError::failed)??;
+        let started =
+            tokio::task::spawn_blocking(move || agent.start(&request)).await.map_err(ApiError::failed)??;
         let (durable, home, reply) = started;
         self.own(durable, Some(home));
         Ok(reply)
@@ -305,7 +310,8 @@ impl Agent {
     fn start_in(&self, home: &Home, request: &RunRequest, user: User) -> Result<i32, ApiError> {
         let failed = |error: &dyn std::fmt::Display| ApiError::refused(error);
         let sandbox = home.sandbox().ok_or_else(|| ApiError::failed("the place is no sandbox"))?;
-        let mut env: Vec<String> = request.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let mut env: Vec<String> =
+            request.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let defaults = [
             ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
             ("HOME", "/root"),
@@ -321,7 +327,10 @@ impl Agent {
         home.open_up().map_err(|error| failed(&format!("{error:#}")))?;
         let root = home.root().map_err(|error| failed(&format!("{error:#}")))?;
         root.map(|root| root.host as i32).ok_or_else(|| {
-            ApiError::refused(format!("{:?} ended at once; its output is in the workload's log", request.command))
+            ApiError::refused(format!(
+                "{:?} ended at once; its output is in the workload's log",
+                request.command
+            ))
         })
     }
 
@@ -330,12 +339,16 @@ impl Agent {
         match &request.source {
             Source::Run(run) => {
                 self.owner(run).map_err(|_| {
-                    ApiError::not_found(format!("no sandbox named {run} here: start it with `standin run {run} -- CMD`"))
+                    ApiError::not_found(format!(
+                        "no sandbox named {run} here: start it with `standin run {run} -- CMD`"
+                    ))
                 })?;
             }
             Source::Pid(pid) => {
                 if self.owners().contains_key(&name) {
-                    return Err(ApiError::refused(format!("the name {name} is taken; see `standin status {name}`")));
+                    return Err(ApiError::refused(format!(
+                        "the name {name} is taken; see `standin status {name}`"
+                    )));
                 }
                 let pid = u32::try_from(*pid).map_err(|_| ApiError::invalid(format!("{pid} is no pid")))?;
                 self.check_pid(pid).await?;
@@ -345,7 +358,8 @@ impl Agent {
                     .await
                     .map_err(ApiError::failed)?
                     .map_err(|error| ApiError::new(ErrorCode::Refused, format!("{error:#}")))?;
-                let hostname = nix::unistd::gethostname().map_or_else(|_| name.to_string(), |name| name.to_string_lossy().into_owned());
+                let hostname = nix::unistd::gethostname()
+                    .map_or_else(|_| name.to_string(), |name| name.to_string_lossy().into_owned());
                 let sandbox = SandboxSpec { name: name.clone(), net: Net::Host, paths: Vec::new(), hostname };
                 let spec = WorkloadSpec { sandbox, vips: Vec::new(), every_ms: request.every_ms };
                 self.own(Durable { spec, peer: None, record: None, bare: true }, Some(home));
@@ -356,12 +370,14 @@ impl Agent {
 
     /// Another workload's process cannot be protected under a second name.
     async fn check_pid(&self, pid: u32) -> Result<(), ApiError> {
-        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|_| {
-            ApiError::not_found(format!("there is no process {pid} here"))
-        })?;
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))
+            .map_err(|_| ApiError::not_found(format!("there is no process {pid} here")))?;
         for workload in self.status().await.workloads {
             if cgroup.contains(&format!("/standin/{}/", workload.name)) {
-                return Err(ApiError::refused(format!("process {pid} belongs to the workload {}", workload.name)));
+                return Err(ApiError::refused(format!(
+                    "process {pid} belongs to the workload {}",
+                    workload.name
+                )));
             }
         }
         Ok(())
@@ -372,9 +388,13 @@ impl Agent {
     }
 
     async fn forget_peer(&self, name: &str) -> Result<serde_json::Value, ApiError> {
-        let used = self.status().await.workloads.into_iter().find(|workload| workload.peer.as_deref() == Some(name));
+        let used =
+            self.status().await.workloads.into_iter().find(|workload| workload.peer.as_deref() == Some(name));
         if let Some(workload) = used {
-            return Err(ApiError::refused(format!("{name} is the peer of {}: standin unprotect it first", workload.name)));
+            return Err(ApiError::refused(format!(
+                "{name} is the peer of {}: standin unprotect it first",
+                workload.name
+            )));
         }
         let name: PeerName = name.parse().map_err(ApiError::invalid)?;
         self.endpoint.peers().remove(&name).map_err(ApiError::not_found)?;
@@ -414,7 +434,11 @@ impl Agent {
 }
 
 fn peer_info(peer: &crate::transport::Peer) -> PeerInfo {
-    PeerInfo { name: peer.name.to_string(), addr: peer.addr.to_string(), fingerprint: peer.fingerprint.to_string() }
+    PeerInfo {
+        name: peer.name.to_string(),
+        addr: peer.addr.to_string(),
+        fingerprint: peer.fingerprint.to_string(),
+    }
 }
 
 /// User and groups of a name, as `id` would show them.
@@ -425,7 +449,11 @@ fn user_named(name: Option<&str>) -> Result<User, ApiError> {
         .ok_or_else(|| ApiError::invalid(format!("there is no user named {name}")))?;
     let text = std::ffi::CString::new(name).map_err(ApiError::invalid)?;
     let groups = nix::unistd::getgrouplist(&text, user.gid).map_err(ApiError::failed)?;
-    Ok(User { uid: user.uid.as_raw(), gid: user.gid.as_raw(), groups: groups.iter().map(|gid| gid.as_raw()).collect() })
+    Ok(User {
+        uid: user.uid.as_raw(),
+        gid: user.gid.as_raw(),
+        groups: groups.iter().map(|gid| gid.as_raw()).collect(),
+    })
 }
 
 fn private_dir(dir: &Path) -> std::io::Result<()> {
@@ -434,11 +462,12 @@ fn private_dir(dir: &Path) -> std::io::Result<()> {
 
 /// Tells systemd, if it started us (sd_notify(3)).
 fn notify_systemd(state: &str) {
+    use std::os::{linux::net::SocketAddrExt, unix::net::SocketAddr};
     let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
     let Ok(socket) = std::os::unix::net::UnixDatagram::unbound() else { return };
     let bytes = std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str());
     let sent = match bytes.strip_prefix(b"@") {
-        Some(name) => std::os::linux::net::SocketAddrExt::from_abstract_name(name)
+        Some(name) => <SocketAddr as SocketAddrExt>::from_abstract_name(name)
             .and_then(|address| socket.send_to_addr(state.as_bytes(), &address)),
         None => socket.send_to(state.as_bytes(), &path),
     };

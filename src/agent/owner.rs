@@ -27,7 +27,10 @@ use tokio::{
 
 use super::{
     Agent,
-    api::{ApiError, Event, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest, WorkloadStatus},
+    api::{
+        ApiError, Event, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest,
+        WorkloadStatus,
+    },
     durable::{self, Durable},
     home::Home,
     session::{HandoffDone, Order, SessionError},
@@ -55,30 +58,71 @@ pub(super) type Answer<T> = oneshot::Sender<Result<T, ApiError>>;
 
 /// What reaches an owner.
 pub(super) enum Msg {
-    Protect { request: ProtectRequest, answer: Answer<WorkloadStatus> },
-    Unprotect { request: UnprotectRequest, answer: Answer<WorkloadStatus> },
-    Handoff { request: HandoffRequest, answer: Answer<HandoffReport> },
-    Remove { answer: Answer<()> },
-    Status { answer: oneshot::Sender<WorkloadStatus> },
-    History { answer: oneshot::Sender<History> },
+    Protect {
+        request: ProtectRequest,
+        answer: Answer<WorkloadStatus>,
+    },
+    Unprotect {
+        request: UnprotectRequest,
+        answer: Answer<WorkloadStatus>,
+    },
+    Handoff {
+        request: HandoffRequest,
+        answer: Answer<HandoffReport>,
+    },
+    Remove {
+        answer: Answer<()>,
+    },
+    Status {
+        answer: oneshot::Sender<WorkloadStatus>,
+    },
+    History {
+        answer: oneshot::Sender<History>,
+    },
     /// The agent stops on purpose.
-    Stop { answer: oneshot::Sender<()> },
+    Stop {
+        answer: oneshot::Sender<()>,
+    },
     /// A peer's core speaks.
-    Lease { message: Message, via: Connection },
+    Lease {
+        message: Message,
+        via: Connection,
+    },
     /// A primary asks this host to be its standby.
-    Offer { peer: String, spec: WorkloadSpec, term: Term, answer: oneshot::Sender<Reply> },
+    Offer {
+        peer: String,
+        spec: WorkloadSpec,
+        term: Term,
+        bytes: u64,
+        answer: oneshot::Sender<Reply>,
+    },
     /// A whole epoch was received and waits to be committed.
-    Received { received: Received, answer: oneshot::Sender<EpochAnswer> },
+    Received {
+        received: Received,
+        answer: oneshot::Sender<EpochAnswer>,
+    },
     /// The standby for an epoch that begins to arrive.
-    StandbyOf { answer: oneshot::Sender<Option<Arc<Standby>>> },
+    StandbyOf {
+        answer: oneshot::Sender<Option<Arc<Standby>>>,
+    },
     Persisted(Ticket),
-    Restored { home: Box<Home>, phases: BTreeMap<String, f64>, root: u32 },
+    Restored {
+        home: Box<Home>,
+        phases: BTreeMap<String, f64>,
+        root: u32,
+    },
     RestoreFailed(String),
-    AskCommit { id: EpochId, permit: oneshot::Sender<()> },
+    AskCommit {
+        id: EpochId,
+        permit: oneshot::Sender<()>,
+    },
     EpochCommitted(EpochFigures),
     EpochFailed(SessionError),
     Hold(oneshot::Sender<bool>),
-    FinalCommitted { id: EpochId, verdict: std::sync::mpsc::Sender<bool> },
+    FinalCommitted {
+        id: EpochId,
+        verdict: std::sync::mpsc::Sender<bool>,
+    },
     HandoffDone(Result<HandoffDone, SessionError>),
     /// A lazy restore has put every page.
     PagesServed,
@@ -258,8 +302,8 @@ impl Owner {
                 self.via = Some(via);
                 self.feed(Input::Message(message));
             }
-            Msg::Offer { peer, spec, term, answer } => {
-                let reply = self.offered(&peer, spec, term).await;
+            Msg::Offer { peer, spec, term, bytes, answer } => {
+                let reply = self.offered(&peer, spec, term, bytes);
                 let _ = answer.send(reply);
             }
             Msg::StandbyOf { answer } => {
@@ -326,6 +370,7 @@ impl Owner {
         match action {
             Action::Persist { ticket, record } => self.persist(ticket, record),
             Action::Send(message) => self.tell(message),
+            Action::ArmGuard { until } => return self.arm_guard(until),
             Action::ExtendGuard { until } => return self.extend_guard(until),
             Action::DisarmGuard => return self.disarm_guard(),
             Action::Fence => self.fence(),
@@ -364,7 +409,9 @@ impl Owner {
                 match written {
                     Ok(()) => break,
                     // Nothing that depends on it happens until it is written.
-                    Err(error) => tracing::error!(%error, "the workload's record cannot be written; make room on the state directory's disk"),
+                    Err(error) => {
+                        tracing::error!(%error, "the workload's record cannot be written; make room on the state directory's disk")
+                    }
                 }
                 std::thread::sleep(Duration::from_millis(200));
             }
@@ -376,7 +423,11 @@ impl Owner {
         let heartbeat = matches!(message, Message::Heartbeat { .. } | Message::Ack { .. });
         let lease = self.link().and_then(|link| link.lease());
         // An ack goes back the way its heartbeat came; everything else prefers the connection that we dialled.
-        let via = if matches!(message, Message::Ack { .. }) { self.via.clone().or(lease) } else { lease.or(self.via.clone()) };
+        let via = if matches!(message, Message::Ack { .. }) {
+            self.via.clone().or(lease)
+        } else {
+            lease.or(self.via.clone())
+        };
         let Some(via) = via else { return };
         if heartbeat {
             let datagram = crate::wire::message::Datagram { name: self.name.clone(), message };
@@ -400,24 +451,31 @@ impl Owner {
 
     // Guard, gate.
 
+    fn arm_guard(&mut self, until: Duration) -> Option<Input> {
+        let home = self.home.as_ref()?;
+        if boot_now() >= until {
+            return Some(Input::GuardLate { until });
+        }
+        // Should this thread be paused right here, the guard fires, which is safe and reported.
+        match home.keeper().guard().arm(until.as_nanos() as u64) {
+            Ok(()) => Some(Input::GuardArmed { until }),
+            Err(error) => {
+                tracing::warn!(%error, name = %self.name, "arming the guard");
+                Some(Input::GuardFired)
+            }
+        }
+    }
+
     fn extend_guard(&mut self, until: Duration) -> Option<Input> {
         if self.holding {
             return None;
         }
         let home = self.home.as_ref()?;
-        let until_ns = until.as_nanos() as u64;
-        let guard = home.keeper().guard();
-        let result = match guard.extend(until_ns) {
-            Err(crate::workload::guard::GuardError::Disarmed) => guard.arm(until_ns),
-            other => other,
-        };
-        match result {
-            Ok(()) => None,
-            Err(error) => {
-                tracing::warn!(%error, name = %self.name, "the guard");
-                Some(Input::GuardFired)
-            }
-        }
+        let extended = home.keeper().guard().extend(until.as_nanos() as u64);
+        extended.err().map(|error| {
+            tracing::warn!(%error, name = %self.name, "extending the guard");
+            Input::GuardFired
+        })
     }
 
     fn disarm_guard(&mut self) -> Option<Input> {
@@ -426,7 +484,11 @@ impl Owner {
     }
 
     fn fence(&mut self) {
-        self.event("fenced", "the lease was not renewed in time: the workload is frozen and its address is silent", None);
+        self.event(
+            "fenced",
+            "the lease was not renewed in time: the workload is frozen and its address is silent",
+            None,
+        );
         let Some(home) = &self.home else { return };
         if let Err(error) = block_in_place(|| home.keeper().guard().fence_now(FENCE_LIMIT)) {
             tracing::error!(%error, name = %self.name, "fencing");
@@ -487,7 +549,9 @@ impl Owner {
                 self.name,
                 self.durable.peer.as_deref().unwrap_or("the other host")
             )),
-            (None, _) => Some(format!("{} is not protected: standin protect {} --to PEER", self.name, self.name)),
+            (None, _) => {
+                Some(format!("{} is not protected: standin protect {} --to PEER", self.name, self.name))
+            }
         };
         if let Some(refusal) = refusal {
             let _ = answer.send(Err(ApiError::refused(refusal)));
@@ -705,7 +769,10 @@ impl Owner {
         };
         if !core.accepts_epoch(id) {
             let term = core.record().term;
-            return EpochAnswer::Refused { term, reason: format!("epoch {id} is not wanted here (term {term})") };
+            return EpochAnswer::Refused {
+                term,
+                reason: format!("epoch {id} is not wanted here (term {term})"),
+            };
         }
         let standby = self.standby.clone();
         match block_in_place(|| received.commit()) {

@@ -42,7 +42,11 @@ impl Owner {
         let marked = Standby::marked(&self.agent, &self.name);
         if let (Some(epoch), ha::Role::Primary { .. }) = (marked, record.role) {
             // The tree lacks pages that the dead agent was to bring: it is restored anew from the same epoch.
-            self.event("restored-anew", "the agent ended while pages were still on their way to the workload", Some(epoch));
+            self.event(
+                "restored-anew",
+                "the agent ended while pages were still on their way to the workload",
+                Some(epoch),
+            );
             self.kill_copy();
             record.role = ha::Role::Promoting { epoch };
         }
@@ -112,7 +116,8 @@ impl Owner {
             Err(error) => {
                 if matches!(request.source, Source::Pid(_)) {
                     self.home = None;
-                    if let Err(error) = block_in_place(|| super::home::release_bare(&self.agent, &self.name)) {
+                    if let Err(error) = block_in_place(|| super::home::release_bare(&self.agent, &self.name))
+                    {
                         tracing::warn!(%error, "giving the tree back");
                     }
                     self.gone = true;
@@ -163,7 +168,12 @@ impl Owner {
         let home = self.home.as_mut().ok_or_else(|| ApiError::failed("the workload's place is gone"))?;
         match home.root() {
             Ok(Some(_)) => {}
-            Ok(None) => return Err(ApiError::refused(format!("{} has ended: there is nothing to protect", self.name))),
+            Ok(None) => {
+                return Err(ApiError::refused(format!(
+                    "{} has ended: there is nothing to protect",
+                    self.name
+                )));
+            }
             Err(error) => return Err(ApiError::failed(format!("{error:#}"))),
         }
         let mut durable = self.durable.clone();
@@ -173,7 +183,8 @@ impl Owner {
         // A term that no earlier protection of this name has used here.
         let term = Term(unused_term(&self.history));
         durable.record = Some(Record::primary(term));
-        block_in_place(|| home.prepare(&request.vips)).map_err(|error| ApiError::failed(format!("{error:#}")))?;
+        block_in_place(|| home.prepare(&request.vips))
+            .map_err(|error| ApiError::failed(format!("{error:#}")))?;
         block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
         self.durable = durable;
         self.event("protecting", &format!("{} is to be the standby", request.to), None);
@@ -213,7 +224,6 @@ impl Owner {
         };
         let (orders_tx, orders) = mpsc::channel(ORDERS_MAX);
         let session = Session {
-            agent: Arc::clone(&self.agent),
             name: self.name.clone(),
             spec: self.durable.spec.clone(),
             term: core.record().term,
@@ -253,16 +263,22 @@ impl Owner {
     // Standby.
 
     /// A primary asks this host to be its standby.
-    pub(super) async fn offered(&mut self, peer: &str, spec: WorkloadSpec, term: Term) -> Reply {
+    pub(super) fn offered(&mut self, peer: &str, spec: WorkloadSpec, term: Term, bytes: u64) -> Reply {
         let own = self.durable.record.map_or(Term(0), |record| record.term);
         let refused = |reason: String| Reply::Refused { term: own, reason };
         match self.standing() {
             None if self.home.is_some() => {
-                return refused(format!("a workload named {} runs there, unprotected: remove or rename one of them", self.name));
+                return refused(format!(
+                    "a workload named {} runs there, unprotected: remove or rename one of them",
+                    self.name
+                ));
             }
             None => {}
             Some(_) if self.durable.peer.as_deref() != Some(peer) => {
-                return refused(format!("a workload named {} is protected there with another host", self.name));
+                return refused(format!(
+                    "a workload named {} is protected there with another host",
+                    self.name
+                ));
             }
             Some(Standing::Standby) if term == own => {}
             Some(_) if term > own => {
@@ -271,7 +287,9 @@ impl Owner {
                 self.feed(Input::Message(Message::Known { term, standing: Standing::Primary, held: None }));
                 return refused("it is becoming the standby".into());
             }
-            Some(standing) => return refused(format!("{} is {standing:?} there under term {own}", self.name)),
+            Some(standing) => {
+                return refused(format!("{} is {standing:?} there under term {own}", self.name));
+            }
         }
         if self.standing().is_none() {
             self.durable.spec = spec;
@@ -297,7 +315,13 @@ impl Owner {
         if let Err(error) = self.warm_sandbox() {
             return refused(format!("its sandbox cannot be made there: {error:#}"));
         }
-        let held = self.standby.as_ref().and_then(|standby| standby.held());
+        let Some(standby) = &self.standby else { return refused("its image is gone there".into()) };
+        let held = standby.held();
+        if held.is_none()
+            && let Err(reason) = standby.ensure_room(bytes)
+        {
+            return refused(reason);
+        }
         Reply::Accepted { held }
     }
 
@@ -480,7 +504,8 @@ impl Owner {
             return;
         }
         self.event("pages-failed", reason, None);
-        self.error = Some(format!("pages could not be brought to the restored workload, which was ended: {reason}"));
+        self.error =
+            Some(format!("pages could not be brought to the restored workload, which was ended: {reason}"));
         self.kill_copy();
     }
 

@@ -10,18 +10,15 @@
 //! that cannot be shipped yet, and the interval stretches with the link. The last frame of an epoch is sent only when the
 //! workload's owner has permitted the commit, because a commit is what lets the standby promote.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Agent, links::Link, owner::Msg};
+use super::{links::Link, owner::Msg};
 use crate::{
     capture::{CaptureError, Captured, Capturer, Finish, pace::Pace},
     model::{Epoch, EpochFigures, EpochId, Name, Term},
-    transport::{SendEpochError, connection::RequestError},
+    transport::{connection::RequestError, epoch::SendEpochError},
     wire::message::{EpochAnswer, FrameHead, Reply, Request},
     workload::spec::WorkloadSpec,
 };
@@ -65,7 +62,7 @@ pub(super) enum SessionError {
     #[error("the standby cannot be reached: {0}")]
     Offer(#[from] RequestError),
     #[error("the epoch could not be sent: {0}")]
-    Send(#[from] SendEpochError),
+    Send(#[source] SendEpochError),
     #[error("the standby cannot be reached: no connection stands")]
     NoConnection,
     #[error("the standby refuses: {0}")]
@@ -74,22 +71,44 @@ pub(super) enum SessionError {
     NeedFull(String),
     #[error("the lease did not hold for long enough to commit an epoch")]
     NoPermission,
-    #[error("the handoff does not converge: after {rounds} rounds an epoch still takes {needed_ms} ms; allow more with --max-downtime, or lower the load")]
+    #[error(
+        "the handoff does not converge: after {rounds} rounds an epoch still takes {needed_ms} ms; allow more with --max-downtime, or lower the load"
+    )]
     NoConvergence { rounds: u32, needed_ms: u64 },
     #[error("the workload is not running on this host any more")]
     Ended,
 }
 
 impl SessionError {
+    /// An answer that is no commit.
+    fn answered(answer: EpochAnswer) -> Self {
+        match answer {
+            EpochAnswer::Committed { id } => {
+                Self::Refused(format!("it committed epoch {id}, which was not sent"))
+            }
+            EpochAnswer::NeedFull { reason, .. } => Self::NeedFull(reason),
+            EpochAnswer::Refused { reason, .. } => Self::Refused(reason),
+        }
+    }
+
     /// Whether CRIU or the workload is the reason, so that trying again soon is of no use.
     pub(super) fn is_capture(&self) -> bool {
         matches!(self, Self::Capture(_))
     }
 }
 
+impl From<SendEpochError> for SessionError {
+    /// An answer that came early is the standby's, and no fault of the connection.
+    fn from(error: SendEpochError) -> Self {
+        match error {
+            SendEpochError::Answered { answer, .. } => Self::answered(*answer),
+            error => Self::Send(error),
+        }
+    }
+}
+
 /// What a session works with.
 pub(super) struct Session {
-    pub(super) agent: Arc<Agent>,
     pub(super) name: Name,
     pub(super) spec: WorkloadSpec,
     pub(super) term: Term,
@@ -132,7 +151,9 @@ impl Session {
                     offered = true;
                     match pending.take() {
                         Some(order) => {
-                            let Some((back, result)) = self.handoff(now, order.max_downtime).await else { return };
+                            let Some((back, result)) = self.handoff(now, order.max_downtime).await else {
+                                return;
+                            };
                             progress = Some(back);
                             let failed = result.as_ref().err().map(ToString::to_string);
                             let killed = result.as_ref().is_ok_and(|done| done.killed);
@@ -185,8 +206,7 @@ impl Session {
             return Err(SessionError::NoConnection);
         }
         let lease = self.link.lease().ok_or(SessionError::NoConnection)?;
-        let request =
-            Request::Offer { spec: self.spec.clone(), term: self.term, resident_bytes: 0 };
+        let request = Request::Offer { spec: self.spec.clone(), term: self.term, resident_bytes: 0 };
         let held = match lease.request(&request, OFFER_TIMEOUT).await? {
             Reply::Accepted { held } => held,
             Reply::Refused { reason, .. } => return Err(SessionError::Refused(reason)),
@@ -270,7 +290,9 @@ impl Session {
         let mut capturer = progress.capturer;
         let capturing = tokio::task::spawn_blocking(move || {
             let mut emit = |head, body| {
-                frames_tx.blocking_send((head, body)).map_err(|_| std::io::Error::other("the connection to the standby is lost"))
+                frames_tx
+                    .blocking_send((head, body))
+                    .map_err(|_| std::io::Error::other("the connection to the standby is lost"))
             };
             let mut hold = || {
                 let (held_tx, held) = oneshot::channel();
@@ -339,7 +361,9 @@ impl Session {
         let answer = sender.finish(COMMIT_TIMEOUT).await?;
         match answer {
             EpochAnswer::Committed { id: committed } if committed == id => {}
-            EpochAnswer::Committed { .. } => return Err(SessionError::Refused("it committed another epoch".into())),
+            EpochAnswer::Committed { .. } => {
+                return Err(SessionError::Refused("it committed another epoch".into()));
+            }
             EpochAnswer::NeedFull { reason, .. } => return Err(SessionError::NeedFull(reason)),
             EpochAnswer::Refused { reason, .. } => return Err(SessionError::Refused(reason)),
         }

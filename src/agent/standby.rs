@@ -57,11 +57,11 @@ pub(super) struct Standby {
 impl Standby {
     pub(super) fn open(agent: &Agent, name: &Name) -> anyhow::Result<Self> {
         let durability = match agent.config.store {
-            StoreKind::Memory => Durability::Process,
-            StoreKind::Disk => Durability::Power,
+            StoreKind::Memory => Durability::Memory,
+            StoreKind::Disk => Durability::Disk,
         };
         let root = agent.config.store_dir.join("images");
-        let files = Box::new(crate::files::apply_changes);
+        let files = Box::new(|_: &crate::store::FileChanges<'_>| Ok(()));
         let store = Store::open(&root, name, durability, files)?;
         let newest = store.view().and_then(|view| Some((view.id(), Note::read(&view.criu_dir()).ok()?)));
         Ok(Self {
@@ -247,25 +247,24 @@ fn stage_frames(
     mut frames: mpsc::Receiver<(FrameHead, Vec<u8>)>,
 ) -> Result<Received, EpochAnswer> {
     let mut staging = store.begin(id, base).map_err(|error| match error {
-        error @ BeginError::NeedFull { held, .. } => EpochAnswer::NeedFull { held, reason: error.to_string() },
+        error @ BeginError::NeedFull { held, .. } => {
+            EpochAnswer::NeedFull { held, reason: error.to_string() }
+        }
         error => refused(error.to_string()),
     })?;
     let mut note = None;
     while let Some((head, body)) = frames.blocking_recv() {
         let staged = match head {
             FrameHead::Pages(head) => {
-                let mut failed = None;
-                delta::decode(&head, &body, |space, start, pages| {
-                    let staged = match pages {
-                        delta::Run::Bytes(bytes) => staging.pages(space, start, bytes),
-                        delta::Run::Zero(count) => staging.zero(space, start, count),
-                    };
-                    if let (Err(error), None) = (staged, &failed) {
-                        failed = Some(error);
+                let staged: anyhow::Result<()> = delta::decode(&head, &body, |space, start, content| {
+                    match content {
+                        delta::Content::Bytes(bytes) => staging.pages(space, start, bytes)?,
+                        delta::Content::Zero { pages } => staging.zero(space, start, pages)?,
                     }
-                })
-                .map_err(|error| refused(error.to_string()))?;
-                failed.map_or(Ok(()), Err)
+                    Ok(())
+                });
+                staged.map_err(|error| refused(error.to_string()))?;
+                Ok(())
             }
             FrameHead::Image { name, .. } => {
                 if name == crate::capture::NOTE {
@@ -323,8 +322,12 @@ impl Standby {
         let tasks = images::pstree(&images::read(&dir, "pstree.img")?)?;
         let highest = tasks.iter().flat_map(|task| &task.threads).copied().max().unwrap_or(1);
         let stdio = note.log_pipes.iter().map(|_| sandbox.fresh_stdio()).collect::<Result<Vec<_>, _>>()?;
-        let inherit =
-            note.log_pipes.iter().zip(&stdio).map(|(inode, fd)| (format!("pipe:[{inode}]"), fd.as_fd())).collect();
+        let inherit = note
+            .log_pipes
+            .iter()
+            .zip(&stdio)
+            .map(|(inode, fd)| (format!("pipe:[{inode}]"), fd.as_fd()))
+            .collect();
         let init = sandbox.keeper().pidfd()?;
         let images_dir = fs::File::open(&dir)?;
         let spawn = Spawn {
@@ -369,7 +372,7 @@ impl Standby {
         owner: mpsc::Sender<Msg>,
     ) -> std::thread::JoinHandle<()> {
         let standby = Arc::clone(self);
-        std::thread::spawn(move || match server.serve(&Pages(view), || {}) {
+        std::thread::spawn(move || match server.serve(&Pages(view), &mut || {}) {
             Ok(summary) => {
                 tracing::info!(?summary, "every page is in the restored workload");
                 let _ = fs::remove_file(&standby.mark);

@@ -26,10 +26,10 @@ use crate::{
         stats,
         swrk::{CriuError, DumpOptions, Swrk},
     },
-    delta::{Encoder, Known},
+    delta::{Encoder, Known, ReadStamp},
     extents,
     memory::{self, AttachError, Pages, ReadError, TrackError, Tracker, TreeError},
-    model::{EpochFigures, EpochId, Extent, PAGE_SIZE, Space},
+    model::{EpochFigures, Extent, PAGE_SIZE, Space},
     observe::unix_ms,
     wire::message::{FrameHead, Manifest},
 };
@@ -232,8 +232,7 @@ impl Capturer {
             }
             match Tracker::attach(task.pid) {
                 Ok(tracker) => {
-                    // Whatever the standby holds under this pid is another program's memory: compared by hash, not trusted.
-                    self.known.mark_all_stale(space);
+                    // The first pass reports all of its memory, so nothing that is known under this pid is trusted.
                     self.tasks.insert(task.pid, Tracked { tracker, space, start_ticks: task.start_ticks });
                 }
                 // It ended meanwhile; should CRIU see it after all, it is read whole.
@@ -267,9 +266,10 @@ impl Capturer {
                 let Some(wanted) = pending.get_mut(&tracked.space) else { continue };
                 let (space, known, encoder) = (tracked.space, &mut self.known, &mut self.encoder);
                 let mut read: Vec<Extent> = Vec::new();
+                let at = known.stamp();
                 tracked.tracker.memory().read_in_parts(wanted, PART_PAGES, &mut pages, |part| {
                     read.extend_from_slice(part.extents());
-                    encode(encoder, known, space, part.extents(), part.data(), figures, emit)
+                    encode(encoder, known, space, part.extents(), part.data(), at, emit)
                 })?;
                 extents::normalize(&mut read);
                 *wanted = extents::subtract(wanted, &read);
@@ -290,9 +290,8 @@ impl Capturer {
         for (pid, tracked) in &mut self.tasks {
             match tracked.tracker.take_dirty(&mut dirty) {
                 Ok(_) => {}
-                // The next look at the tree finds out what became of it; its pages are stale, so nothing is lost.
+                // The next look at the tree finds out what became of it. Without a tracker it is read whole.
                 Err(TrackError::Gone(_) | TrackError::Replaced(_)) => {
-                    self.known.mark_all_stale(tracked.space);
                     gone.push(*pid);
                     continue;
                 }
@@ -355,7 +354,7 @@ impl Capturer {
             let mut reading = Some(reading);
             scope.spawn(move || {
                 // What goes wrong here CRIU reports too.
-                let _ = page_server::serve(socket, version, &mut collector);
+                let _ = page_server::serve(&socket, version, &mut collector);
             });
             let mut notify = |stage: &str| -> bool {
                 let Finish::Final { hold, conclude } = &mut finish else { return true };
@@ -399,7 +398,11 @@ impl Capturer {
         let (freezing_us, frozen_us) = stats::frozen(&dir)?;
         figures.frozen_us = freezing_us + frozen_us;
         figures.capture_us = began.elapsed().as_micros() as u64;
-        tracing::trace!(wall_us = asked.elapsed().as_micros() as u64, frozen_us = figures.frozen_us, "thawed");
+        tracing::trace!(
+            wall_us = asked.elapsed().as_micros() as u64,
+            frozen_us = figures.frozen_us,
+            "thawed"
+        );
         let frozen = taken.and_then(Result::ok).ok_or(CaptureError::NoMemory)?;
         send_frozen(&mut self.encoder, &mut self.known, frozen, &dir, &note, figures, emit)?;
         Ok(false)
@@ -421,13 +424,12 @@ fn send_frozen(
     for piece in frozen.pieces {
         let listed = manifest.spaces.iter().find(|map| map.space == piece.space);
         let Some(listed) = listed else { continue };
-        let Piece { space, extents, data } = piece.only(&listed.extents);
-        encode(encoder, known, space, &extents, &data, figures, emit)?;
+        let Piece { space, extents, data, at } = piece.only(&listed.extents);
+        encode(encoder, known, space, &extents, &data, at, emit)?;
     }
     images::emit::<io::Error>(dir, note, &mut |head, body| emit(head, body))?;
     known.retain(&manifest);
-    figures.resident_bytes =
-        manifest.spaces.iter().map(|map| extents::pages(&map.extents) * PAGE_SIZE).sum();
+    figures.resident_bytes = manifest.spaces.iter().map(|map| extents::pages(&map.extents) * PAGE_SIZE).sum();
     emit(FrameHead::Manifest(manifest.clone()), Vec::new())?;
     Ok(manifest)
 }
@@ -438,11 +440,11 @@ fn encode(
     space: Space,
     extents: &[Extent],
     data: &[u8],
-    _figures: &mut EpochFigures,
+    at: ReadStamp,
     emit: &mut Emit<'_>,
 ) -> Result<(), CaptureError> {
     let mut result = Ok(());
-    encoder.encode(known, space, extents, data, |head, body| {
+    encoder.encode(known, space, extents, data, at, |head, body| {
         if result.is_ok() {
             result = emit(FrameHead::Pages(head), body);
         }

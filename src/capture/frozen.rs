@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     criu::page_server,
-    delta::Known,
+    delta::{Known, ReadStamp},
     extents,
     memory::{self, Memory, Pages, ReadError, TrackError, Tracker, TreeError},
     model::{Extent, PAGE_SIZE, Space},
@@ -60,6 +60,15 @@ pub(super) struct Piece {
     pub(super) space: Space,
     pub(super) extents: Vec<Extent>,
     pub(super) data: Vec<u8>,
+    /// When it was read, in the order of passes.
+    pub(super) at: ReadStamp,
+}
+
+/// Pages that CRIU sent itself.
+pub(super) struct Sent {
+    space: Space,
+    extents: Vec<Extent>,
+    data: Vec<u8>,
 }
 
 /// All of a freeze.
@@ -74,7 +83,7 @@ pub(super) struct Frozen {
 /// From the page server's thread to the reader's.
 enum Order {
     Begin,
-    Finish { manifest: Manifest, sent: Vec<Piece> },
+    Finish { manifest: Manifest, sent: Vec<Sent> },
 }
 
 /// The page server's side: collects CRIU's list and the pages that it sends itself.
@@ -83,7 +92,7 @@ pub(super) struct Collector {
     verdict: Receiver<bool>,
     begun: bool,
     listed: BTreeMap<Space, Vec<Extent>>,
-    sent: Vec<Piece>,
+    sent: Vec<Sent>,
 }
 
 /// The reader's side.
@@ -133,11 +142,14 @@ impl page_server::Handler for Collector {
     fn pages(&mut self, space: Space, extent: Extent, _lazy: bool, data: &[u8]) -> io::Result<()> {
         self.listed.entry(space).or_default().push(extent);
         match self.sent.last_mut() {
-            Some(piece) if piece.space == space && piece.extents.last().is_some_and(|last| last.end() == extent.start) => {
+            Some(piece)
+                if piece.space == space
+                    && piece.extents.last().is_some_and(|last| last.end() == extent.start) =>
+            {
                 extents::push(&mut piece.extents, extent.start, extent.end());
                 piece.data.extend_from_slice(data);
             }
-            _ => self.sent.push(Piece { space, extents: vec![extent], data: data.to_vec() }),
+            _ => self.sent.push(Sent { space, extents: vec![extent], data: data.to_vec() }),
         }
         Ok(())
     }
@@ -189,34 +201,49 @@ impl Freeze<'_> {
             let mut wanted = self.pending.remove(&tracked.space).unwrap_or_default();
             wanted.extend_from_slice(&dirty);
             extents::normalize(&mut wanted);
-            read(tracked.tracker.memory(), tracked.space, &wanted, &mut frozen.pieces)?;
+            let at = self.known.stamp();
+            read(tracked.tracker.memory(), tracked.space, &wanted, at, &mut frozen.pieces)?;
         }
         Ok(())
     }
 
     /// The second pass: pages that CRIU's parasite touched, tasks that were born after the last look, and whatever the
     /// list names that neither the standby nor this freeze has.
-    fn finish(&mut self, frozen: &mut Frozen, manifest: Manifest, sent: Vec<Piece>) -> Result<(), FrozenError> {
+    fn finish(
+        &mut self,
+        frozen: &mut Frozen,
+        manifest: Manifest,
+        sent: Vec<Sent>,
+    ) -> Result<(), FrozenError> {
         let mut dirty = Vec::new();
         for tracked in self.tasks.values_mut() {
             tracked.tracker.take_dirty(&mut dirty)?;
             self.known.mark_stale(tracked.space, &dirty);
-            read(tracked.tracker.memory(), tracked.space, &dirty, &mut frozen.pieces)?;
+            let at = self.known.stamp();
+            read(tracked.tracker.memory(), tracked.space, &dirty, at, &mut frozen.pieces)?;
         }
-        frozen.pieces.extend(sent);
+        // No pass follows: what CRIU sent, and what is read from here on, is of the freeze itself.
+        let at = self.known.stamp();
+        let sent = sent.into_iter();
+        frozen.pieces.extend(sent.map(|Sent { space, extents, data }| Piece { space, extents, data, at }));
         for map in &manifest.spaces {
             let mut have: Vec<Extent> = Vec::new();
             for piece in frozen.pieces.iter().filter(|piece| piece.space == map.space) {
                 have.extend_from_slice(&piece.extents);
             }
             extents::normalize(&mut have);
-            let missing = extents::subtract(&self.known.missing(map.space, &map.extents), &have);
+            // What is known of a task without a tracker is of another that had its pid.
+            let untracked = matches!(map.space, Space::Task(_))
+                && !self.tasks.values().any(|tracked| tracked.space == map.space);
+            let needed =
+                if untracked { map.extents.clone() } else { self.known.missing(map.space, &map.extents) };
+            let missing = extents::subtract(&needed, &have);
             let Some(&first) = missing.first() else { continue };
             let Space::Task(inside) = map.space else {
                 return Err(unreadable(map.space, first, &missing));
             };
             let memory = Memory::of(self.host_pid(inside)?);
-            read(memory, map.space, &missing, &mut frozen.pieces)?;
+            read(memory, map.space, &missing, at, &mut frozen.pieces)?;
             let got = frozen.pieces.last().map_or(&[][..], |piece| &piece.extents);
             let lost = extents::subtract(&missing, got);
             if let Some(&first) = lost.first() {
@@ -243,14 +270,20 @@ fn unreadable(space: Space, first: Extent, missing: &[Extent]) -> FrozenError {
 }
 
 /// Reads a list, all of it that can be read, as one more piece.
-fn read(memory: Memory, space: Space, wanted: &[Extent], pieces: &mut Vec<Piece>) -> Result<(), FrozenError> {
+fn read(
+    memory: Memory,
+    space: Space,
+    wanted: &[Extent],
+    at: ReadStamp,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), FrozenError> {
     if wanted.is_empty() {
         return Ok(());
     }
     let mut pages = Pages::default();
     memory.read(wanted, &mut pages)?;
     let (extents, data) = pages.into_parts();
-    pieces.push(Piece { space, extents, data });
+    pieces.push(Piece { space, extents, data, at });
     Ok(())
 }
 
@@ -288,6 +321,7 @@ mod tests {
             space: Space::Task(7),
             extents: vec![run(1, 2), run(5, 3)],
             data: [1, 2, 5, 6, 7].into_iter().flat_map(page).collect(),
+            at: Known::default().stamp(),
         };
         let piece = piece.only(&[run(0, 2), run(6, 1), run(7, 9)]);
         assert_eq!(piece.extents, vec![run(1, 1), run(6, 2)]);

@@ -40,14 +40,17 @@ pub(super) fn emit<E: From<io::Error>>(
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if entry.file_type()?.is_file() && name.ends_with(".img") {
+        // Shared memory's page maps and the like are made by the standby from the manifest.
+        let of_pages = name.starts_with("pagemap-") || name.starts_with("pages-");
+        if entry.file_type()?.is_file() && name.ends_with(".img") && !of_pages {
             names.push(name);
         }
     }
     names.sort_unstable();
     for name in names {
         let bytes = fs::read(dir.join(&name))?;
-        let pieces: Vec<&[u8]> = if bytes.is_empty() { vec![&[]] } else { bytes.chunks(PIECE_BYTES_MAX).collect() };
+        let pieces: Vec<&[u8]> =
+            if bytes.is_empty() { vec![&[]] } else { bytes.chunks(PIECE_BYTES_MAX).collect() };
         for (index, piece) in pieces.iter().enumerate() {
             let head = FrameHead::Image {
                 name: name.clone(),

@@ -23,4 +23,4 @@ mod images;
 pub mod pace;
 
 pub use engine::{CaptureError, Captured, Capturer, Emit, Finish, Source};
-pub use images::Note;
+pub use images::{NOTE, Note};

@@ -31,7 +31,9 @@ pub(super) fn main(args: Args) -> Outcome {
         .thread_name("standin")
         .build()
         .map_err(anyhow::Error::from)?;
-    runtime.block_on(agent::main(config)).map_err(|error| Failure::new(ErrorCode::Failed, format!("{error:#}")))
+    runtime
+        .block_on(agent::main(config))
+        .map_err(|error| Failure::new(ErrorCode::Failed, format!("{error:#}")))
 }
 
 fn settle(args: Args) -> Result<Config, crate::config::ConfigError> {

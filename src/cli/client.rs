@@ -16,7 +16,11 @@ pub(super) fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, F
 }
 
 /// Tells the agent to do something.
-pub(super) fn post<B: Serialize, T: DeserializeOwned>(socket: &Path, path: &str, body: &B) -> Result<T, Failure> {
+pub(super) fn post<B: Serialize, T: DeserializeOwned>(
+    socket: &Path,
+    path: &str,
+    body: &B,
+) -> Result<T, Failure> {
     call(socket, Method::POST, path, body)
 }
 
@@ -41,7 +45,10 @@ fn call<B: Serialize, T: DeserializeOwned>(
     let (status, answer) = runtime.block_on(exchange(socket, method, path, bytes))?;
     if status.is_success() {
         return serde_json::from_slice(&answer).map_err(|error| {
-            Failure::new(ErrorCode::Failed, format!("the agent's answer cannot be read ({error}): is it another version?"))
+            Failure::new(
+                ErrorCode::Failed,
+                format!("the agent's answer cannot be read ({error}): is it another version?"),
+            )
         });
     }
     Err(match serde_json::from_slice::<ErrorBody>(&answer) {
@@ -70,8 +77,9 @@ async fn exchange(
         .await
         .map_err(|_| unreachable(&"it does not accept connections"))?
         .map_err(|error| unreachable(&error))?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| unreachable(&error))?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .map_err(|error| unreachable(&error))?;
     tokio::spawn(connection);
     let request = Request::builder()
         .method(method)

@@ -54,7 +54,8 @@ pub(super) fn main(socket: &Path, args: &Args) -> Outcome {
         return Ok(());
     }
     let (Some(addr), Some(code)) = (&args.addr, &args.code) else {
-        let usage = "say `standin pair --listen` on one host, then `standin pair HOST:PORT CODE` on the other";
+        let usage =
+            "say `standin pair --listen` on one host, then `standin pair HOST:PORT CODE` on the other";
         return Err(Failure::new(ErrorCode::Invalid, usage));
     };
     let request = PairJoinRequest { addr: addr.clone(), code: code.clone() };

@@ -64,7 +64,7 @@ impl Record {
 
 /// What the peers' cores say to each other. `term` is always one that is durable at the sender,
 /// except in `TakeOver`, `Abort` and `Yielded`, where it is the term that is offered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
     /// The primary asks for its lease to be extended.
     Heartbeat {

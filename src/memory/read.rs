@@ -71,6 +71,12 @@ impl Pages {
         &self.unread
     }
 
+    /// Extents and content, for a caller who keeps them.
+    pub fn into_parts(mut self) -> (Vec<Extent>, Vec<u8>) {
+        self.buffer.truncate((extents::pages(&self.extents) * PAGE_SIZE) as usize);
+        (self.extents, self.buffer)
+    }
+
     /// Gives the buffer back to the system (after a full read, say).
     pub fn shrink(&mut self) {
         *self = Self::default();

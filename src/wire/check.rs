@@ -5,10 +5,11 @@ use std::path::{Component, Path};
 
 use super::{
     frame::BODY_LEN_MAX,
-    message::{FileKind, FileMeta, FileRecord, FrameHead, Manifest, Request},
+    message::{Datagram, FileKind, FileMeta, FileRecord, FrameHead, Manifest, Request},
 };
 use crate::{
     delta::{BATCH_PAGES_MAX, BATCH_RUNS_MAX, BatchHead, Packing},
+    ha::Message,
     model::{PAGE_SIZE, Space},
     workload::spec::{Net, WorkloadSpec},
 };
@@ -71,14 +72,17 @@ pub(super) fn request(request: &mut Request) -> Result<(), Illegal> {
             require(term.0 > 0, || "terms begin at 1".into())?;
             workload(spec)
         }
-        Request::TakeOver { term, epoch, .. } => {
+        Request::Tell { message: Message::TakeOver { term, epoch }, .. } => {
             require(*term > epoch.term, || format!("term {term} does not follow that of epoch {epoch}"))
         }
-        Request::Suspend { .. }
-        | Request::Withdraw { .. }
-        | Request::Abort { .. }
-        | Request::Inquire { .. } => Ok(()),
+        Request::Tell { .. } => Ok(()),
     }
+}
+
+/// A datagram on the lease connection.
+pub(super) fn datagram(datagram: &Datagram) -> Result<(), Illegal> {
+    let fits = matches!(datagram.message, Message::Heartbeat { .. } | Message::Ack { .. });
+    require(fits, || "a datagram that is neither a heartbeat nor its acknowledgement".into())
 }
 
 fn workload(spec: &WorkloadSpec) -> Result<(), Illegal> {

@@ -129,6 +129,7 @@ pub fn decode_message<T: Message>(bytes: &[u8]) -> Result<T, CodecError> {
 
 /// Encodes a datagram.
 pub fn encode_datagram(datagram: &Datagram) -> Result<Vec<u8>, CodecError> {
+    check::datagram(datagram).map_err(|source| CodecError::Illegal { what: "datagram", source })?;
     let mut bytes = Vec::with_capacity(96);
     append(&mut bytes, "datagram", datagram)?;
     if bytes.len() > DATAGRAM_LEN_MAX {
@@ -139,7 +140,9 @@ pub fn encode_datagram(datagram: &Datagram) -> Result<Vec<u8>, CodecError> {
 
 /// Decodes a datagram.
 pub fn decode_datagram(bytes: &[u8]) -> Result<Datagram, CodecError> {
-    decode::<Datagram, DATAGRAM_LEN_MAX>("datagram", bytes)
+    let datagram = decode::<Datagram, DATAGRAM_LEN_MAX>("datagram", bytes)?;
+    check::datagram(&datagram).map_err(|source| CodecError::Illegal { what: "datagram", source })?;
+    Ok(datagram)
 }
 
 /// Appends the encoding of `value`; the caller checks the length.
@@ -183,8 +186,8 @@ pub(super) fn decode<T: DeserializeOwned, const MAX: usize>(
 mod tests {
     use super::*;
     use crate::{
+        ha,
         model::{Epoch, EpochId, Term},
-        wire::message::Heartbeat,
         workload::spec::{Net, SandboxSpec, Vip, WorkloadSpec},
     };
 
@@ -212,9 +215,12 @@ mod tests {
         assert_eq!(decode_stream::<Request>(&encode_message(&request).unwrap()).unwrap(), request);
         let answer = EpochAnswer::Committed { id: EpochId { term: Term(1), epoch: Epoch(9) } };
         assert_eq!(decode_stream::<EpochAnswer>(&encode_message(&answer).unwrap()).unwrap(), answer);
-        let beat = Heartbeat { name: "db".parse().unwrap(), term: Term(1), seq: 4, sent_ns: u64::MAX };
-        let beat = Datagram::Heartbeat(beat);
+        let sent_at = std::time::Duration::from_nanos(u64::MAX);
+        let message = ha::Message::Heartbeat { term: Term(1), seq: 4, sent_at };
+        let mut beat = Datagram { name: "db".parse().unwrap(), message };
         assert_eq!(decode_datagram(&encode_datagram(&beat).unwrap()).unwrap(), beat);
+        beat.message = ha::Message::Inquire { term: Term(1) };
+        assert!(encode_datagram(&beat).is_err());
     }
 
     #[test]

@@ -3,19 +3,21 @@
 use std::time::{Duration, Instant};
 
 use standin::{
+    ha::Message,
     model::{Epoch, EpochId, Term},
     transport::{Channel, connection::RequestError, endpoint::ConnectError, pairing::PAIRING_VALID_FOR},
-    wire::message::{Datagram, Heartbeat, PeerRole, Reply, Request},
+    wire::message::{Datagram, Reply, Request},
 };
 
 use crate::{Host, paired, soon};
 
 fn inquiry() -> Request {
-    Request::Inquire { name: "db".parse().unwrap() }
+    Request::Tell { name: "db".parse().unwrap(), message: Message::Inquire { term: Term(3) } }
 }
 
 fn heartbeat(seq: u64) -> Datagram {
-    Datagram::Heartbeat(Heartbeat { name: "db".parse().unwrap(), term: Term(3), seq, sent_ns: 1 })
+    let message = Message::Heartbeat { term: Term(3), seq, sent_at: Duration::from_nanos(1) };
+    Datagram { name: "db".parse().unwrap(), message }
 }
 
 #[tokio::test]
@@ -65,7 +67,7 @@ async fn requests_are_answered_in_both_directions() {
     let dialed = soon(a.endpoint.connect(&"b".parse().unwrap(), Channel::Lease)).await.unwrap();
     let accepted = soon(b.endpoint.accept()).await.unwrap();
     let held = Some(EpochId { term: Term(3), epoch: Epoch(4) });
-    let known = Reply::Known { role: Some(PeerRole::Standby), term: Term(3), held };
+    let known = Reply::Accepted { held };
     for (asks, answers) in [(&dialed, &accepted), (&accepted, &dialed)] {
         let request = inquiry();
         let (reply, ()) = soon(async {

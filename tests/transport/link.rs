@@ -10,9 +10,10 @@ use std::{
 };
 
 use standin::{
+    ha::Message,
     model::Term,
     transport::{Channel, endpoint::ConnectError},
-    wire::message::{Datagram, Heartbeat},
+    wire::message::Datagram,
 };
 use tokio::{net::UdpSocket, task::AbortHandle};
 
@@ -66,7 +67,8 @@ impl Drop for Link {
 }
 
 fn heartbeat(seq: u64) -> Datagram {
-    Datagram::Heartbeat(Heartbeat { name: "db".parse().unwrap(), term: Term(1), seq, sent_ns: 0 })
+    let message = Message::Heartbeat { term: Term(1), seq, sent_at: Duration::ZERO };
+    Datagram { name: "db".parse().unwrap(), message }
 }
 
 #[tokio::test]
