@@ -37,6 +37,7 @@ pub mod parent;
 pub mod probe;
 mod rpc;
 pub mod spawn;
+pub mod stats;
 pub mod swrk;
 mod sys;
 

@@ -1,8 +1,25 @@
 //! Page deltas, pure: what of the pages read must be sent, and in which form.
+//!
+//! Owns what the standby is known to hold ([`Known`]), the packing of pages into batches ([`Encoder`]) and
+//! the checked unpacking on the other side ([`decode`]).
+//!
+//! ```text
+//!  pass ─► Known::mark_stale ─► stamp ─► read ─► Encoder::encode ─► batches
+//!                                                      │
+//!            Known::missing(manifest) must be empty ◄──┘  before the epoch may end
+//! ```
 
 use serde::{Deserialize, Serialize};
 
 use crate::model::Space;
+
+mod decode;
+mod encode;
+mod known;
+
+pub use decode::{Content, DecodeError, decode};
+pub use encode::{EncodeStats, Encoder};
+pub use known::{Known, ReadStamp};
 
 /// A run of pages in a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,3 +56,8 @@ pub struct BatchHead {
 pub const BATCH_PAGES_MAX: usize = 256;
 /// Most runs in a batch (a run of zero pages costs no body, so this needs a bound of its own).
 pub const BATCH_RUNS_MAX: usize = 4096;
+/// First address that no page may have, in a task or in a shared object (47 bits, as CRIU's images assume).
+pub const ADDRESS_END: u64 = 1 << 47;
+
+#[cfg(test)]
+mod tests;

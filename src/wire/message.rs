@@ -5,45 +5,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     delta::BatchHead,
+    ha::Message,
     model::{EpochId, Extent, Name, Space, Term},
     workload::spec::WorkloadSpec,
 };
 
-/// The primary asks for its lease to be extended (a datagram).
+/// A datagram on the lease connection: a heartbeat or its acknowledgement.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Heartbeat {
+pub struct Datagram {
     /// Workload.
     pub name: Name,
-    /// The sender's term.
-    pub term: Term,
-    /// Grows by one with each heartbeat of an agent's life.
-    pub seq: u64,
-    /// The sender's boot-time clock when it was sent; only the sender interprets it.
-    pub sent_ns: u64,
-}
-
-/// The standby grants it (a datagram).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HeartbeatAck {
-    /// Workload.
-    pub name: Name,
-    /// The term that the standby holds; newer than the heartbeat's if it has promoted.
-    pub term: Term,
-    /// Of the heartbeat.
-    pub seq: u64,
-    /// Of the heartbeat.
-    pub sent_ns: u64,
-    /// False: the lease is not granted (the standby has promoted, is promoting, or does not know the workload).
-    pub granted: bool,
-}
-
-/// A datagram on the lease connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Datagram {
-    /// Primary to standby.
-    Heartbeat(Heartbeat),
-    /// Standby to primary.
-    Ack(HeartbeatAck),
+    /// [`Message::Heartbeat`] or [`Message::Ack`], no other.
+    pub message: Message,
 }
 
 /// A request on a stream of the lease connection; each is answered by one [`Reply`].
@@ -58,40 +31,12 @@ pub enum Request {
         /// Bytes of memory that the image will need at least.
         resident_bytes: u64,
     },
-    /// The primary's agent is about to stop on purpose: do not promote until the next `Offer`.
-    Suspend {
+    /// The peer's core speaks to ours.
+    Tell {
         /// Workload.
         name: Name,
-        /// The primary's term.
-        term: Term,
-    },
-    /// Protection has ended: forget the workload and its image.
-    Withdraw {
-        /// Workload.
-        name: Name,
-        /// The primary's term.
-        term: Term,
-    },
-    /// Handoff: the source is frozen and silent; restore this epoch under the new term.
-    TakeOver {
-        /// Workload.
-        name: Name,
-        /// The new term (the source's plus one).
-        term: Term,
-        /// The committed epoch to restore.
-        epoch: EpochId,
-    },
-    /// Handoff: the source wants the workload back; refuse from now on to start under this term.
-    Abort {
-        /// Workload.
-        name: Name,
-        /// The term that `TakeOver` named.
-        term: Term,
-    },
-    /// What do you know of the workload?
-    Inquire {
-        /// Workload.
-        name: Name,
+        /// What it says.
+        message: Message,
     },
 }
 
@@ -103,41 +48,17 @@ pub enum Reply {
         /// Newest committed epoch.
         held: Option<EpochId>,
     },
-    /// To `Suspend`, `Withdraw`, `Abort`: done, and durable.
+    /// To `Tell`: heard. What the core has to say to it comes as a request of its own.
     Done,
-    /// To `TakeOver`: the restored tree runs.
-    Running {
-        /// Time from the request to the first instruction, microseconds.
-        restore_us: u64,
-    },
-    /// To `Inquire`.
-    Known {
-        /// The role here, `None` if the workload is unknown.
-        role: Option<PeerRole>,
-        /// Highest term seen.
-        term: Term,
-        /// Newest committed epoch in the store.
-        held: Option<EpochId>,
-    },
-    /// Any request: no, and why, for people.
+    /// To `Tell`: an answer at once, from an agent that does not know the workload.
+    Said(Message),
+    /// No, and why, for people.
     Refused {
         /// The highest term the answering side knows (newer than the asker's if that is the reason).
         term: Term,
         /// What is wrong and what to do about it.
         reason: String,
     },
-}
-
-/// The role that a peer plays for a workload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum PeerRole {
-    /// Runs it.
-    Primary,
-    /// Holds its image.
-    Standby,
-    /// Holds a copy that may not run.
-    Fenced,
 }
 
 /// The head of one frame of an epoch; some are followed by a body of bytes.
@@ -154,10 +75,15 @@ pub enum FrameHead {
     },
     /// Changed pages; the body is packed as the head says. A later frame overrides an earlier one.
     Pages(BatchHead),
-    /// One of CRIU's small images; the body is the file.
+    /// A piece of one of CRIU's small images; the body is the piece. The pieces of an image follow each
+    /// other without a gap, with no other frame between them.
     Image {
         /// File name, no directory: `core-2.img`.
         name: String,
+        /// Where the piece begins in the file.
+        offset: u64,
+        /// Whether another piece of this image follows.
+        more: bool,
     },
     /// A change of the replicated files; the body depends on the record.
     File(FileRecord),

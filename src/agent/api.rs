@@ -1,0 +1,376 @@
+//! The shapes that the control API speaks: HTTP with JSON bodies on the control socket.
+//!
+//! | request | body | answer |
+//! |---|---|---|
+//! | `GET /v1/status` | | [`AgentStatus`] |
+//! | `GET /v1/workloads/NAME` | | [`WorkloadStatus`] |
+//! | `GET /v1/workloads/NAME/history` | | [`History`] |
+//! | `POST /v1/run` | [`RunRequest`] | [`RunReply`] |
+//! | `POST /v1/protect` | [`ProtectRequest`] | [`WorkloadStatus`] |
+//! | `POST /v1/workloads/NAME/unprotect` | [`UnprotectRequest`] | [`WorkloadStatus`] |
+//! | `POST /v1/workloads/NAME/remove` | | `{}` |
+//! | `POST /v1/workloads/NAME/handoff` | [`HandoffRequest`] | [`HandoffReport`] |
+//! | `GET /v1/peers` | | list of [`PeerInfo`] |
+//! | `DELETE /v1/peers/NAME` | | `{}` |
+//! | `POST /v1/pair/listen` | | [`PairCode`] |
+//! | `POST /v1/pair/join` | [`PairJoinRequest`] | [`PeerInfo`] |
+//!
+//! An error is answered with a 4xx or 5xx status and an [`ErrorBody`].
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    model::{EpochFigures, EpochId, Name, Term},
+    workload::spec::{Cidr, Vip},
+};
+
+/// Start a command in a sandbox.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunRequest {
+    /// Name of the workload.
+    pub name: Name,
+    /// Addresses inside the sandbox.
+    #[serde(default)]
+    pub ips: Vec<Cidr>,
+    /// Directories replicated with each epoch.
+    #[serde(default)]
+    pub paths: Vec<PathBuf>,
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Environment, all of it.
+    #[serde(default)]
+    pub env: Vec<(String, String)>,
+    /// Working directory.
+    #[serde(default = "root_dir")]
+    pub cwd: PathBuf,
+    /// User to run as.
+    #[serde(default)]
+    pub user: Option<String>,
+}
+
+fn root_dir() -> PathBuf {
+    "/".into()
+}
+
+/// A started workload.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunReply {
+    /// Its name.
+    pub name: Name,
+    /// Pid of its first process on this host.
+    pub pid: i32,
+    /// Where its output goes.
+    pub log: PathBuf,
+}
+
+/// What is to be protected.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// The sandbox that `run` made.
+    Run(Name),
+    /// The tree of processes below this one.
+    Pid(i32),
+}
+
+/// Start continuous protection.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProtectRequest {
+    /// Name of the workload.
+    pub name: Name,
+    /// What it is.
+    pub source: Source,
+    /// The standby: a paired peer's name.
+    pub to: String,
+    /// Interval between epochs.
+    #[serde(default = "default_every_ms")]
+    pub every_ms: u64,
+    /// Addresses that follow it.
+    #[serde(default)]
+    pub vips: Vec<Vip>,
+}
+
+/// Default interval between epochs, milliseconds.
+pub const fn default_every_ms() -> u64 {
+    200
+}
+
+/// End protection; the workload runs on.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UnprotectRequest {
+    /// The standby cannot be reached and is known to be down: run on without its word.
+    pub force: bool,
+}
+
+/// Move the workload to its standby on purpose.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandoffRequest {
+    /// Longest time that clients may be without it; the final freeze waits until the rest fits.
+    #[serde(default = "default_max_downtime_ms")]
+    pub max_downtime_ms: u64,
+    /// The standby it must be; for certainty only, there is one.
+    #[serde(default)]
+    pub to: Option<String>,
+}
+
+/// Default of `--max-downtime`, milliseconds.
+pub const fn default_max_downtime_ms() -> u64 {
+    200
+}
+
+/// A handoff that was done.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HandoffReport {
+    /// Name of the workload.
+    pub name: Name,
+    /// Where it runs now.
+    pub to: String,
+    /// The new term.
+    pub term: Term,
+    /// The epoch that was restored there.
+    pub epoch: EpochId,
+    /// Pre-copy epochs before the final freeze.
+    pub rounds: u32,
+    /// From the final freeze to the target's word that it runs, milliseconds: what clients may have noticed.
+    pub downtime_ms: f64,
+    /// From the request to the source's end, milliseconds.
+    pub total_ms: f64,
+    /// Of the downtime: time that the target needed to restore, milliseconds.
+    pub restore_ms: f64,
+}
+
+/// What a workload is to this agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Runs here and is not protected.
+    Unprotected,
+    /// Runs here.
+    Primary,
+    /// Its image is kept here.
+    Standby,
+    /// A copy is here that may not run.
+    Fenced,
+}
+
+/// One workload as `status` shows it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WorkloadStatus {
+    /// Name.
+    pub name: Name,
+    /// Role on this host.
+    pub role: Role,
+    /// The role's state in one or two words: `protected`, `syncing`, `alone`, `ready`, …
+    pub state: String,
+    /// Term.
+    pub term: Term,
+    /// The other host.
+    pub peer: Option<String>,
+    /// Whether the peer is reached.
+    pub peer_connected: bool,
+    /// Newest committed epoch.
+    pub epoch: Option<EpochId>,
+    /// Age of the newest committed epoch, milliseconds.
+    pub lag_ms: Option<u64>,
+    /// Time since the lease was last renewed, milliseconds.
+    pub lease_age_ms: Option<u64>,
+    /// Interval between epochs.
+    pub every_ms: u64,
+    /// Pid of the workload's first process on this host, if it runs here.
+    pub pid: Option<i32>,
+    /// Addresses that follow it.
+    pub vips: Vec<Vip>,
+    /// The newest epoch's figures (primary).
+    pub last: Option<EpochFigures>,
+    /// Over the epochs remembered (primary).
+    pub summary: Option<Summary>,
+    /// What went wrong last, if it still matters.
+    pub error: Option<String>,
+}
+
+/// Figures over the epochs remembered.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// How many epochs.
+    pub epochs: u64,
+    /// Median of the frozen time, milliseconds.
+    pub frozen_ms_p50: f64,
+    /// 99th percentile of the frozen time, milliseconds.
+    pub frozen_ms_p99: f64,
+    /// Median of freeze-to-commit, milliseconds.
+    pub commit_ms_p50: f64,
+    /// Sum of dirty bytes.
+    pub dirty_bytes: u64,
+    /// Sum of shipped bytes.
+    pub shipped_bytes: u64,
+}
+
+/// The agent and all its workloads.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AgentStatus {
+    /// This host's name.
+    pub name: String,
+    /// Version of the agent.
+    pub version: String,
+    /// Where peers reach it.
+    pub listen: String,
+    /// All workloads.
+    pub workloads: Vec<WorkloadStatus>,
+}
+
+/// Something that happened to a workload, kept across restarts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// Wall clock, milliseconds since 1970.
+    pub at_unix_ms: u64,
+    /// Term at that time.
+    pub term: Term,
+    /// What: `protected`, `promoted`, `fenced`, `handed-off`, …
+    pub kind: String,
+    /// Cause and circumstances, for people.
+    pub detail: String,
+    /// Durations of its phases by name, milliseconds.
+    #[serde(default, skip_serializing_if = "std::collections::BTreeMap::is_empty")]
+    pub phases_ms: std::collections::BTreeMap<String, f64>,
+    /// The epoch that it concerns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<EpochId>,
+}
+
+/// What `history` answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct History {
+    /// Role changes and faults, oldest first.
+    pub events: Vec<Event>,
+    /// The epochs remembered (primary), oldest first.
+    pub epochs: Vec<EpochFigures>,
+}
+
+/// A paired peer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PeerInfo {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub addr: String,
+    /// Fingerprint of its certificate.
+    pub fingerprint: String,
+}
+
+/// A one-time code.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PairCode {
+    /// To be typed at the other host.
+    pub code: String,
+    /// Port on which this agent listens.
+    pub port: u16,
+    /// Seconds for which it can be used.
+    pub valid_s: u64,
+}
+
+/// Pair with an agent that shows a code.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PairJoinRequest {
+    /// The other agent: `HOST:PORT`.
+    pub addr: String,
+    /// The code that it shows.
+    pub code: String,
+}
+
+/// Why a request was not done.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// Kind of error.
+    pub code: ErrorCode,
+    /// What was tried, what is wrong, what to do.
+    pub error: String,
+}
+
+/// Kind of error; decides the HTTP status and the command's exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorCode {
+    /// The request makes no sense as it is.
+    Invalid,
+    /// No such workload, peer or process.
+    NotFound,
+    /// It exists, but its state (or the peer) does not allow this.
+    Refused,
+    /// The peer did not answer.
+    Unreachable,
+    /// It was tried and failed.
+    Failed,
+}
+
+impl ErrorCode {
+    /// HTTP status.
+    pub fn status(self) -> u16 {
+        match self {
+            Self::Invalid => 400,
+            Self::NotFound => 404,
+            Self::Refused => 409,
+            Self::Unreachable => 504,
+            Self::Failed => 500,
+        }
+    }
+
+    /// Exit code of the command that asked.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Failed => 1,
+            Self::Invalid => 2,
+            Self::NotFound => 3,
+            Self::Refused => 4,
+            Self::Unreachable => 5,
+        }
+    }
+}
+
+/// A request that was not done, inside the agent.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// Kind.
+    pub code: ErrorCode,
+    /// For people.
+    pub message: String,
+}
+
+impl ApiError {
+    /// An error of a kind.
+    pub fn new(code: ErrorCode, message: impl std::fmt::Display) -> Self {
+        Self { code, message: message.to_string() }
+    }
+
+    /// Tried and failed.
+    pub fn failed(message: impl std::fmt::Display) -> Self {
+        Self::new(ErrorCode::Failed, message)
+    }
+
+    /// Not in this state.
+    pub fn refused(message: impl std::fmt::Display) -> Self {
+        Self::new(ErrorCode::Refused, message)
+    }
+
+    /// Not here.
+    pub fn not_found(message: impl std::fmt::Display) -> Self {
+        Self::new(ErrorCode::NotFound, message)
+    }
+
+    /// Makes no sense.
+    pub fn invalid(message: impl std::fmt::Display) -> Self {
+        Self::new(ErrorCode::Invalid, message)
+    }
+
+    /// No answer.
+    pub fn unreachable(message: impl std::fmt::Display) -> Self {
+        Self::new(ErrorCode::Unreachable, message)
+    }
+}

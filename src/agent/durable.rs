@@ -1,0 +1,113 @@
+//! What an agent remembers of each workload through restarts and power cuts: `workloads/NAME/workload.json`.
+//!
+//! Written whole to a new file, synced, renamed, the directory synced: a reader sees the old or the new one.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ha::Record, model::Name, workload::spec::WorkloadSpec};
+
+/// A workload as it is on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Durable {
+    /// What it is.
+    pub(super) spec: WorkloadSpec,
+    /// The other host; none while it is not protected.
+    pub(super) peer: Option<String>,
+    /// The protocol's record; none while it is not protected.
+    pub(super) record: Option<Record>,
+    /// The tree on this host was started without a sandbox.
+    pub(super) bare: bool,
+}
+
+/// Where a workload's durable files are.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    dir: PathBuf,
+}
+
+impl Place {
+    pub(super) fn of(state_dir: &Path, name: &Name) -> Self {
+        Self { dir: state_dir.join("workloads").join(name.as_str()) }
+    }
+
+    /// The names of all workloads that have a record.
+    pub(super) fn all(state_dir: &Path) -> io::Result<Vec<Name>> {
+        let entries = match fs::read_dir(state_dir.join("workloads")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            if let Ok(name) = entry.file_name().to_string_lossy().parse()
+                && entry.path().join("workload.json").exists()
+            {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    pub(super) fn history(&self) -> PathBuf {
+        self.dir.join("history.jsonl")
+    }
+
+    pub(super) fn log(&self) -> PathBuf {
+        self.dir.join("output.log")
+    }
+
+    pub(super) fn data(&self) -> PathBuf {
+        self.dir.join("paths")
+    }
+
+    /// Says that a lazy restore was under way: see [`super::standby`].
+    pub(super) fn lazy_mark(&self) -> PathBuf {
+        self.dir.join("lazy-restore.json")
+    }
+
+    /// Makes the directory, 0700.
+    pub(super) fn make(&self) -> io::Result<()> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)
+    }
+
+    pub(super) fn read(&self) -> io::Result<Durable> {
+        serde_json::from_slice(&fs::read(self.file())?).map_err(io::Error::other)
+    }
+
+    pub(super) fn write(&self, durable: &Durable) -> io::Result<()> {
+        self.make()?;
+        write_synced(&self.file(), &serde_json::to_vec_pretty(durable)?)
+    }
+
+    /// Forgets the workload; its history, log and files stay for people.
+    pub(super) fn forget(&self) -> io::Result<()> {
+        match fs::remove_file(self.file()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        File::open(&self.dir)?.sync_all()
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.join("workload.json")
+    }
+}
+
+/// Puts a file on stable storage, whole: whoever reads it sees the old or the new one.
+pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file =
+        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    File::open(dir)?.sync_all()
+}

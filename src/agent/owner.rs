@@ -1,0 +1,816 @@
+//! One task owns each workload on this host: whatever happens to it goes through [`Owner::run`], one thing after the other.
+//!
+//! The owner executes what [`ha::Core`](crate::ha::Core) decides and decides nothing of its own about who may run. It
+//! keeps the place (sandbox or bare tree), the store, the session of epochs and the history.
+//!
+//! ```text
+//!   control socket ─┐                 ┌─► durable record        (Persist → Persisted)
+//!   peer ───────────┤   ┌──────────┐  ├─► guard, gate, address  (ExtendGuard, Fence, Unfence, Announce)
+//!   session ────────┼──►│  owner   ├──┼─► restore               (Restore → Restored)
+//!   timer ──────────┤   │ ha::Core │  ├─► session of epochs     (MayCommit)
+//!   standby ────────┘   └──────────┘  └─► peer                  (Send)
+//! ```
+//!
+//! Invariant: while a handoff's final epoch is held (`holding`), the copy is frozen and silent by the guard, and nothing
+//! but the handoff's outcome lets it run again.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::block_in_place,
+};
+
+use super::{
+    Agent,
+    api::{
+        ApiError, Event, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest,
+        WorkloadStatus,
+    },
+    durable::{self, Durable},
+    home::Home,
+    session::{HandoffDone, Order, SessionError},
+    standby::{Received, Standby},
+};
+use crate::{
+    ha::{self, Action, Core, Input, Message, Standing, Ticket},
+    model::{EpochFigures, EpochId, Name, Term},
+    observe::{HistoryLog, unix_ms},
+    transport::Connection,
+    wire::message::{EpochAnswer, Reply, Request},
+    workload::{guard::boot_time_ns, spec::WorkloadSpec},
+};
+
+/// Messages that may wait for a workload.
+pub(super) const QUEUE_MAX: usize = 256;
+/// How long a peer may take to take in a message.
+const TELL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long freezing may take before it is reported.
+const FENCE_LIMIT: Duration = Duration::from_secs(2);
+/// How often the owner looks whether the guard has fired and the tree lives.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+pub(super) type Answer<T> = oneshot::Sender<Result<T, ApiError>>;
+
+/// What reaches an owner.
+pub(super) enum Msg {
+    Protect {
+        request: ProtectRequest,
+        answer: Answer<WorkloadStatus>,
+    },
+    Unprotect {
+        request: UnprotectRequest,
+        answer: Answer<WorkloadStatus>,
+    },
+    Handoff {
+        request: HandoffRequest,
+        answer: Answer<HandoffReport>,
+    },
+    Remove {
+        answer: Answer<()>,
+    },
+    Status {
+        answer: oneshot::Sender<WorkloadStatus>,
+    },
+    History {
+        answer: oneshot::Sender<History>,
+    },
+    /// The agent stops on purpose.
+    Stop {
+        answer: oneshot::Sender<()>,
+    },
+    /// A peer's core speaks.
+    Lease {
+        message: Message,
+        via: Connection,
+    },
+    /// A primary asks this host to be its standby.
+    Offer {
+        peer: String,
+        spec: WorkloadSpec,
+        term: Term,
+        bytes: u64,
+        answer: oneshot::Sender<Reply>,
+    },
+    /// A whole epoch was received and waits to be committed.
+    Received {
+        received: Received,
+        answer: oneshot::Sender<EpochAnswer>,
+    },
+    /// The standby for an epoch that begins to arrive.
+    StandbyOf {
+        answer: oneshot::Sender<Option<Arc<Standby>>>,
+    },
+    Persisted(Ticket),
+    Restored {
+        home: Box<Home>,
+        phases: BTreeMap<String, f64>,
+        root: u32,
+    },
+    RestoreFailed(String),
+    AskCommit {
+        id: EpochId,
+        permit: oneshot::Sender<()>,
+    },
+    EpochCommitted(EpochFigures),
+    EpochFailed(SessionError),
+    Hold(oneshot::Sender<bool>),
+    FinalCommitted {
+        id: EpochId,
+        verdict: std::sync::mpsc::Sender<bool>,
+    },
+    HandoffDone(Result<HandoffDone, SessionError>),
+    /// A lazy restore has put every page.
+    PagesServed,
+    /// It cannot: the restored tree must not go on.
+    PagesFailed(String),
+}
+
+/// A handoff under way.
+pub(super) struct Handoff {
+    pub(super) answer: Answer<HandoffReport>,
+    pub(super) began: Instant,
+    pub(super) frozen: Option<Instant>,
+    /// When the final epoch was committed there.
+    pub(super) committed: Option<Instant>,
+    pub(super) running: Option<Instant>,
+    pub(super) verdict: Option<std::sync::mpsc::Sender<bool>>,
+    /// Why it is called off.
+    pub(super) reason: Option<String>,
+}
+
+/// The running session of epochs.
+pub(super) struct Running {
+    pub(super) task: tokio::task::JoinHandle<()>,
+    pub(super) orders: mpsc::Sender<Order>,
+}
+
+/// A promotion under way, for its history.
+pub(super) struct Promotion {
+    pub(super) cause: String,
+    pub(super) phases: BTreeMap<String, f64>,
+    pub(super) decided: Instant,
+    pub(super) epoch: EpochId,
+}
+
+pub(super) struct Owner {
+    pub(super) agent: Arc<Agent>,
+    pub(super) name: Name,
+    pub(super) durable: Durable,
+    pub(super) place: durable::Place,
+    pub(super) home: Option<Home>,
+    pub(super) standby: Option<Arc<Standby>>,
+    pub(super) core: Option<Core>,
+    pub(super) inbox: mpsc::Receiver<Msg>,
+    pub(super) to_self: mpsc::Sender<Msg>,
+    pub(super) session: Option<Running>,
+    pub(super) permit: Option<oneshot::Sender<()>>,
+    pub(super) handoff: Option<Handoff>,
+    pub(super) holding: bool,
+    /// `Unfence` came while a handoff held the copy.
+    pub(super) deferred_unfence: bool,
+    pub(super) promotion: Option<Promotion>,
+    pub(super) history: HistoryLog,
+    pub(super) via: Option<Connection>,
+    pub(super) protecting: Option<Answer<WorkloadStatus>>,
+    pub(super) unprotecting: Option<Answer<WorkloadStatus>>,
+    pub(super) stopping: Option<oneshot::Sender<()>>,
+    pub(super) last_committed: Option<(EpochFigures, Instant)>,
+    pub(super) lease_renewed: Option<Instant>,
+    pub(super) error: Option<String>,
+    pub(super) gone: bool,
+    /// Demoted while CRIU still ends the tree of a handoff.
+    pub(super) demoting: bool,
+    /// Pages are still on their way to a restored tree.
+    pub(super) lazy_pages: bool,
+    /// The epoch that a handoff brought, to tell a takeover from a failover.
+    pub(super) taken_over: Option<EpochId>,
+    /// When the addresses were announced first, and the next round.
+    pub(super) announced: Option<(Instant, usize)>,
+    pub(super) may_capture: watch::Sender<bool>,
+}
+
+impl Owner {
+    pub(super) fn new(
+        agent: Arc<Agent>,
+        durable: Durable,
+        home: Option<Home>,
+        (to_self, inbox): (mpsc::Sender<Msg>, mpsc::Receiver<Msg>),
+    ) -> Self {
+        let name = durable.spec.sandbox.name.clone();
+        let place = durable::Place::of(&agent.config.state_dir, &name);
+        Self {
+            history: HistoryLog::open(&place.history()),
+            agent,
+            name,
+            durable,
+            place,
+            home,
+            standby: None,
+            core: None,
+            inbox,
+            to_self,
+            session: None,
+            permit: None,
+            handoff: None,
+            holding: false,
+            deferred_unfence: false,
+            promotion: None,
+            via: None,
+            protecting: None,
+            unprotecting: None,
+            stopping: None,
+            last_committed: None,
+            lease_renewed: None,
+            error: None,
+            gone: false,
+            demoting: false,
+            lazy_pages: false,
+            taken_over: None,
+            announced: None,
+            may_capture: watch::Sender::new(false),
+        }
+    }
+
+    /// Owns the workload until it is removed or forgotten.
+    pub(super) async fn run(mut self) {
+        if self.durable.record.is_some() {
+            self.resume();
+        }
+        while !self.gone {
+            let wake = self.wake();
+            tokio::select! {
+                message = self.inbox.recv() => match message {
+                    Some(message) => self.handle(message).await,
+                    None => return,
+                },
+                () = tokio::time::sleep(wake) => self.tick(),
+            }
+            self.drive_session();
+        }
+        self.agent.drop_owner(&self.name);
+    }
+
+    fn wake(&self) -> Duration {
+        let deadline = self.core.as_ref().and_then(Core::next_deadline);
+        let until = deadline.map_or(LOOK_INTERVAL, |deadline| deadline.saturating_sub(boot_now()));
+        until.min(LOOK_INTERVAL)
+    }
+
+    fn tick(&mut self) {
+        if self.standing() == Some(Standing::Primary) && !self.holding {
+            let fired = self.home.as_ref().is_some_and(|home| home.keeper().guard().fired());
+            if fired {
+                self.feed(Input::GuardFired);
+            }
+        }
+        self.feed(Input::Tick);
+        self.repeat_announcement();
+    }
+
+    async fn handle(&mut self, message: Msg) {
+        match message {
+            Msg::Protect { request, answer } => self.protect(request, answer).await,
+            Msg::Unprotect { request, answer } => self.unprotect(request, answer),
+            Msg::Handoff { request, answer } => self.begin_handoff(&request, answer),
+            Msg::Remove { answer } => {
+                let _ = answer.send(self.remove());
+            }
+            Msg::Status { answer } => {
+                let _ = answer.send(self.status());
+            }
+            Msg::History { answer } => {
+                let _ = answer.send(History { events: self.history.events(), epochs: self.history.epochs() });
+            }
+            Msg::Stop { answer } => self.stop(answer),
+            Msg::Lease { message, via } => {
+                if let Message::Running { .. } = message
+                    && let Some(handoff) = &mut self.handoff
+                {
+                    handoff.running.get_or_insert_with(Instant::now);
+                }
+                if let Message::Ack { granted: true, .. } | Message::Heartbeat { .. } = message {
+                    self.lease_renewed = Some(Instant::now());
+                }
+                if let Message::TakeOver { epoch, .. } = message {
+                    self.taken_over = Some(epoch);
+                }
+                self.via = Some(via);
+                self.feed(Input::Message(message));
+            }
+            Msg::Offer { peer, spec, term, bytes, answer } => {
+                let reply = self.offered(&peer, spec, term, bytes);
+                let _ = answer.send(reply);
+            }
+            Msg::StandbyOf { answer } => {
+                let standing = self.standing();
+                let standby = self.standby.clone().filter(|_| standing == Some(Standing::Standby));
+                let _ = answer.send(standby);
+            }
+            Msg::Received { received, answer } => {
+                let reply = self.commit(received);
+                let _ = answer.send(reply);
+            }
+            Msg::Persisted(ticket) => self.feed(Input::Persisted(ticket)),
+            Msg::Restored { home, phases, root } => {
+                tracing::info!(root, "restored");
+                self.restored(*home, phases);
+            }
+            Msg::RestoreFailed(reason) => {
+                self.event("restore-failed", &reason, None);
+                self.feed(Input::RestoreFailed { reason });
+            }
+            Msg::AskCommit { id, permit } => {
+                self.permit = Some(permit);
+                self.feed(Input::AskCommit(id));
+            }
+            Msg::EpochCommitted(figures) => self.epoch_committed(figures),
+            Msg::EpochFailed(error) => self.epoch_failed(&error),
+            Msg::Hold(answer) => {
+                let _ = answer.send(self.hold());
+            }
+            Msg::FinalCommitted { id, verdict } => {
+                if let Some(handoff) = &mut self.handoff {
+                    handoff.verdict = Some(verdict);
+                    handoff.committed = Some(Instant::now());
+                    self.feed(Input::HandoffReady(id));
+                }
+            }
+            Msg::HandoffDone(result) => self.handoff_done(result),
+            Msg::PagesServed => self.pages_served(),
+            Msg::PagesFailed(reason) => self.pages_failed(&reason),
+        }
+    }
+
+    /// Gives the core what happened and does what it says.
+    pub(super) fn feed(&mut self, input: Input) {
+        let Some(core) = &mut self.core else { return };
+        let actions = core.handle(boot_now(), input);
+        self.perform(actions);
+    }
+
+    /// Does what the core says, in order, and feeds back what follows at once.
+    pub(super) fn perform(&mut self, actions: Vec<Action>) {
+        let mut actions: VecDeque<Action> = actions.into();
+        while let Some(action) = actions.pop_front() {
+            if let Some(more) = self.act(action)
+                && let Some(core) = &mut self.core
+            {
+                actions.extend(core.handle(boot_now(), more));
+            }
+        }
+    }
+
+    /// Does one thing; what follows from it at once is returned.
+    fn act(&mut self, action: Action) -> Option<Input> {
+        match action {
+            Action::Persist { ticket, record } => self.persist(ticket, record),
+            Action::Send(message) => self.tell(message),
+            Action::ArmGuard { until } => return self.arm_guard(until),
+            Action::ExtendGuard { until } => return self.extend_guard(until),
+            Action::DisarmGuard => return self.disarm_guard(),
+            Action::Fence => self.fence(),
+            Action::Unfence { until } => return self.unfence(until),
+            Action::MayCommit(_) => {
+                if let Some(permit) = self.permit.take() {
+                    let _ = permit.send(());
+                }
+            }
+            Action::Restore { epoch, term, eager } => self.restore(epoch, term, eager),
+            Action::Announce { term } => self.announce(term),
+            Action::DestroyCopy => self.destroy_copy(),
+            Action::BecomeStandby { term } => self.become_standby(term),
+            Action::Suspended => {
+                if let Some(stopping) = self.stopping.take() {
+                    let _ = stopping.send(());
+                }
+            }
+            Action::Unprotected => self.unprotected(),
+            Action::Forgotten => self.forgotten(),
+            Action::Stuck { reason } => {
+                self.error = Some(format!("the workload could not be restored: {reason}"));
+                self.event("stuck", &reason, None);
+            }
+            Action::Rejected { reason } => self.rejected(reason),
+        }
+        None
+    }
+
+    fn persist(&mut self, ticket: Ticket, record: Option<ha::Record>) {
+        self.durable.record = record;
+        let (durable, place, to_self) = (self.durable.clone(), self.place.clone(), self.to_self.clone());
+        tokio::task::spawn_blocking(move || {
+            loop {
+                let written = if durable.record.is_some() { place.write(&durable) } else { place.forget() };
+                match written {
+                    Ok(()) => break,
+                    // Nothing that depends on it happens until it is written.
+                    Err(error) => {
+                        tracing::error!(%error, "the workload's record cannot be written; make room on the state directory's disk")
+                    }
+                }
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            let _ = to_self.blocking_send(Msg::Persisted(ticket));
+        });
+    }
+
+    fn tell(&mut self, message: Message) {
+        let heartbeat = matches!(message, Message::Heartbeat { .. } | Message::Ack { .. });
+        let lease = self.link().and_then(|link| link.lease());
+        // An ack goes back the way its heartbeat came; everything else prefers the connection that we dialled.
+        let via = if matches!(message, Message::Ack { .. }) {
+            self.via.clone().or(lease)
+        } else {
+            lease.or(self.via.clone())
+        };
+        let Some(via) = via else { return };
+        if heartbeat {
+            let datagram = crate::wire::message::Datagram { name: self.name.clone(), message };
+            if let Err(error) = via.send_datagram(&datagram) {
+                tracing::trace!(%error, "a heartbeat was not sent");
+            }
+            return;
+        }
+        let request = Request::Tell { name: self.name.clone(), message };
+        let to_self = self.to_self.clone();
+        tokio::spawn(async move {
+            match via.request(&request, TELL_TIMEOUT).await {
+                Ok(Reply::Said(message)) => {
+                    let _ = to_self.send(Msg::Lease { message, via }).await;
+                }
+                Ok(_) => {}
+                Err(error) => tracing::debug!(%error, "a message did not reach the peer"),
+            }
+        });
+    }
+
+    // Guard, gate.
+
+    fn arm_guard(&mut self, until: Duration) -> Option<Input> {
+        let home = self.home.as_ref()?;
+        if boot_now() >= until {
+            return Some(Input::GuardLate { until });
+        }
+        // Should this thread be paused right here, the guard fires, which is safe and reported.
+        match home.keeper().guard().arm(until.as_nanos() as u64) {
+            Ok(()) => Some(Input::GuardArmed { until }),
+            Err(error) => {
+                tracing::warn!(%error, name = %self.name, "arming the guard");
+                Some(Input::GuardFired)
+            }
+        }
+    }
+
+    fn extend_guard(&mut self, until: Duration) -> Option<Input> {
+        if self.holding {
+            return None;
+        }
+        let home = self.home.as_ref()?;
+        let extended = home.keeper().guard().extend(until.as_nanos() as u64);
+        extended.err().map(|error| {
+            tracing::warn!(%error, name = %self.name, "extending the guard");
+            Input::GuardFired
+        })
+    }
+
+    fn disarm_guard(&mut self) -> Option<Input> {
+        let home = self.home.as_ref().filter(|_| !self.holding)?;
+        home.keeper().guard().disarm().err().map(|_| Input::GuardFired)
+    }
+
+    fn fence(&mut self) {
+        self.event(
+            "fenced",
+            "the lease was not renewed in time: the workload is frozen and its address is silent",
+            None,
+        );
+        let Some(home) = &self.home else { return };
+        if let Err(error) = block_in_place(|| home.keeper().guard().fence_now(FENCE_LIMIT)) {
+            tracing::error!(%error, name = %self.name, "fencing");
+        }
+    }
+
+    fn unfence(&mut self, until: Option<Duration>) -> Option<Input> {
+        if self.holding && self.handoff.as_ref().is_some_and(|handoff| handoff.verdict.is_none()) {
+            self.deferred_unfence = true;
+            return None;
+        }
+        let rolled_back = std::mem::take(&mut self.holding);
+        let home = self.home.as_ref()?;
+        if let Err(error) = block_in_place(|| home.unfence(until.map(|until| until.as_nanos() as u64))) {
+            tracing::warn!(%error, name = %self.name, "letting the workload run again");
+            return Some(Input::GuardFired);
+        }
+        if rolled_back {
+            // CRIU lets the tree go when it hears no.
+            if let Some(verdict) = self.handoff.as_mut().and_then(|handoff| handoff.verdict.take()) {
+                let _ = verdict.send(false);
+            }
+        }
+        self.event("unfenced", "the lease was renewed before anybody took over: the workload runs on", None);
+        None
+    }
+
+    /// A handoff's final freeze: the copy is silent from here on.
+    fn hold(&mut self) -> bool {
+        let (Some(home), Some(handoff)) = (&self.home, &mut self.handoff) else { return false };
+        if self.core.as_ref().map(Core::standing) != Some(Standing::Primary) {
+            return false;
+        }
+        self.holding = true;
+        handoff.frozen = Some(Instant::now());
+        match block_in_place(|| home.keeper().guard().fence_now(FENCE_LIMIT)) {
+            Ok(()) => true,
+            Err(error) => {
+                handoff.reason = Some(error.to_string());
+                false
+            }
+        }
+    }
+
+    // Requests.
+
+    fn begin_handoff(&mut self, request: &HandoffRequest, answer: Answer<HandoffReport>) {
+        let refusal = match (self.standing(), &self.session) {
+            _ if self.handoff.is_some() => Some("a handoff is under way already".to_owned()),
+            (Some(Standing::Primary), Some(_)) => match (&request.to, &self.durable.peer) {
+                (Some(to), Some(peer)) if to != peer => {
+                    Some(format!("{} cannot go to {to}: its standby is {peer}", self.name))
+                }
+                _ => None,
+            },
+            (Some(_), _) => Some(format!(
+                "{} does not run here: ask the agent on {}",
+                self.name,
+                self.durable.peer.as_deref().unwrap_or("the other host")
+            )),
+            (None, _) => {
+                Some(format!("{} is not protected: standin protect {} --to PEER", self.name, self.name))
+            }
+        };
+        if let Some(refusal) = refusal {
+            let _ = answer.send(Err(ApiError::refused(refusal)));
+            return;
+        }
+        let (done, finished) = oneshot::channel();
+        let order = Order::Handoff(super::session::HandoffOrder {
+            max_downtime: Duration::from_millis(request.max_downtime_ms),
+            done,
+        });
+        let sent = self.session.as_ref().is_some_and(|session| session.orders.try_send(order).is_ok());
+        if !sent {
+            let _ = answer.send(Err(ApiError::refused("the session of epochs is busy; try again")));
+            return;
+        }
+        self.handoff = Some(Handoff {
+            answer,
+            began: Instant::now(),
+            frozen: None,
+            committed: None,
+            running: None,
+            verdict: None,
+            reason: None,
+        });
+        let to_self = self.to_self.clone();
+        tokio::spawn(async move {
+            let result = finished.await.unwrap_or(Err(SessionError::Ended));
+            let _ = to_self.send(Msg::HandoffDone(result)).await;
+        });
+    }
+
+    /// The session's part of a handoff is over: the tree was killed, or runs on here.
+    fn handoff_done(&mut self, result: Result<HandoffDone, SessionError>) {
+        let Some(handoff) = self.handoff.take() else { return };
+        let since = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => (to - from).as_secs_f64() * 1e3,
+            _ => 0.0,
+        };
+        let answer = match result {
+            Ok(done) if done.killed => {
+                let report = HandoffReport {
+                    name: self.name.clone(),
+                    to: self.durable.peer.clone().unwrap_or_default(),
+                    term: self.core.as_ref().map_or(Term(0), |core| core.record().term),
+                    epoch: done.id,
+                    rounds: done.rounds,
+                    downtime_ms: since(handoff.frozen, handoff.running),
+                    total_ms: handoff.began.elapsed().as_secs_f64() * 1e3,
+                    restore_ms: since(handoff.committed, handoff.running),
+                };
+                let phases = BTreeMap::from([
+                    ("downtime".to_owned(), report.downtime_ms),
+                    ("restore".to_owned(), report.restore_ms),
+                    ("total".to_owned(), report.total_ms),
+                ]);
+                self.event_with("handed-off", &format!("to {}", report.to), Some(done.id), phases);
+                self.finish_demotion();
+                Ok(report)
+            }
+            Ok(_) => Err(handoff.reason.unwrap_or_else(|| "the standby could not take the workload".into())),
+            Err(error) => Err(handoff.reason.unwrap_or_else(|| error.to_string())),
+        };
+        let answer = answer.map_err(|reason| {
+            self.error = Some(format!("the handoff was refused: {reason}"));
+            self.event("handoff-failed", &format!("{reason}; the workload runs on here"), None);
+            self.release_hold();
+            ApiError::refused(format!("{} was not handed off and runs on here: {reason}", self.name))
+        });
+        let _ = handoff.answer.send(answer);
+    }
+
+    /// After a final freeze that came to nothing: back to what the core says.
+    fn release_hold(&mut self) {
+        if !std::mem::take(&mut self.holding) {
+            return;
+        }
+        let deferred = std::mem::take(&mut self.deferred_unfence);
+        tracing::debug!(deferred, "the hold is released");
+        // For the core the guard has fired just now; the next renewal of the lease lets the copy run.
+        self.feed(Input::GuardFired);
+    }
+
+    pub(super) fn rejected(&mut self, reason: &'static str) {
+        if let Some(answer) = self.unprotecting.take() {
+            let _ = answer.send(Err(ApiError::refused(reason)));
+        } else if let Some(handoff) = &mut self.handoff {
+            handoff.reason = Some(reason.to_owned());
+            if let Some(verdict) = handoff.verdict.take() {
+                let _ = verdict.send(false);
+            }
+        } else {
+            self.error = Some(reason.to_owned());
+        }
+    }
+
+    fn unprotect(&mut self, request: UnprotectRequest, answer: Answer<WorkloadStatus>) {
+        match self.standing() {
+            None => {
+                let _ = answer.send(Err(ApiError::refused(format!("{} is not protected", self.name))));
+                return;
+            }
+            Some(Standing::Primary | Standing::Fenced) => {}
+            Some(_) => {
+                let peer = self.durable.peer.as_deref().unwrap_or("the other host");
+                let message = format!("{} does not run here: end its protection on {peer}", self.name);
+                let _ = answer.send(Err(ApiError::refused(message)));
+                return;
+            }
+        }
+        self.unprotecting = Some(answer);
+        if request.force {
+            self.event("forced", "the operator says that the standby is down: run on without its word", None);
+            self.feed(Input::ForceRunAlone);
+            if let Some(answer) = self.unprotecting.take() {
+                let _ = answer.send(Ok(self.status()));
+            }
+            return;
+        }
+        self.feed(Input::Withdraw);
+    }
+
+    fn unprotected(&mut self) {
+        self.end_session();
+        self.core = None;
+        self.standby = None;
+        self.durable.record = None;
+        self.durable.peer = None;
+        if let Some(home) = &self.home
+            && let Err(error) = block_in_place(|| home.close_vips(&self.durable.spec.vips))
+        {
+            tracing::warn!(%error, "taking the address down");
+        }
+        self.durable.spec.vips.clear();
+        self.event("unprotected", "protection has ended; the workload runs on", None);
+        if self.durable.bare {
+            let outcome = block_in_place(|| super::home::release_bare(&self.agent, &self.name));
+            if let Err(error) = outcome {
+                tracing::warn!(%error, "giving the tree back");
+            }
+            self.gone = true;
+        } else if let Err(error) = self.place.write(&self.durable) {
+            tracing::warn!(%error, "the workload's record");
+        }
+        if let Some(answer) = self.unprotecting.take() {
+            let _ = answer.send(Ok(self.status()));
+        }
+    }
+
+    /// The primary has withdrawn the workload.
+    fn forgotten(&mut self) {
+        self.event("forgotten", "the primary has ended the protection", None);
+        self.core = None;
+        if let Some(standby) = self.standby.take() {
+            block_in_place(|| standby.remove());
+        }
+        self.destroy_home();
+        self.gone = true;
+    }
+
+    fn remove(&mut self) -> Result<(), ApiError> {
+        if self.core.is_some() {
+            let message = format!("{} is protected: standin unprotect {} first", self.name, self.name);
+            return Err(ApiError::refused(message));
+        }
+        self.destroy_home();
+        self.place.forget().map_err(ApiError::failed)?;
+        self.gone = true;
+        Ok(())
+    }
+
+    fn stop(&mut self, answer: oneshot::Sender<()>) {
+        self.end_session();
+        if self.core.is_none() {
+            let _ = answer.send(());
+            return;
+        }
+        self.stopping = Some(answer);
+        self.feed(Input::Suspend);
+    }
+
+    // Epochs.
+
+    fn epoch_committed(&mut self, figures: EpochFigures) {
+        if self.last_committed.is_none() || figures.full {
+            self.event("protected", "the standby holds a whole epoch", Some(figures.id));
+        }
+        self.history.add_epoch(figures.clone());
+        self.last_committed = Some((figures, Instant::now()));
+        self.error = None;
+        if let Some(answer) = self.protecting.take() {
+            let _ = answer.send(Ok(self.status()));
+        }
+    }
+
+    fn epoch_failed(&mut self, error: &SessionError) {
+        let text = error.to_string();
+        if self.error.as_ref() != Some(&text) {
+            self.event("epoch-failed", &text, None);
+        }
+        self.error = Some(text.clone());
+        if self.protecting.is_some() && (error.is_capture() || matches!(error, SessionError::Refused(_))) {
+            let answer = self.protecting.take();
+            self.feed(Input::Withdraw);
+            if let Some(answer) = answer {
+                let message = format!("{} cannot be protected: {text}; it runs on as before", self.name);
+                let _ = answer.send(Err(ApiError::refused(message)));
+            }
+        }
+    }
+
+    fn commit(&mut self, received: Received) -> EpochAnswer {
+        let id = received.id();
+        let Some(core) = &self.core else {
+            return EpochAnswer::Refused { term: Term(0), reason: "the workload is not known here".into() };
+        };
+        if !core.accepts_epoch(id) {
+            let term = core.record().term;
+            return EpochAnswer::Refused {
+                term,
+                reason: format!("epoch {id} is not wanted here (term {term})"),
+            };
+        }
+        let standby = self.standby.clone();
+        match block_in_place(|| received.commit()) {
+            Ok(note) => {
+                self.feed(Input::Committed(id));
+                if let Some(standby) = standby {
+                    standby.committed(id, note);
+                }
+                EpochAnswer::Committed { id }
+            }
+            Err(answer) => answer,
+        }
+    }
+
+    // Who is what.
+
+    pub(super) fn standing(&self) -> Option<Standing> {
+        self.core.as_ref().map(Core::standing)
+    }
+
+    pub(super) fn event(&mut self, kind: &str, detail: &str, epoch: Option<EpochId>) {
+        self.event_with(kind, detail, epoch, BTreeMap::new());
+    }
+
+    pub(super) fn event_with(
+        &mut self,
+        kind: &str,
+        detail: &str,
+        epoch: Option<EpochId>,
+        phases_ms: BTreeMap<String, f64>,
+    ) {
+        let term = self.durable.record.map_or(Term(0), |record| record.term);
+        let (kind, detail) = (kind.to_owned(), detail.to_owned());
+        self.history.add(Event { at_unix_ms: unix_ms(), term, kind, detail, phases_ms, epoch });
+    }
+}
+
+/// The clock of leases and guards.
+pub(super) fn boot_now() -> Duration {
+    Duration::from_nanos(boot_time_ns())
+}

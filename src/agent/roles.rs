@@ -1,0 +1,600 @@
+//! What an owner does when its host's part changes: begins to protect, becomes a standby, promotes, is demoted.
+
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
+
+use tokio::{sync::mpsc, task::block_in_place};
+
+use super::{
+    api::{ApiError, ProtectRequest, Role, Source, WorkloadStatus},
+    home::Home,
+    links::Link,
+    owner::{Answer, Msg, Owner, Promotion, Running, boot_now},
+    session::Session,
+    standby::{RestorePlan, Standby},
+};
+use crate::{
+    capture::Capturer,
+    ha::{self, Copy, Core, Input, Message, Record, Standing, Start},
+    model::{EpochId, Term},
+    takeover::{announce::SCHEDULE, check::check_vip},
+    wire::message::Reply,
+    workload::{
+        guard::GuardState,
+        spec::{Net, Vip, WorkloadSpec},
+    },
+};
+
+/// Orders that may wait for a session.
+const ORDERS_MAX: usize = 4;
+
+impl Owner {
+    /// The way to the other host.
+    pub(super) fn link(&self) -> Option<Link> {
+        let peer = self.durable.peer.as_ref()?.parse().ok()?;
+        Some(self.agent.links.to(&self.agent, &peer))
+    }
+
+    // Starting.
+
+    /// Goes on where an earlier agent of this host ended.
+    pub(super) fn resume(&mut self) {
+        let Some(mut record) = self.durable.record else { return };
+        let marked = Standby::marked(&self.agent, &self.name);
+        if let (Some(epoch), ha::Role::Primary { .. }) = (marked, record.role) {
+            // The tree lacks pages that the dead agent was to bring: it is restored anew from the same epoch.
+            self.event(
+                "restored-anew",
+                "the agent ended while pages were still on their way to the workload",
+                Some(epoch),
+            );
+            self.kill_copy();
+            record.role = ha::Role::Promoting { epoch };
+        }
+        if (!matches!(record.role, ha::Role::Primary { .. }) || marked.is_some())
+            && let Err(error) = self.open_standby()
+        {
+            self.error = Some(format!("{error:#}"));
+        }
+        let copy = self.copy();
+        let guard_until = self.home.as_ref().and_then(|home| match home.keeper().guard().state() {
+            GuardState::Armed { deadline_ns } => Some(std::time::Duration::from_nanos(deadline_ns)),
+            _ => None,
+        });
+        if copy != Copy::Gone {
+            self.prepare_addresses();
+        }
+        self.start_core(record, copy, guard_until);
+    }
+
+    fn copy(&self) -> Copy {
+        let Some(home) = &self.home else { return Copy::Gone };
+        match home.root() {
+            Ok(Some(_)) if home.keeper().guard().fired() => Copy::Frozen,
+            Ok(Some(_)) if home.keeper().cgroup().is_frozen().unwrap_or(false) => Copy::Frozen,
+            Ok(Some(_)) => Copy::Running,
+            _ => Copy::Gone,
+        }
+    }
+
+    fn start_core(&mut self, record: Record, copy: Copy, guard_until: Option<std::time::Duration>) {
+        let held = self.standby.as_ref().and_then(|standby| standby.held());
+        let mut seed = [0; 8];
+        // A kernel without random numbers has worse troubles; the clock tells one life from another too.
+        if getrandom::fill(&mut seed).is_err() {
+            seed = boot_now().as_nanos().to_le_bytes()[..8].try_into().unwrap_or_default();
+        }
+        let start = Start { record, copy, held, guard_until, first_seq: u64::from_le_bytes(seed) >> 1 };
+        match Core::start(self.agent.config.timing, boot_now(), &start) {
+            Ok((core, actions)) => {
+                self.core = Some(core);
+                self.perform(actions);
+            }
+            // The settings were validated when the agent started.
+            Err(error) => self.error = Some(error.to_string()),
+        }
+    }
+
+    fn prepare_addresses(&mut self) {
+        let vips = self.durable.spec.vips.clone();
+        if let Some(home) = &mut self.home
+            && let Err(error) = block_in_place(|| home.prepare(&vips))
+        {
+            self.error = Some(format!("the address cannot be served here: {error:#}"));
+        }
+    }
+
+    // Protecting.
+
+    pub(super) async fn protect(&mut self, request: ProtectRequest, answer: Answer<WorkloadStatus>) {
+        if let Err(error) = self.check_protect(&request) {
+            let _ = answer.send(Err(error));
+            return;
+        }
+        let begun = self.begin_protection(&request).await;
+        match begun {
+            Ok(()) => self.protecting = Some(answer),
+            Err(error) => {
+                if matches!(request.source, Source::Pid(_)) {
+                    self.home = None;
+                    if let Err(error) = block_in_place(|| super::home::release_bare(&self.agent, &self.name))
+                    {
+                        tracing::warn!(%error, "giving the tree back");
+                    }
+                    self.gone = true;
+                }
+                let _ = answer.send(Err(error));
+            }
+        }
+    }
+
+    fn check_protect(&self, request: &ProtectRequest) -> Result<(), ApiError> {
+        if self.core.is_some() {
+            let peer = self.durable.peer.as_deref().unwrap_or("?");
+            return Err(ApiError::refused(format!(
+                "{} is protected already, with {peer}; see `standin status {}`",
+                self.name, self.name
+            )));
+        }
+        if !(10..=3_600_000).contains(&request.every_ms) {
+            return Err(ApiError::invalid("--every must be between 10ms and 1h"));
+        }
+        let peer = request.to.parse().map_err(ApiError::invalid)?;
+        if self.agent.endpoint.peers().by_name(&peer).is_none() {
+            return Err(ApiError::not_found(format!(
+                "{} is not paired with this host: `standin pair --listen` there, then `standin pair HOST:PORT CODE` here",
+                request.to
+            )));
+        }
+        for vip in &request.vips {
+            self.check_address(vip)?;
+        }
+        Ok(())
+    }
+
+    fn check_address(&self, vip: &Vip) -> Result<(), ApiError> {
+        check_vip(vip, None).map_err(ApiError::invalid)?;
+        if let Net::Own { ips } = &self.durable.spec.sandbox.net
+            && !ips.iter().any(|ip| ip.addr == vip.cidr.addr)
+        {
+            return Err(ApiError::invalid(format!(
+                "{} is not an address of the sandbox {}: start it with --ip {}",
+                vip.cidr.addr, self.name, vip.cidr
+            )));
+        }
+        Ok(())
+    }
+
+    async fn begin_protection(&mut self, request: &ProtectRequest) -> Result<(), ApiError> {
+        let home = self.home.as_mut().ok_or_else(|| ApiError::failed("the workload's place is gone"))?;
+        match home.root() {
+            Ok(Some(_)) => {}
+            Ok(None) => {
+                return Err(ApiError::refused(format!(
+                    "{} has ended: there is nothing to protect",
+                    self.name
+                )));
+            }
+            Err(error) => return Err(ApiError::failed(format!("{error:#}"))),
+        }
+        let mut durable = self.durable.clone();
+        durable.spec.vips.clone_from(&request.vips);
+        durable.spec.every_ms = request.every_ms;
+        durable.peer = Some(request.to.clone());
+        // A term that no earlier protection of this name has used here.
+        let term = Term(unused_term(&self.history));
+        durable.record = Some(Record::primary(term));
+        block_in_place(|| home.prepare(&request.vips))
+            .map_err(|error| ApiError::failed(format!("{error:#}")))?;
+        block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
+        self.durable = durable;
+        self.event("protecting", &format!("{} is to be the standby", request.to), None);
+        self.start_core(Record::primary(term), Copy::Running, None);
+        self.announce_addresses();
+        Ok(())
+    }
+
+    // Session.
+
+    /// Keeps a session running exactly while this host is the primary.
+    pub(super) fn drive_session(&mut self) {
+        let standing = self.standing();
+        let primary = standing == Some(Standing::Primary) && self.stopping.is_none();
+        let _ = self.may_capture.send_replace(primary && !self.holding);
+        if let Some(session) = &self.session {
+            if session.task.is_finished() {
+                self.session = None;
+            }
+            return;
+        }
+        if !primary || self.demoting || self.lazy_pages || self.protection_ending() {
+            return;
+        }
+        let (Some(core), Some(link), Some(home)) = (&self.core, self.link(), &self.home) else { return };
+        let source = match home.source(&self.agent, &self.durable.spec) {
+            Ok(source) => source,
+            Err(error) => {
+                let text = format!("{error:#}");
+                if self.error.as_ref() != Some(&text) {
+                    self.event("workload-ended", &text, None);
+                    self.error = Some(text);
+                    self.feed(Input::Withdraw);
+                }
+                return;
+            }
+        };
+        let (orders_tx, orders) = mpsc::channel(ORDERS_MAX);
+        let session = Session {
+            name: self.name.clone(),
+            spec: self.durable.spec.clone(),
+            term: core.record().term,
+            link,
+            owner: self.to_self.clone(),
+            orders,
+            first_epoch: core.first_epoch(),
+            may_capture: self.may_capture.subscribe(),
+        };
+        let owner = self.to_self.clone();
+        let task = tokio::spawn(async move {
+            match tokio::task::spawn_blocking(move || Capturer::new(source)).await {
+                Ok(Ok(capturer)) => session.run(capturer).await,
+                Ok(Err(error)) => {
+                    let _ = owner.send(Msg::EpochFailed(error.into())).await;
+                    // Not again at once: what CRIU or the kernel refuses, it refuses for a while.
+                    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                }
+                Err(error) => tracing::error!(%error, "the thread that was to track the workload"),
+            }
+        });
+        self.session = Some(Running { task, orders: orders_tx });
+    }
+
+    fn protection_ending(&self) -> bool {
+        self.unprotecting.is_some()
+    }
+
+    /// No more epochs; one that is under way ends by itself.
+    pub(super) fn end_session(&mut self) {
+        if let Some(session) = &mut self.session {
+            let (closed, _) = mpsc::channel(1);
+            session.orders = closed;
+        }
+    }
+
+    // Standby.
+
+    /// A primary asks this host to be its standby.
+    pub(super) fn offered(&mut self, peer: &str, spec: WorkloadSpec, term: Term, bytes: u64) -> Reply {
+        let own = self.durable.record.map_or(Term(0), |record| record.term);
+        let refused = |reason: String| Reply::Refused { term: own, reason };
+        match self.standing() {
+            None if self.home.is_some() => {
+                return refused(format!(
+                    "a workload named {} runs there, unprotected: remove or rename one of them",
+                    self.name
+                ));
+            }
+            None => {}
+            Some(_) if self.durable.peer.as_deref() != Some(peer) => {
+                return refused(format!(
+                    "a workload named {} is protected there with another host",
+                    self.name
+                ));
+            }
+            Some(Standing::Standby) if term == own => {}
+            Some(_) if term > own => {
+                // The core finds out by itself what that means, durably, and the primary asks again.
+                self.durable.spec = spec;
+                self.feed(Input::Message(Message::Known { term, standing: Standing::Primary, held: None }));
+                return refused("it is becoming the standby".into());
+            }
+            Some(standing) => {
+                return refused(format!("{} is {standing:?} there under term {own}", self.name));
+            }
+        }
+        if self.standing().is_none() {
+            self.durable.spec = spec;
+            self.durable.peer = Some(peer.to_owned());
+            self.durable.record = Some(Record::standby(term));
+            if let Err(error) = block_in_place(|| self.place.write(&self.durable)) {
+                self.gone = true;
+                return refused(format!("its state cannot be written there: {error}"));
+            }
+            if let Err(error) = self.open_standby() {
+                self.gone = true;
+                let _ = self.place.forget();
+                return refused(format!("{error:#}"));
+            }
+            self.start_core(Record::standby(term), Copy::Gone, None);
+            self.event("became-standby", &format!("of {peer}"), None);
+        } else if self.durable.spec != spec {
+            self.durable.spec = spec;
+            if let Err(error) = block_in_place(|| self.place.write(&self.durable)) {
+                return refused(format!("its state cannot be written there: {error}"));
+            }
+        }
+        if let Err(error) = self.warm_sandbox() {
+            return refused(format!("its sandbox cannot be made there: {error:#}"));
+        }
+        let Some(standby) = &self.standby else { return refused("its image is gone there".into()) };
+        let held = standby.held();
+        if held.is_none()
+            && let Err(reason) = standby.ensure_room(bytes)
+        {
+            return refused(reason);
+        }
+        Reply::Accepted { held }
+    }
+
+    fn open_standby(&mut self) -> anyhow::Result<()> {
+        if self.standby.is_none() {
+            self.standby = Some(Arc::new(block_in_place(|| Standby::open(&self.agent, &self.name))?));
+        }
+        Ok(())
+    }
+
+    /// The sandbox into which the workload would be restored: there, empty, silent.
+    fn warm_sandbox(&mut self) -> anyhow::Result<()> {
+        if self.home.as_ref().is_some_and(|home| home.sandbox().is_some() && home.keeper().is_alive()) {
+            return Ok(());
+        }
+        self.home = None;
+        let (agent, spec) = (Arc::clone(&self.agent), self.durable.spec.clone());
+        let mut home = block_in_place(|| {
+            Home::destroy(&agent, &spec.sandbox.name)?;
+            Home::create(&agent, &spec.sandbox)
+        })?;
+        if let Err(error) = block_in_place(|| home.prepare(&spec.vips)) {
+            // A takeover would restore it and could not be reached: better to be told now.
+            block_in_place(|| Home::destroy(&agent, &spec.sandbox.name))?;
+            return Err(error);
+        }
+        self.home = Some(home);
+        Ok(())
+    }
+
+    pub(super) fn become_standby(&mut self, term: Term) {
+        if self.handoff.is_some() {
+            self.demoting = true;
+            return;
+        }
+        let peer = self.durable.peer.clone().unwrap_or_default();
+        self.event("became-standby", &format!("of {peer}, which runs it under term {term}"), None);
+        self.refresh_standby();
+    }
+
+    /// The source's CRIU has ended: the place is made anew for the way back.
+    pub(super) fn finish_demotion(&mut self) {
+        if std::mem::take(&mut self.demoting) {
+            self.holding = false;
+            let term = self.durable.record.map_or(Term(0), |record| record.term);
+            self.become_standby(term);
+        }
+    }
+
+    fn refresh_standby(&mut self) {
+        self.kill_copy();
+        self.last_committed = None;
+        self.error = None;
+        let opened = self.open_standby().and_then(|()| self.warm_sandbox());
+        if let Err(error) = opened {
+            self.error = Some(format!("this host cannot be the standby: {error:#}"));
+        }
+    }
+
+    // Promotion.
+
+    pub(super) fn restore(&mut self, epoch: EpochId, term: Term, eager: bool) {
+        let silent_ms = self.lease_renewed.map_or(0.0, |at| at.elapsed().as_secs_f64() * 1e3);
+        let handed = self.taken_over == Some(epoch);
+        let cause = if handed { "handed over by the primary" } else { "the primary's lease ran out" };
+        let mut phases = BTreeMap::new();
+        if !handed {
+            phases.insert("detect".to_owned(), silent_ms);
+        }
+        if let Some(lag) = self.standby.as_ref().and_then(|standby| standby.lag_ms()) {
+            phases.insert("lag".to_owned(), lag as f64);
+        }
+        self.promotion = Some(Promotion { cause: cause.to_owned(), phases, decided: Instant::now(), epoch });
+        tracing::info!(%term, %epoch, eager, cause, "restoring");
+        let (Some(standby), to_self) = (self.standby.clone(), self.to_self.clone()) else {
+            self.feed(Input::RestoreFailed { reason: "the image is gone".into() });
+            return;
+        };
+        // A place that an attempt has used is not used again.
+        let used = eager || self.home.as_ref().is_none_or(|home| !matches!(home.root(), Ok(None)));
+        if used {
+            self.kill_copy();
+        }
+        if let Err(error) = self.warm_sandbox() {
+            let _ = to_self.try_send(Msg::RestoreFailed(format!("{error:#}")));
+            return;
+        }
+        let Some(home) = self.home.take() else { return };
+        let (agent, plan) = (Arc::clone(&self.agent), RestorePlan { epoch, eager, owner: to_self.clone() });
+        self.lazy_pages = !eager;
+        tokio::task::spawn_blocking(move || {
+            let result = match home.sandbox() {
+                Some(sandbox) => standby.restore(&agent, sandbox, &plan),
+                None => Err(anyhow::anyhow!("the place is no sandbox")),
+            };
+            let message = match result {
+                Ok((phases, root)) => Msg::Restored { home: Box::new(home), phases, root },
+                Err(error) => {
+                    drop(home);
+                    Msg::RestoreFailed(format!("{error:#}"))
+                }
+            };
+            let _ = to_self.blocking_send(message);
+        });
+    }
+
+    pub(super) fn restored(&mut self, home: Home, phases: BTreeMap<String, f64>) {
+        self.home = Some(home);
+        if let Some(promotion) = &mut self.promotion {
+            promotion.phases.extend(phases);
+            promotion.phases.insert("restore".into(), promotion.decided.elapsed().as_secs_f64() * 1e3);
+        }
+        self.feed(Input::Restored);
+    }
+
+    pub(super) fn announce(&mut self, term: Term) {
+        let opening = Instant::now();
+        let opened = self.home.as_ref().map(|home| block_in_place(|| home.open_up()));
+        if let Some(Err(error)) = opened {
+            self.error = Some(format!("the restored workload cannot be heard: {error:#}"));
+        }
+        self.announce_addresses();
+        let Some(mut promotion) = self.promotion.take() else { return };
+        promotion.phases.insert("network".into(), opening.elapsed().as_secs_f64() * 1e3);
+        let detail = format!("{}; epoch {} runs here under term {term}", promotion.cause, promotion.epoch);
+        self.event_with("promoted", &detail, Some(promotion.epoch), promotion.phases);
+        self.error = self.error.take().filter(|error| error.starts_with("the restored"));
+        self.last_committed = None;
+        if !self.lazy_pages {
+            self.pages_served();
+        }
+    }
+
+    /// The first announcement now, the others by the schedule.
+    fn announce_addresses(&mut self) {
+        let Some(home) = &self.home else { return };
+        if self.durable.spec.vips.is_empty() {
+            return;
+        }
+        if self.standing() == Some(Standing::Primary)
+            && let Err(error) = block_in_place(|| home.open_up().and_then(|()| home.announce()))
+        {
+            tracing::warn!(%error, "announcing the address");
+        }
+        self.announced = Some((Instant::now(), 1));
+    }
+
+    /// Repeats an announcement that is due.
+    pub(super) fn repeat_announcement(&mut self) {
+        let Some((since, round)) = self.announced else { return };
+        let Some(&at) = SCHEDULE.get(round) else {
+            self.announced = None;
+            return;
+        };
+        if since.elapsed() < at {
+            return;
+        }
+        if self.standing() == Some(Standing::Primary)
+            && let Some(Err(error)) = self.home.as_ref().map(Home::announce)
+        {
+            tracing::debug!(%error, "announcing the address");
+        }
+        self.announced = Some((since, round + 1));
+    }
+
+    /// The restored tree has all its memory: the image is not needed any more.
+    pub(super) fn pages_served(&mut self) {
+        self.lazy_pages = false;
+        if self.standing() == Some(Standing::Primary)
+            && let Some(standby) = self.standby.take()
+        {
+            block_in_place(|| standby.remove());
+        }
+    }
+
+    pub(super) fn pages_failed(&mut self, reason: &str) {
+        self.lazy_pages = false;
+        if self.home.is_none() {
+            // The restore itself failed and is reported as that.
+            return;
+        }
+        self.event("pages-failed", reason, None);
+        self.error =
+            Some(format!("pages could not be brought to the restored workload, which was ended: {reason}"));
+        self.kill_copy();
+    }
+
+    // Ending.
+
+    pub(super) fn destroy_copy(&mut self) {
+        self.end_session();
+        if let Some(verdict) = self.handoff.as_mut().and_then(|handoff| handoff.verdict.take()) {
+            // The tree is frozen and silent; CRIU kills it when it hears yes.
+            let _ = verdict.send(true);
+            return;
+        }
+        if self.home.is_some() {
+            self.event("destroyed", "the copy on this host is out of date", None);
+        }
+        self.kill_copy();
+    }
+
+    /// Cuts the copy off, then ends it and takes its place down.
+    pub(super) fn kill_copy(&mut self) {
+        let bare = std::mem::take(&mut self.durable.bare);
+        self.home = None;
+        let destroyed = block_in_place(|| Home::destroy(&self.agent, &self.name));
+        if let Err(error) = destroyed {
+            tracing::error!(%error, name = %self.name, "taking the old place down");
+        }
+        if bare && let Err(error) = block_in_place(|| super::home::release_bare(&self.agent, &self.name)) {
+            tracing::warn!(%error, "taking the old place down");
+        }
+    }
+
+    pub(super) fn destroy_home(&mut self) {
+        self.kill_copy();
+    }
+
+    // Telling.
+
+    pub(super) fn status(&self) -> WorkloadStatus {
+        let standing = self.standing();
+        let role = match standing {
+            None => Role::Unprotected,
+            Some(Standing::Primary) => Role::Primary,
+            Some(Standing::Standby | Standing::Promoting | Standing::Forgotten) => Role::Standby,
+            Some(Standing::Fenced | Standing::Lost | Standing::Stuck) => Role::Fenced,
+        };
+        let held = self.standby.as_ref().and_then(|standby| standby.held());
+        let connected = self.link().is_some_and(|link| link.lease().is_some());
+        let state = match standing {
+            None => "running",
+            Some(Standing::Primary) if self.handoff.is_some() => "handing-off",
+            Some(Standing::Primary) if self.last_committed.is_some() && self.error.is_none() => "protected",
+            Some(Standing::Primary) if self.last_committed.is_some() => "lagging",
+            Some(Standing::Primary) if connected => "syncing",
+            Some(Standing::Primary) => "alone",
+            Some(Standing::Standby) if held.is_some() => "ready",
+            Some(Standing::Standby) => "syncing",
+            Some(Standing::Promoting) => "promoting",
+            Some(Standing::Stuck) => "stuck",
+            Some(Standing::Lost) => "lost",
+            Some(Standing::Fenced) => "frozen",
+            Some(Standing::Forgotten) => "forgotten",
+        };
+        let root = self.home.as_ref().and_then(|home| home.root().ok().flatten());
+        let primary_lag = self.last_committed.as_ref().map(|(figures, at)| {
+            at.elapsed().as_millis() as u64 + (figures.frozen_us + figures.ship_us) / 1000
+        });
+        WorkloadStatus {
+            name: self.name.clone(),
+            role,
+            state: state.to_owned(),
+            term: self.durable.record.map_or(Term(0), |record| record.term),
+            peer: self.durable.peer.clone(),
+            peer_connected: connected,
+            epoch: self.last_committed.as_ref().map(|(figures, _)| figures.id).or(held),
+            lag_ms: primary_lag.or_else(|| self.standby.as_ref().and_then(|standby| standby.lag_ms())),
+            lease_age_ms: standing
+                .and(self.lease_renewed)
+                .map(|renewed| renewed.elapsed().as_millis() as u64),
+            every_ms: self.durable.spec.every_ms,
+            pid: root.map(|root| root.host as i32),
+            vips: self.durable.spec.vips.clone(),
+            last: self.last_committed.as_ref().map(|(figures, _)| figures.clone()),
+            summary: self.last_committed.as_ref().and_then(|_| self.history.summary()),
+            error: self.error.clone(),
+        }
+    }
+}
+
+/// Terms grow for ever, also from one protection to the next.
+fn unused_term(history: &crate::observe::HistoryLog) -> u64 {
+    history.events().iter().map(|event| event.term.0).max().unwrap_or(0) + 1
+}

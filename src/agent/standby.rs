@@ -1,0 +1,388 @@
+//! The standby's side: epochs come in, are committed, folded and made ready; the newest is restored on demand.
+//!
+//! ```text
+//!  receive (a stream) ──► Received ──owner: accepts_epoch──► commit ──► ack
+//!                                                             └─► fold ──► materialise (in the background)
+//! ```
+//!
+//! Invariants: commits go through the workload's owner one at a time, so that an epoch is never committed behind a
+//! promotion's back; a restore works on a frozen view of the store; until a lazy restore has every page, a mark on disk
+//! says so, and an agent that finds it restores anew ([`Standby::marked`]).
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use anyhow::Context;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Agent, durable, owner::Msg};
+use crate::{
+    capture::Note,
+    config::StoreKind,
+    criu::{
+        images,
+        lazy::{LazyServer, PageSource},
+        spawn::{Place, Spawn},
+        swrk::{RestoreOptions, Swrk},
+    },
+    delta,
+    model::{EpochId, Extent, Name, Space, Term},
+    observe::unix_ms,
+    restore::{self, Mode},
+    store::{BeginError, CommitError, Durability, Staging, Store, View},
+    transport::EpochReceiver,
+    wire::message::{EpochAnswer, FrameHead},
+    workload::sandbox::Sandbox,
+};
+
+/// Frames between the network and the store.
+const FRAMES_MAX: usize = 8;
+
+/// The warm image of one workload, and what is made of it.
+pub(super) struct Standby {
+    store: Store,
+    ready_root: PathBuf,
+    mark: PathBuf,
+    newest: Mutex<Option<(EpochId, Note)>>,
+    /// Serialises folding and making ready.
+    warming: Mutex<()>,
+}
+
+impl Standby {
+    pub(super) fn open(agent: &Agent, name: &Name) -> anyhow::Result<Self> {
+        let durability = match agent.config.store {
+            StoreKind::Memory => Durability::Memory,
+            StoreKind::Disk => Durability::Disk,
+        };
+        let root = agent.config.store_dir.join("images");
+        let files = Box::new(|_: &crate::store::FileChanges<'_>| Ok(()));
+        let store = Store::open(&root, name, durability, files)?;
+        let newest = store.view().and_then(|view| Some((view.id(), Note::read(&view.criu_dir()).ok()?)));
+        Ok(Self {
+            store,
+            ready_root: agent.config.store_dir.join("ready").join(name.as_str()),
+            mark: durable::Place::of(&agent.config.state_dir, name).lazy_mark(),
+            newest: Mutex::new(newest),
+            warming: Mutex::new(()),
+        })
+    }
+
+    /// The newest committed epoch.
+    pub(super) fn held(&self) -> Option<EpochId> {
+        self.store.held()
+    }
+
+    /// Age of the newest committed epoch by both hosts' wall clocks, milliseconds.
+    pub(super) fn lag_ms(&self) -> Option<u64> {
+        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        newest.as_ref().map(|(_, note)| unix_ms().saturating_sub(note.frozen_at_unix_ms))
+    }
+
+    /// Refuses early what would not fit.
+    pub(super) fn ensure_room(&self, bytes: u64) -> Result<(), String> {
+        self.store.ensure_room(bytes).map_err(|error| error.to_string())
+    }
+
+    /// After a commit: folds and makes ready, in the background.
+    pub(super) fn committed(self: &Arc<Self>, id: EpochId, note: Note) {
+        *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = Some((id, note));
+        let standby = Arc::clone(self);
+        tokio::task::spawn_blocking(move || standby.warm(id));
+    }
+
+    fn warm(&self, id: EpochId) {
+        let _one_at_a_time = self.warming.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.store.held() != Some(id) {
+            // A newer one is on its way here and does both.
+            return;
+        }
+        if let Err(error) = self.store.fold() {
+            tracing::warn!(%error, "what is held is whole, but not folded yet");
+        }
+        if let Some(view) = self.store.view().filter(|view| view.id() == id)
+            && let Err(error) = self.make_ready(&view, Mode::Lazy)
+        {
+            tracing::warn!(%error, "the restore is not prepared ahead");
+        }
+    }
+
+    fn make_ready(&self, view: &View, mode: Mode) -> anyhow::Result<PathBuf> {
+        let dir = view.criu_dir();
+        let lazy = |space: Space| lazy_extents(&dir, space).unwrap_or_default();
+        let ready = restore::materialise(view, &self.ready_root, mode, lazy)?;
+        restore::discard_others(&self.ready_root, Some(&ready.dir))?;
+        Ok(ready.dir)
+    }
+
+    /// Whether a lazy restore was under way when an earlier agent ended: of which epoch.
+    pub(super) fn marked(agent: &Agent, name: &Name) -> Option<EpochId> {
+        let mark = durable::Place::of(&agent.config.state_dir, name).lazy_mark();
+        serde_json::from_slice(&fs::read(mark).ok()?).ok()
+    }
+
+    /// Removes the image.
+    pub(super) fn remove(&self) {
+        if let Err(error) = self.store.clone().remove() {
+            tracing::warn!(%error, "the image could not be removed");
+        }
+        let _ = fs::remove_dir_all(&self.ready_root);
+        let _ = fs::remove_file(&self.mark);
+    }
+}
+
+/// Addresses of a task's memory that may be filled after it runs.
+fn lazy_extents(dir: &Path, space: Space) -> anyhow::Result<Vec<Extent>> {
+    let Space::Task(pid) = space else { return Ok(Vec::new()) };
+    let tasks = images::pstree(&images::read(dir, "pstree.img")?)?;
+    let name = images::mm_file(pid);
+    let vmas = images::mappings(&name, &images::read(dir, &name)?)?;
+    let mut stack_pointers = Vec::new();
+    for thread in tasks.iter().filter(|task| task.pid == pid).flat_map(|task| &task.threads) {
+        let name = images::core_file(*thread);
+        stack_pointers.extend(images::stack_pointer(&name, &images::read(dir, &name)?)?);
+    }
+    Ok(images::lazy_extents(&vmas, &stack_pointers))
+}
+
+// Receiving.
+
+/// A whole epoch, verified, not committed.
+pub(super) struct Received {
+    staging: Staging,
+    note: Note,
+}
+
+impl Received {
+    pub(super) fn id(&self) -> EpochId {
+        self.staging.id()
+    }
+
+    /// The atomic step; the answer to the primary if it fails.
+    pub(super) fn commit(self) -> Result<Note, EpochAnswer> {
+        match self.staging.commit() {
+            Ok(_) => Ok(self.note),
+            Err(error) => Err(commit_refusal(&error)),
+        }
+    }
+}
+
+fn commit_refusal(error: &CommitError) -> EpochAnswer {
+    let reason = error.to_string();
+    if error.needs_full() { EpochAnswer::NeedFull { held: None, reason } } else { refused(reason) }
+}
+
+fn refused(reason: String) -> EpochAnswer {
+    EpochAnswer::Refused { term: Term(0), reason }
+}
+
+/// Takes one epoch in and answers it.
+pub(super) async fn receive(agent: &Arc<Agent>, mut receiver: EpochReceiver) -> anyhow::Result<()> {
+    let Some((FrameHead::Begin { name, id, base }, _)) = receiver.next_frame().await? else {
+        anyhow::bail!("an epoch that does not begin");
+    };
+    let owner = agent.owner_for(&name, receiver.peer()).context("an epoch of an unknown workload")?;
+    let (ask, standby) = oneshot::channel();
+    owner.send(Msg::StandbyOf { answer: ask }).await?;
+    let Some(standby) = standby.await? else {
+        receiver.answer(&refused(format!("{name} has no standby here now"))).await?;
+        return Ok(());
+    };
+    let answer = match stage(&standby, id, base, &mut receiver).await? {
+        Ok(received) => {
+            let (answer, answered) = oneshot::channel();
+            owner.send(Msg::Received { received, answer }).await?;
+            answered.await?
+        }
+        Err(answer) => answer,
+    };
+    receiver.answer(&answer).await?;
+    Ok(())
+}
+
+/// Feeds the frames to the store on a thread of its own; an epoch that ends early leaves nothing.
+async fn stage(
+    standby: &Arc<Standby>,
+    id: EpochId,
+    base: Option<EpochId>,
+    receiver: &mut EpochReceiver,
+) -> anyhow::Result<Result<Received, EpochAnswer>> {
+    let (frames_tx, frames) = mpsc::channel::<(FrameHead, Vec<u8>)>(FRAMES_MAX);
+    let store = standby.store.clone();
+    let staging = tokio::task::spawn_blocking(move || stage_frames(&store, id, base, frames));
+    let mut whole = Ok(());
+    loop {
+        match receiver.next_frame().await {
+            // A store that refuses stops taking frames: its answer is the one that counts.
+            Ok(Some(frame)) => {
+                if frames_tx.send(frame).await.is_err() {
+                    break;
+                }
+            }
+            Ok(None) => break,
+            Err(error) => {
+                whole = Err(error);
+                break;
+            }
+        }
+    }
+    drop(frames_tx);
+    let staged = staging.await?;
+    whole?;
+    if staged.is_ok() && !receiver.is_whole() {
+        anyhow::bail!("epoch {id} is not whole");
+    }
+    Ok(staged)
+}
+
+fn stage_frames(
+    store: &Store,
+    id: EpochId,
+    base: Option<EpochId>,
+    mut frames: mpsc::Receiver<(FrameHead, Vec<u8>)>,
+) -> Result<Received, EpochAnswer> {
+    let mut staging = store.begin(id, base).map_err(|error| match error {
+        error @ BeginError::NeedFull { held, .. } => {
+            EpochAnswer::NeedFull { held, reason: error.to_string() }
+        }
+        error => refused(error.to_string()),
+    })?;
+    let mut note = None;
+    while let Some((head, body)) = frames.blocking_recv() {
+        let staged = match head {
+            FrameHead::Pages(head) => {
+                let staged: anyhow::Result<()> = delta::decode(&head, &body, |space, start, content| {
+                    match content {
+                        delta::Content::Bytes(bytes) => staging.pages(space, start, bytes)?,
+                        delta::Content::Zero { pages } => staging.zero(space, start, pages)?,
+                    }
+                    Ok(())
+                });
+                staged.map_err(|error| refused(error.to_string()))?;
+                Ok(())
+            }
+            FrameHead::Image { name, .. } => {
+                if name == crate::capture::NOTE {
+                    note = serde_json::from_slice(&body).ok();
+                }
+                staging.image_file(&name, &body)
+            }
+            FrameHead::File(record) => staging.file_record(&record, &body),
+            FrameHead::Manifest(manifest) => staging.manifest(manifest),
+            FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),
+        };
+        staged.map_err(|error| refused(error.to_string()))?;
+    }
+    let note = note.ok_or_else(|| refused("the epoch has no note".into()))?;
+    Ok(Received { staging, note })
+}
+
+// Restoring.
+
+/// What a restore needs beside the image.
+pub(super) struct RestorePlan {
+    pub(super) epoch: EpochId,
+    pub(super) eager: bool,
+    pub(super) owner: mpsc::Sender<Msg>,
+}
+
+/// Pages of a frozen view, for the lazy-pages server.
+struct Pages(View);
+
+impl PageSource for Pages {
+    fn read(&self, space: Space, start: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
+        self.0.read_pages(space, start, buffer).map(|()| true).map_err(std::io::Error::other)
+    }
+}
+
+impl Standby {
+    /// Restores an epoch into a sandbox that waits; blocks until the tree runs (unheard). With lazy pages the rest of the
+    /// memory follows behind, on a thread of its own.
+    pub(super) fn restore(
+        self: &Arc<Self>,
+        agent: &Agent,
+        sandbox: &Sandbox,
+        plan: &RestorePlan,
+    ) -> anyhow::Result<(BTreeMap<String, f64>, u32)> {
+        let began = Instant::now();
+        let mut phases = BTreeMap::new();
+        let view = self.store.freeze_for_restore()?;
+        anyhow::ensure!(view.id() == plan.epoch, "the store holds epoch {}, not {}", view.id(), plan.epoch);
+        let mode = if plan.eager { Mode::Eager } else { Mode::Lazy };
+        let dir = match restore::ready_dir(&self.ready_root, plan.epoch, mode) {
+            Some(dir) => dir,
+            None => self.make_ready(&view, mode)?,
+        };
+        let note = Note::read(&dir)?;
+        let tasks = images::pstree(&images::read(&dir, "pstree.img")?)?;
+        let highest = tasks.iter().flat_map(|task| &task.threads).copied().max().unwrap_or(1);
+        let stdio = note.log_pipes.iter().map(|_| sandbox.fresh_stdio()).collect::<Result<Vec<_>, _>>()?;
+        let inherit = note
+            .log_pipes
+            .iter()
+            .zip(&stdio)
+            .map(|(inode, fd)| (format!("pipe:[{inode}]"), fd.as_fd()))
+            .collect();
+        let init = sandbox.keeper().pidfd()?;
+        let images_dir = fs::File::open(&dir)?;
+        let spawn = Spawn {
+            place: Place::Inside { init: init.as_fd(), cgroup: false },
+            cgroups: vec![sandbox.keeper().cgroup().work()],
+            pids_above: Some(highest),
+            inherit,
+            ..Spawn::new(images_dir.as_fd())
+        };
+        let server = if plan.eager { None } else { Some(LazyServer::listen(&agent.install, &dir)?) };
+        phases.insert("prepare".to_owned(), began.elapsed().as_secs_f64() * 1e3);
+        if server.is_some() {
+            durable::write_synced(&self.mark, &serde_json::to_vec(&plan.epoch)?)?;
+        }
+        let stopper = server.as_ref().map(LazyServer::stopper);
+        let serving = server.map(|server| self.serve_pages(server, view, plan.owner.clone()));
+        let asked = Instant::now();
+        let restored = Swrk::spawn(&agent.install, &spawn).and_then(|swrk| {
+            let options = RestoreOptions { lazy: !plan.eager, ..RestoreOptions::default() };
+            swrk.restore(&options, &mut |_| true)
+        });
+        let root = match restored {
+            Ok(root) => root,
+            Err(error) => {
+                if let (Some(stopper), Some(serving)) = (stopper, serving) {
+                    stopper.stop();
+                    let _ = serving.join();
+                }
+                return Err(error.into());
+            }
+        };
+        phases.insert("criu".to_owned(), asked.elapsed().as_secs_f64() * 1e3);
+        sandbox.track(root)?;
+        Ok((phases, root))
+    }
+
+    /// Serves pages until the tasks have them all.
+    fn serve_pages(
+        self: &Arc<Self>,
+        server: LazyServer,
+        view: View,
+        owner: mpsc::Sender<Msg>,
+    ) -> std::thread::JoinHandle<()> {
+        let standby = Arc::clone(self);
+        std::thread::spawn(move || match server.serve(&Pages(view), &mut || {}) {
+            Ok(summary) => {
+                tracing::info!(?summary, "every page is in the restored workload");
+                let _ = fs::remove_file(&standby.mark);
+                let _ = owner.blocking_send(Msg::PagesServed);
+            }
+            Err(failure) => {
+                tracing::error!(%failure, "pages could not be served to the restored workload");
+                // A task that touches a missing page waits, and never runs on with zeros; the owner kills the tree.
+                let _ = owner.blocking_send(Msg::PagesFailed(failure.to_string()));
+            }
+        })
+    }
+}

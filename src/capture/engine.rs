@@ -1,0 +1,460 @@
+//! The capturer: one call is one epoch. Blocking; the agent calls it from a thread of its own.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use super::{
+    frozen::{self, Frozen, FrozenError, Piece, Tracked},
+    images::{self, Note},
+};
+use crate::{
+    criu::{
+        Install,
+        bridge::Bridge,
+        page_server, parent,
+        spawn::{Place, Spawn},
+        stats,
+        swrk::{CriuError, DumpOptions, Swrk},
+    },
+    delta::{Encoder, Known, ReadStamp},
+    extents,
+    memory::{self, AttachError, Pages, ReadError, TrackError, Tracker, TreeError},
+    model::{EpochFigures, Extent, PAGE_SIZE, Space},
+    observe::unix_ms,
+    wire::message::{FrameHead, Manifest},
+};
+
+/// From this many stale pages on, they are read and sent before the freeze.
+const PRECOPY_PAGES_MIN: u64 = 1024;
+/// Most pre-copy rounds of one epoch; a tree that dirties faster than it is read is frozen all the same.
+const PRECOPY_ROUNDS_MAX: u32 = 4;
+/// Pages read at a time while the tree runs (4 MiB): what the primary holds of a pre-copy.
+const PART_PAGES: u64 = 1024;
+/// How long CRIU may be silent in a dump before it is told to give up.
+const DUMP_SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// Where frames go; an error (the link is gone) ends the epoch.
+pub type Emit<'a> = dyn FnMut(FrameHead, Vec<u8>) -> Result<(), io::Error> + 'a;
+
+/// Why an epoch was not captured. The tree runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// CRIU said no, or could not be started.
+    #[error(transparent)]
+    Criu(#[from] CriuError),
+    /// A task cannot be tracked.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// Tracking failed.
+    #[error(transparent)]
+    Track(#[from] TrackError),
+    /// Reading failed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The tree cannot be listed.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// Reading the frozen tree failed.
+    #[error(transparent)]
+    Frozen(#[from] FrozenError),
+    /// The small images or the frames.
+    #[error("writing the epoch failed: {0}")]
+    Io(#[from] io::Error),
+    /// CRIU answered well and never asked for the memory.
+    #[error("CRIU dumped the tree without its memory: is the page server's protocol of another version?")]
+    NoMemory,
+}
+
+/// What is captured, and with what.
+pub struct Source {
+    /// Host pid of the tree's root.
+    pub root: i32,
+    /// The same in the workload's pid namespace, as CRIU sees it.
+    pub root_inside: u32,
+    /// Pid 1 of the sandbox in which CRIU shall run; `None` for a tree in the host's namespaces.
+    pub init: Option<OwnedFd>,
+    /// The CRIU.
+    pub install: Install,
+    /// The bridge for it.
+    pub bridge: Bridge,
+    /// A directory of our own on a tmpfs.
+    pub work: PathBuf,
+    /// Inodes of the pipes to the workload's log, whose other end is outside the tree.
+    pub log_pipes: Vec<u64>,
+}
+
+/// What becomes of the tree at the end of the freeze.
+pub enum Finish<'a> {
+    /// It runs on: an epoch.
+    Continue,
+    /// It is held: a handoff. `hold` is called when the image is complete and nothing was sent of it yet; `conclude` when
+    /// all frames were emitted. True from both: the tree is killed. False from either: it runs on.
+    Final {
+        /// Cut the frozen tree off.
+        hold: &'a mut dyn FnMut() -> bool,
+        /// Send the rest, wait for the verdict.
+        conclude: &'a mut dyn FnMut(&Manifest) -> bool,
+    },
+}
+
+/// An epoch whose frames were all emitted (without the last, `End`).
+#[derive(Debug)]
+pub struct Captured {
+    /// Its cost so far; the caller adds the shipping.
+    pub figures: EpochFigures,
+    /// Whether the tree was killed.
+    pub killed: bool,
+}
+
+/// Captures epochs of one workload.
+pub struct Capturer {
+    source: Source,
+    tasks: BTreeMap<i32, Tracked>,
+    known: Known,
+    encoder: Encoder,
+    spare: Option<Spare>,
+    next_dir: u32,
+    /// An epoch failed: of pages that were sent in it nothing is known.
+    unsure: bool,
+}
+
+/// A CRIU that waits, and the directory that it will write to.
+struct Spare {
+    swrk: Swrk,
+    dir: PathBuf,
+}
+
+impl Capturer {
+    /// Begins to track a tree; nothing is known of its memory yet.
+    pub fn new(source: Source) -> Result<Self, CaptureError> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&source.work)?;
+        parent::create(&source.work.join(parent::DIRECTORY))?;
+        let mut capturer = Self {
+            source,
+            tasks: BTreeMap::new(),
+            known: Known::default(),
+            encoder: Encoder::default(),
+            spare: None,
+            next_dir: 0,
+            unsure: false,
+        };
+        capturer.track()?;
+        capturer.spawn_ahead()?;
+        Ok(capturer)
+    }
+
+    /// Captures one epoch. `base` is the epoch that the standby holds, `None` if it holds nothing usable.
+    ///
+    /// On an error the epoch has failed; call [`failed`](Self::failed) before the next one. After success call
+    /// [`committed`](Self::committed) or `failed`.
+    pub fn capture(
+        &mut self,
+        head: FrameHead,
+        finish: Finish<'_>,
+        emit: &mut Emit<'_>,
+    ) -> Result<Captured, CaptureError> {
+        let FrameHead::Begin { id, base, .. } = head else { unreachable!("an epoch begins with Begin") };
+        let began = Instant::now();
+        self.spawn_ahead()?;
+        self.track()?;
+        self.known.begin_epoch();
+        if base.is_none() {
+            self.known.clear();
+        }
+        emit(head, Vec::new())?;
+        let mut figures = EpochFigures { id, full: base.is_none(), ..EpochFigures::default() };
+        let pending = self.precopy(&mut figures, emit)?;
+        let killed = self.freeze(began, pending, finish, &mut figures, emit)?;
+        Ok(Captured { figures, killed })
+    }
+
+    /// The standby holds the epoch.
+    pub fn committed(&mut self) {
+        self.known.epoch_committed();
+        self.unsure = false;
+    }
+
+    /// The standby may hold any part of the epoch.
+    pub fn failed(&mut self) {
+        self.known.epoch_failed();
+        self.unsure = true;
+    }
+
+    /// Makes sure that a CRIU waits for the next freeze.
+    pub fn spawn_ahead(&mut self) -> Result<(), CaptureError> {
+        if self.spare.is_some() {
+            return Ok(());
+        }
+        let dir = self.source.work.join(format!("dump-{}", self.next_dir % 2));
+        self.next_dir += 1;
+        fresh_dir(&dir)?;
+        let images = File::open(&dir)?;
+        let place = match &self.source.init {
+            Some(init) => Place::Inside { init: init.as_fd(), cgroup: false },
+            None => Place::Here,
+        };
+        let spawn = Spawn {
+            place,
+            bridge: Some(&self.source.bridge),
+            page_server: true,
+            ..Spawn::new(images.as_fd())
+        };
+        let swrk = Swrk::spawn(&self.source.install, &spawn)?;
+        self.spare = Some(Spare { swrk, dir });
+        Ok(())
+    }
+
+    /// Attaches trackers to tasks that are new or have executed another program, and drops those of tasks that ended.
+    fn track(&mut self) -> Result<(), CaptureError> {
+        let tasks = memory::tasks_of(self.source.root)?;
+        self.tasks.retain(|pid, tracked| {
+            tasks.iter().any(|task| task.pid == *pid && task.start_ticks == tracked.start_ticks)
+        });
+        for task in tasks.iter().filter(|task| !task.zombie) {
+            let space = Space::Task(task.inner_pid);
+            if let Some(tracked) = self.tasks.get_mut(&task.pid) {
+                match tracked.tracker.register() {
+                    Ok(_) => continue,
+                    Err(TrackError::Replaced(_) | TrackError::Gone(_)) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            match Tracker::attach(task.pid) {
+                Ok(tracker) => {
+                    // The first pass reports all of its memory, so nothing that is known under this pid is trusted.
+                    self.tasks.insert(task.pid, Tracked { tracker, space, start_ticks: task.start_ticks });
+                }
+                // It ended meanwhile; should CRIU see it after all, it is read whole.
+                Err(AttachError::Gone(_)) => {
+                    self.tasks.remove(&task.pid);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Scans while the tree runs; if much is stale, sends it now. Returns what must be read in the freeze.
+    fn precopy(
+        &mut self,
+        figures: &mut EpochFigures,
+        emit: &mut Emit<'_>,
+    ) -> Result<BTreeMap<Space, Vec<Extent>>, CaptureError> {
+        let mut pending: BTreeMap<Space, Vec<Extent>> = BTreeMap::new();
+        let mut pages = Pages::default();
+        let mut stale_before = u64::MAX;
+        for _ in 0..PRECOPY_ROUNDS_MAX {
+            self.scan(figures, &mut pending)?;
+            let stale: u64 = pending.values().map(|extents| extents::pages(extents)).sum();
+            // Not worth a round, or rounds do not help any more.
+            if stale < PRECOPY_PAGES_MIN || stale > stale_before / 2 {
+                break;
+            }
+            stale_before = stale;
+            for tracked in self.tasks.values() {
+                let Some(wanted) = pending.get_mut(&tracked.space) else { continue };
+                let (space, known, encoder) = (tracked.space, &mut self.known, &mut self.encoder);
+                let mut read: Vec<Extent> = Vec::new();
+                let at = known.stamp();
+                tracked.tracker.memory().read_in_parts(wanted, PART_PAGES, &mut pages, |part| {
+                    read.extend_from_slice(part.extents());
+                    encode(encoder, known, space, part.extents(), part.data(), at, emit)
+                })?;
+                extents::normalize(&mut read);
+                *wanted = extents::subtract(wanted, &read);
+            }
+        }
+        pages.shrink();
+        Ok(pending)
+    }
+
+    /// One pass over every task; adds what it finds, and what the standby does not have, to `pending`.
+    fn scan(
+        &mut self,
+        figures: &mut EpochFigures,
+        pending: &mut BTreeMap<Space, Vec<Extent>>,
+    ) -> Result<(), CaptureError> {
+        let (mut dirty, mut populated) = (Vec::new(), Vec::new());
+        let mut gone = Vec::new();
+        for (pid, tracked) in &mut self.tasks {
+            match tracked.tracker.take_dirty(&mut dirty) {
+                Ok(_) => {}
+                // The next look at the tree finds out what became of it. Without a tracker it is read whole.
+                Err(TrackError::Gone(_) | TrackError::Replaced(_)) => {
+                    gone.push(*pid);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            }
+            self.known.mark_stale(tracked.space, &dirty);
+            figures.dirty_bytes += extents::pages(&dirty) * PAGE_SIZE;
+            let wanted = pending.entry(tracked.space).or_default();
+            wanted.extend_from_slice(&dirty);
+            if figures.full || self.unsure {
+                tracked.tracker.populated(&mut populated)?;
+                wanted.extend_from_slice(&self.known.missing(tracked.space, &populated));
+            }
+            extents::normalize(wanted);
+        }
+        for pid in gone {
+            self.tasks.remove(&pid);
+        }
+        Ok(())
+    }
+
+    /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed.
+    fn freeze(
+        &mut self,
+        began: Instant,
+        pending: BTreeMap<Space, Vec<Extent>>,
+        mut finish: Finish<'_>,
+        figures: &mut EpochFigures,
+        emit: &mut Emit<'_>,
+    ) -> Result<bool, CaptureError> {
+        let Spare { mut swrk, dir } = self.spare.take().ok_or(CaptureError::NoMemory)?;
+        let socket = swrk.take_page_server().ok_or(CaptureError::NoMemory)?;
+        let version = swrk.version();
+        let mut options = DumpOptions::new(self.source.root_inside);
+        options.leave_running = matches!(finish, Finish::Continue);
+        options.parent = Some(format!("../{}", parent::DIRECTORY));
+        options.silence_max = DUMP_SILENCE_MAX;
+        figures.frozen_at_unix_ms = unix_ms();
+        let note = Note {
+            frozen_at_unix_ms: figures.frozen_at_unix_ms,
+            log_pipes: self.source.log_pipes.clone(),
+            root: self.source.root_inside,
+        };
+        let asked = Instant::now();
+        let taken: Mutex<Option<Result<Frozen, FrozenError>>> = Mutex::new(None);
+        // Trackers and `Known` go to the reader and come back when it ends, which is before `post-dump`.
+        let lent = Mutex::new((&mut self.tasks, &mut self.known));
+        let (encoder, root) = (&mut self.encoder, self.source.root);
+        let mut final_error: Option<CaptureError> = None;
+        let mut emitted = false;
+        let dumped = std::thread::scope(|scope| {
+            let (mut collector, reader) = frozen::channels(root, pending);
+            let (taken, lent) = (&taken, &lent);
+            let reading = scope.spawn(move || {
+                let mut lent = lent.lock().expect("no holder panics");
+                let (tasks, known) = &mut *lent;
+                let result = reader.serve(tasks, known);
+                *taken.lock().expect("no holder panics") = result;
+            });
+            let mut reading = Some(reading);
+            scope.spawn(move || {
+                // What goes wrong here CRIU reports too.
+                let _ = page_server::serve(&socket, version, &mut collector);
+            });
+            let mut notify = |stage: &str| -> bool {
+                let Finish::Final { hold, conclude } = &mut finish else { return true };
+                if stage != "post-dump" {
+                    return true;
+                }
+                if !hold() {
+                    return false;
+                }
+                if let Some(reading) = reading.take() {
+                    let _ = reading.join();
+                }
+                let Some(Ok(frozen)) = taken.lock().expect("no holder panics").take() else { return false };
+                let mut lent = lent.lock().expect("no holder panics");
+                match send_frozen(encoder, lent.1, frozen, &dir, &note, figures, emit) {
+                    Ok(manifest) => {
+                        emitted = true;
+                        conclude(&manifest)
+                    }
+                    Err(error) => {
+                        final_error = Some(error);
+                        false
+                    }
+                }
+            };
+            swrk.dump(&options, &mut notify)
+        });
+        if let Some(error) = final_error {
+            return Err(error);
+        }
+        let taken = taken.into_inner().expect("no holder panics");
+        if let Some(Err(error)) = taken {
+            return Err(error.into());
+        }
+        match dumped {
+            Ok(()) if emitted => return Ok(true),
+            // The handoff was called off after all was sent: CRIU's refusal is ours.
+            Err(_) if emitted => return Ok(false),
+            outcome => outcome?,
+        }
+        let (freezing_us, frozen_us) = stats::frozen(&dir)?;
+        figures.frozen_us = freezing_us + frozen_us;
+        figures.capture_us = began.elapsed().as_micros() as u64;
+        tracing::trace!(
+            wall_us = asked.elapsed().as_micros() as u64,
+            frozen_us = figures.frozen_us,
+            "thawed"
+        );
+        let frozen = taken.and_then(Result::ok).ok_or(CaptureError::NoMemory)?;
+        send_frozen(&mut self.encoder, &mut self.known, frozen, &dir, &note, figures, emit)?;
+        Ok(false)
+    }
+}
+
+/// Emits what the freeze read, the small images and the manifest.
+fn send_frozen(
+    encoder: &mut Encoder,
+    known: &mut Known,
+    frozen: Frozen,
+    dir: &Path,
+    note: &Note,
+    figures: &mut EpochFigures,
+    emit: &mut Emit<'_>,
+) -> Result<Manifest, CaptureError> {
+    figures.dirty_bytes += frozen.dirty_pages * PAGE_SIZE;
+    let manifest = frozen.manifest;
+    for piece in frozen.pieces {
+        let listed = manifest.spaces.iter().find(|map| map.space == piece.space);
+        let Some(listed) = listed else { continue };
+        let Piece { space, extents, data, at } = piece.only(&listed.extents);
+        encode(encoder, known, space, &extents, &data, at, emit)?;
+    }
+    images::emit::<io::Error>(dir, note, &mut |head, body| emit(head, body))?;
+    known.retain(&manifest);
+    figures.resident_bytes = manifest.spaces.iter().map(|map| extents::pages(&map.extents) * PAGE_SIZE).sum();
+    emit(FrameHead::Manifest(manifest.clone()), Vec::new())?;
+    Ok(manifest)
+}
+
+fn encode(
+    encoder: &mut Encoder,
+    known: &mut Known,
+    space: Space,
+    extents: &[Extent],
+    data: &[u8],
+    at: ReadStamp,
+    emit: &mut Emit<'_>,
+) -> Result<(), CaptureError> {
+    let mut result = Ok(());
+    encoder.encode(known, space, extents, data, at, |head, body| {
+        if result.is_ok() {
+            result = emit(FrameHead::Pages(head), body);
+        }
+    });
+    result.map_err(CaptureError::Io)
+}
+
+fn fresh_dir(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::DirBuilder::new().mode(0o700).create(dir)
+}

@@ -1,0 +1,330 @@
+//! What is read while the tree is frozen.
+//!
+//! CRIU's page-server records arrive on one thread; the scan and the reads run on another, begun at the first record
+//! so that they overlap with what CRIU does anyway, and finished when CRIU closes.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::mpsc::{Receiver, Sender, channel},
+};
+
+use crate::{
+    criu::page_server,
+    delta::{Known, ReadStamp},
+    extents,
+    memory::{self, Memory, Pages, ReadError, TrackError, Tracker, TreeError},
+    model::{Extent, PAGE_SIZE, Space},
+    wire::message::{Manifest, SpaceMap},
+};
+
+/// Why the frozen tree could not be read. The epoch fails and the tree runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum FrozenError {
+    /// Scanning failed.
+    #[error(transparent)]
+    Track(#[from] TrackError),
+    /// Reading failed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The tree could not be listed.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// CRIU lists a task that we cannot find.
+    #[error("CRIU dumps a task with pid {0} inside, which is not in the tree")]
+    Stranger(u32),
+    /// The image needs pages that nobody has.
+    #[error("{pages} pages of {space:?} from {start:#x} on are needed for the image and cannot be read")]
+    Unreadable {
+        /// Whose.
+        space: Space,
+        /// The first.
+        start: u64,
+        /// How many.
+        pages: u64,
+    },
+}
+
+/// A tracked task.
+#[derive(Debug)]
+pub(super) struct Tracked {
+    pub(super) tracker: Tracker,
+    pub(super) space: Space,
+    /// Distinguishes a reused pid.
+    pub(super) start_ticks: u64,
+}
+
+/// Pages read in this epoch's freeze, in the order in which they were read: a later piece overrides an earlier one.
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) space: Space,
+    pub(super) extents: Vec<Extent>,
+    pub(super) data: Vec<u8>,
+    /// When it was read, in the order of passes.
+    pub(super) at: ReadStamp,
+}
+
+/// Pages that CRIU sent itself.
+pub(super) struct Sent {
+    space: Space,
+    extents: Vec<Extent>,
+    data: Vec<u8>,
+}
+
+/// All of a freeze.
+#[derive(Debug, Default)]
+pub(super) struct Frozen {
+    pub(super) pieces: Vec<Piece>,
+    pub(super) manifest: Manifest,
+    /// Private pages found written in the freeze.
+    pub(super) dirty_pages: u64,
+}
+
+/// From the page server's thread to the reader's.
+enum Order {
+    Begin,
+    Finish { manifest: Manifest, sent: Vec<Sent> },
+}
+
+/// The page server's side: collects CRIU's list and the pages that it sends itself.
+pub(super) struct Collector {
+    orders: Sender<Order>,
+    verdict: Receiver<bool>,
+    begun: bool,
+    listed: BTreeMap<Space, Vec<Extent>>,
+    sent: Vec<Sent>,
+}
+
+/// The reader's side.
+pub(super) struct Reader {
+    orders: Receiver<Order>,
+    verdict: Sender<bool>,
+    root: i32,
+    /// Pages that were found stale before the freeze and not read since.
+    pending: BTreeMap<Space, Vec<Extent>>,
+}
+
+/// Makes the two sides.
+pub(super) fn channels(root: i32, pending: BTreeMap<Space, Vec<Extent>>) -> (Collector, Reader) {
+    let (orders, ordered) = channel();
+    let (verdict, judged) = channel();
+    let collector =
+        Collector { orders, verdict: judged, begun: false, listed: BTreeMap::new(), sent: Vec::new() };
+    (collector, Reader { orders: ordered, verdict, root, pending })
+}
+
+/// What the reader works on.
+struct Freeze<'a> {
+    root: i32,
+    tasks: &'a mut BTreeMap<i32, Tracked>,
+    known: &'a mut Known,
+    pending: BTreeMap<Space, Vec<Extent>>,
+}
+
+impl page_server::Handler for Collector {
+    /// Tasks have a parent (CRIU sends holes, we the pages); shared memory has none, because a store through another
+    /// mapping leaves no trace in the one that is looked at.
+    fn opened(&mut self, space: Space) -> io::Result<bool> {
+        if !self.begun {
+            self.begun = true;
+            // A reader that has ended says so at the close.
+            let _ = self.orders.send(Order::Begin);
+        }
+        self.listed.entry(space).or_default();
+        Ok(matches!(space, Space::Task(_)))
+    }
+
+    fn hole(&mut self, space: Space, extent: Extent) -> io::Result<()> {
+        self.listed.entry(space).or_default().push(extent);
+        Ok(())
+    }
+
+    fn pages(&mut self, space: Space, extent: Extent, _lazy: bool, data: &[u8]) -> io::Result<()> {
+        self.listed.entry(space).or_default().push(extent);
+        match self.sent.last_mut() {
+            Some(piece)
+                if piece.space == space
+                    && piece.extents.last().is_some_and(|last| last.end() == extent.start) =>
+            {
+                extents::push(&mut piece.extents, extent.start, extent.end());
+                piece.data.extend_from_slice(data);
+            }
+            _ => self.sent.push(Sent { space, extents: vec![extent], data: data.to_vec() }),
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> io::Result<()> {
+        let spaces = std::mem::take(&mut self.listed)
+            .into_iter()
+            .map(|(space, mut extents)| {
+                extents::normalize(&mut extents);
+                SpaceMap { space, extents }
+            })
+            .collect();
+        let order = Order::Finish { manifest: Manifest { spaces }, sent: std::mem::take(&mut self.sent) };
+        let read = self.orders.send(order).is_ok() && self.verdict.recv().unwrap_or(false);
+        if read { Ok(()) } else { Err(io::Error::other("the frozen memory could not be read")) }
+    }
+}
+
+impl Reader {
+    /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far.
+    pub(super) fn serve(
+        self,
+        tasks: &mut BTreeMap<i32, Tracked>,
+        known: &mut Known,
+    ) -> Option<Result<Frozen, FrozenError>> {
+        let Ok(Order::Begin) = self.orders.recv() else { return None };
+        let mut freeze = Freeze { root: self.root, tasks, known, pending: self.pending };
+        let mut frozen = Frozen::default();
+        let first = freeze.first_pass(&mut frozen);
+        let Ok(Order::Finish { manifest, sent }) = self.orders.recv() else {
+            return first.err().map(Err);
+        };
+        let result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
+        // CRIU that is gone by now rolls back by itself.
+        let _ = self.verdict.send(result.is_ok());
+        Some(result.map(|()| frozen))
+    }
+}
+
+impl Freeze<'_> {
+    /// Scans every tracked task and reads what was written. What cannot be read stays stale, which matters only if CRIU
+    /// lists it.
+    fn first_pass(&mut self, frozen: &mut Frozen) -> Result<(), FrozenError> {
+        let mut dirty = Vec::new();
+        for tracked in self.tasks.values_mut() {
+            tracked.tracker.take_dirty(&mut dirty)?;
+            self.known.mark_stale(tracked.space, &dirty);
+            frozen.dirty_pages += extents::pages(&dirty);
+            let mut wanted = self.pending.remove(&tracked.space).unwrap_or_default();
+            wanted.extend_from_slice(&dirty);
+            extents::normalize(&mut wanted);
+            let at = self.known.stamp();
+            read(tracked.tracker.memory(), tracked.space, &wanted, at, &mut frozen.pieces)?;
+        }
+        Ok(())
+    }
+
+    /// The second pass: pages that CRIU's parasite touched, tasks that were born after the last look, and whatever the
+    /// list names that neither the standby nor this freeze has.
+    fn finish(
+        &mut self,
+        frozen: &mut Frozen,
+        manifest: Manifest,
+        sent: Vec<Sent>,
+    ) -> Result<(), FrozenError> {
+        let mut dirty = Vec::new();
+        for tracked in self.tasks.values_mut() {
+            tracked.tracker.take_dirty(&mut dirty)?;
+            self.known.mark_stale(tracked.space, &dirty);
+            let at = self.known.stamp();
+            read(tracked.tracker.memory(), tracked.space, &dirty, at, &mut frozen.pieces)?;
+        }
+        // No pass follows: what CRIU sent, and what is read from here on, is of the freeze itself.
+        let at = self.known.stamp();
+        let sent = sent.into_iter();
+        frozen.pieces.extend(sent.map(|Sent { space, extents, data }| Piece { space, extents, data, at }));
+        for map in &manifest.spaces {
+            let mut have: Vec<Extent> = Vec::new();
+            for piece in frozen.pieces.iter().filter(|piece| piece.space == map.space) {
+                have.extend_from_slice(&piece.extents);
+            }
+            extents::normalize(&mut have);
+            // What is known of a task without a tracker is of another that had its pid.
+            let untracked = matches!(map.space, Space::Task(_))
+                && !self.tasks.values().any(|tracked| tracked.space == map.space);
+            let needed =
+                if untracked { map.extents.clone() } else { self.known.missing(map.space, &map.extents) };
+            let missing = extents::subtract(&needed, &have);
+            let Some(&first) = missing.first() else { continue };
+            let Space::Task(inside) = map.space else {
+                return Err(unreadable(map.space, first, &missing));
+            };
+            let memory = Memory::of(self.host_pid(inside)?);
+            read(memory, map.space, &missing, at, &mut frozen.pieces)?;
+            let got = frozen.pieces.last().map_or(&[][..], |piece| &piece.extents);
+            let lost = extents::subtract(&missing, got);
+            if let Some(&first) = lost.first() {
+                return Err(unreadable(map.space, first, &lost));
+            }
+        }
+        frozen.manifest = manifest;
+        Ok(())
+    }
+
+    fn host_pid(&self, inside: u32) -> Result<i32, FrozenError> {
+        let tracked = self.tasks.iter().find(|(_, tracked)| tracked.space == Space::Task(inside));
+        if let Some((&pid, _)) = tracked {
+            return Ok(pid);
+        }
+        let tasks = memory::tasks_of(self.root)?;
+        let task = tasks.iter().find(|task| task.inner_pid == inside);
+        task.map(|task| task.pid).ok_or(FrozenError::Stranger(inside))
+    }
+}
+
+fn unreadable(space: Space, first: Extent, missing: &[Extent]) -> FrozenError {
+    FrozenError::Unreadable { space, start: first.start, pages: extents::pages(missing) }
+}
+
+/// Reads a list, all of it that can be read, as one more piece.
+fn read(
+    memory: Memory,
+    space: Space,
+    wanted: &[Extent],
+    at: ReadStamp,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), FrozenError> {
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    let mut pages = Pages::default();
+    memory.read(wanted, &mut pages)?;
+    let (extents, data) = pages.into_parts();
+    pieces.push(Piece { space, extents, data, at });
+    Ok(())
+}
+
+impl Piece {
+    /// The piece without the pages that are not in `listed`; most pieces lose none.
+    pub(super) fn only(self, listed: &[Extent]) -> Self {
+        let kept = extents::intersect(&self.extents, listed);
+        if kept == self.extents {
+            return self;
+        }
+        let mut data = Vec::with_capacity((extents::pages(&kept) * PAGE_SIZE) as usize);
+        let mut offset = 0;
+        let mut wanted = kept.iter().peekable();
+        for extent in &self.extents {
+            // `kept` is a subset: its runs lie one after the other within the piece's own.
+            while let Some(run) = wanted.next_if(|run| run.start < extent.end()) {
+                let from = offset + (run.start - extent.start) as usize;
+                data.extend_from_slice(&self.data[from..from + run.bytes() as usize]);
+            }
+            offset += extent.bytes() as usize;
+        }
+        Self { extents: kept, data, ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_piece_keeps_just_the_listed_pages() {
+        let page = |n: u8| vec![n; PAGE_SIZE as usize];
+        let run = |start: u64, pages: u64| Extent { start: start * PAGE_SIZE, pages };
+        let piece = Piece {
+            space: Space::Task(7),
+            extents: vec![run(1, 2), run(5, 3)],
+            data: [1, 2, 5, 6, 7].into_iter().flat_map(page).collect(),
+            at: Known::default().stamp(),
+        };
+        let piece = piece.only(&[run(0, 2), run(6, 1), run(7, 9)]);
+        assert_eq!(piece.extents, vec![run(1, 1), run(6, 2)]);
+        assert_eq!(piece.data, [1, 6, 7].into_iter().flat_map(page).collect::<Vec<u8>>());
+    }
+}

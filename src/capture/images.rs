@@ -1,0 +1,65 @@
+//! CRIU's small images of an epoch as frames, and the note that travels beside them.
+
+use std::{fs, io, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use crate::wire::message::FrameHead;
+
+/// Name of the note among the images; CRIU reads only files that it knows.
+pub const NOTE: &str = "epoch.json";
+
+/// What the restoring host must know of an epoch and CRIU's images do not say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    /// Wall clock of the primary at the freeze, milliseconds since 1970.
+    pub frozen_at_unix_ms: u64,
+    /// Inodes of the pipes to the workload's log, which are plugged anew on restore.
+    pub log_pipes: Vec<u64>,
+    /// Pid of the tree's root inside.
+    pub root: u32,
+}
+
+impl Note {
+    /// Reads the note of an image directory.
+    pub fn read(dir: &Path) -> io::Result<Self> {
+        serde_json::from_slice(&fs::read(dir.join(NOTE))?).map_err(io::Error::other)
+    }
+}
+
+/// Most bytes of an image in one frame.
+const PIECE_BYTES_MAX: usize = 1 << 20;
+
+/// Hands out every image file of a directory, by name; logs, statistics and the parent link are not part of an image.
+pub(super) fn emit<E: From<io::Error>>(
+    dir: &Path,
+    note: &Note,
+    emit: &mut dyn FnMut(FrameHead, Vec<u8>) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut names: Vec<String> = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // Shared memory's page maps and the like are made by the standby from the manifest.
+        let of_pages = name.starts_with("pagemap-") || name.starts_with("pages-");
+        if entry.file_type()?.is_file() && name.ends_with(".img") && !of_pages {
+            names.push(name);
+        }
+    }
+    names.sort_unstable();
+    for name in names {
+        let bytes = fs::read(dir.join(&name))?;
+        let pieces: Vec<&[u8]> =
+            if bytes.is_empty() { vec![&[]] } else { bytes.chunks(PIECE_BYTES_MAX).collect() };
+        for (index, piece) in pieces.iter().enumerate() {
+            let head = FrameHead::Image {
+                name: name.clone(),
+                offset: (index * PIECE_BYTES_MAX) as u64,
+                more: index + 1 < pieces.len(),
+            };
+            emit(head, piece.to_vec())?;
+        }
+    }
+    let note = serde_json::to_vec(note).map_err(io::Error::other)?;
+    emit(FrameHead::Image { name: NOTE.to_owned(), offset: 0, more: false }, note)
+}

@@ -1,0 +1,113 @@
+//! `standin status`: this agent's workloads.
+
+use std::{io::IsTerminal, path::Path, time::Duration};
+
+use super::{Outcome, client, human_bytes, print_json};
+use crate::{
+    agent::api::{AgentStatus, Role, WorkloadStatus},
+    model::Name,
+};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Only this workload
+    name: Option<Name>,
+    /// Show it anew every second until interrupted
+    #[arg(long)]
+    watch: bool,
+    /// Print JSON (with --watch: one document a line)
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn main(socket: &Path, args: &Args) -> Outcome {
+    loop {
+        show(socket, args)?;
+        if !args.watch {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        if !args.json && std::io::stdout().is_terminal() {
+            print!("\x1b[2J\x1b[H");
+        }
+    }
+}
+
+fn show(socket: &Path, args: &Args) -> Outcome {
+    if let Some(name) = &args.name {
+        let status: WorkloadStatus = client::get(socket, &format!("/v1/workloads/{name}"))?;
+        return match (args.json, args.watch) {
+            (true, false) => print_json(&status),
+            (true, true) => print_line(&status),
+            (false, _) => {
+                print_workload(&status);
+                Ok(())
+            }
+        };
+    }
+    let status: AgentStatus = client::get(socket, "/v1/status")?;
+    match (args.json, args.watch) {
+        (true, false) => return print_json(&status),
+        (true, true) => return print_line(&status),
+        (false, _) => {}
+    }
+    println!("agent {} ({}) on {}", status.name, status.version, status.listen);
+    if status.workloads.is_empty() {
+        println!("no workloads; start one with: standin run NAME -- CMD");
+    }
+    for workload in &status.workloads {
+        println!();
+        print_workload(workload);
+    }
+    Ok(())
+}
+
+fn print_line<T: serde::Serialize>(value: &T) -> Outcome {
+    println!("{}", serde_json::to_string(value).map_err(anyhow::Error::from)?);
+    Ok(())
+}
+
+fn print_workload(status: &WorkloadStatus) {
+    let role = match status.role {
+        Role::Unprotected => "unprotected",
+        Role::Primary => "primary",
+        Role::Standby => "standby",
+        Role::Fenced => "fenced",
+    };
+    println!("{}  {role}, {}  term {}", status.name, status.state, status.term);
+    if let Some(peer) = &status.peer {
+        let reached = if status.peer_connected { "connected" } else { "NOT REACHED" };
+        println!("  peer      {peer} ({reached})");
+    }
+    if let Some(pid) = status.pid {
+        println!("  pid       {pid}");
+    }
+    if let Some(epoch) = status.epoch {
+        let lag = status.lag_ms.map_or_else(|| "unknown".into(), |ms| format!("{ms} ms"));
+        println!("  epoch     {epoch}, lag {lag}, one every {} ms", status.every_ms);
+    }
+    if let Some(age) = status.lease_age_ms {
+        println!("  lease     renewed {age} ms ago");
+    }
+    for vip in &status.vips {
+        println!("  address   {} on {}", vip.cidr, vip.device);
+    }
+    if let Some(last) = &status.last {
+        println!(
+            "  last      frozen {:.1} ms, dirty {}, shipped {}, memory {}",
+            last.frozen_us as f64 / 1000.0,
+            human_bytes(last.dirty_bytes),
+            human_bytes(last.shipped_bytes),
+            human_bytes(last.resident_bytes)
+        );
+    }
+    if let Some(summary) = &status.summary {
+        println!(
+            "  {} epochs frozen p50 {:.1} ms, p99 {:.1} ms; freeze to commit p50 {:.1} ms",
+            summary.epochs, summary.frozen_ms_p50, summary.frozen_ms_p99, summary.commit_ms_p50
+        );
+    }
+    if let Some(error) = &status.error {
+        println!("  error     {error}");
+    }
+}

@@ -1,0 +1,348 @@
+//! Random histories of a writing process, passes, readings, epochs that commit or fail, and a standby that
+//! holds only what it decoded.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    extents,
+    model::{Extent, PAGE_SIZE},
+    wire::message::{Manifest, SpaceMap},
+};
+
+const PAGE: usize = PAGE_SIZE as usize;
+const PAGES: u64 = 24;
+/// Across the border of two leaves.
+const BASE: u64 = (512 - PAGES / 2) * PAGE_SIZE;
+const SPACE: Space = Space::Task(1);
+
+type Memory = BTreeMap<u64, Vec<u8>>;
+
+fn page_of(value: u8) -> Vec<u8> {
+    // 0 is a page of zeroes, odd values do not compress.
+    if value.is_multiple_of(2) {
+        vec![value; PAGE]
+    } else {
+        blake3::Hasher::new().update(&[value]).finalize_xof().bytes(PAGE)
+    }
+}
+
+trait Bytes {
+    fn bytes(self, len: usize) -> Vec<u8>;
+}
+
+impl Bytes for blake3::OutputReader {
+    fn bytes(mut self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.fill(&mut bytes);
+        bytes
+    }
+}
+
+fn apply(memory: &mut Memory, batches: &[(BatchHead, Vec<u8>)]) {
+    for (head, body) in batches {
+        decode::<DecodeError>(head, body, |_, start, content| {
+            let pages = match content {
+                Content::Bytes(bytes) => bytes.chunks(PAGE).map(<[u8]>::to_vec).collect(),
+                Content::Zero { pages } => vec![vec![0; PAGE]; pages as usize],
+            };
+            for (i, page) in pages.into_iter().enumerate() {
+                memory.insert(start + i as u64 * PAGE_SIZE, page);
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+}
+
+/// What happens in a history. Pages are numbers below [`PAGES`].
+#[derive(Clone, Debug)]
+enum Step {
+    Write(u64, u8),
+    Unmap(u64),
+    /// A pass: its pages are marked.
+    Pass,
+    /// The marked pages are read, now; the reading is encoded later.
+    Read,
+    /// The oldest reading is encoded.
+    Encode,
+    /// Everything outstanding is encoded, the manifest is checked, the epoch is sent.
+    Finish,
+    Committed,
+    /// The standby may have folded the oldest epoch in or not.
+    Failed(bool),
+    Clear,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        12 => (0..PAGES, 0u8..6).prop_map(|(page, value)| Step::Write(page, value)),
+        2 => (0..PAGES).prop_map(Step::Unmap),
+        3 => Just(Step::Pass),
+        3 => Just(Step::Read),
+        2 => Just(Step::Encode),
+        3 => Just(Step::Finish),
+        2 => Just(Step::Committed),
+        1 => any::<bool>().prop_map(Step::Failed),
+        1 => Just(Step::Clear),
+    ]
+}
+
+struct Reading {
+    at: ReadStamp,
+    extents: Vec<Extent>,
+    data: Vec<u8>,
+}
+
+type Flight = (Vec<(BatchHead, Vec<u8>)>, Vec<Extent>, Memory);
+
+/// The primary, its process and the standby.
+struct World {
+    process: Memory,
+    /// Pages written since the last pass, which the kernel would report.
+    written: Vec<u64>,
+    known: Known,
+    encoder: Encoder,
+    readings: Vec<Reading>,
+    batches: Vec<(BatchHead, Vec<u8>)>,
+    /// Epochs on their way: batches, manifest, and the memory at the freeze.
+    flying: Vec<Flight>,
+    standby: Memory,
+    commits: usize,
+}
+
+impl World {
+    fn new() -> Self {
+        let mut known = Known::new();
+        known.begin_epoch();
+        Self {
+            process: Memory::new(),
+            written: Vec::new(),
+            known,
+            encoder: Encoder::new(),
+            readings: Vec::new(),
+            batches: Vec::new(),
+            flying: Vec::new(),
+            standby: Memory::new(),
+            commits: 0,
+        }
+    }
+
+    fn pass(&mut self) {
+        let mut reported: Vec<Extent> =
+            self.written.drain(..).map(|start| Extent { start, pages: 1 }).collect();
+        extents::normalize(&mut reported);
+        self.known.mark_stale(SPACE, &reported);
+    }
+
+    fn manifest(&self) -> Vec<Extent> {
+        let mut pages = Vec::new();
+        self.process.keys().for_each(|page| extents::push(&mut pages, *page, page + PAGE_SIZE));
+        pages
+    }
+
+    fn read(&mut self) {
+        let at = self.known.stamp();
+        let wanted = self.known.missing(SPACE, &self.manifest());
+        let pages = wanted.iter().flat_map(|e| (0..e.pages).map(|i| e.start + i * PAGE_SIZE));
+        let data = pages.flat_map(|page| self.process[&page].clone()).collect();
+        self.readings.push(Reading { at, extents: wanted, data });
+    }
+
+    fn encode(&mut self) {
+        if self.readings.is_empty() {
+            return;
+        }
+        let Reading { at, extents, data } = self.readings.remove(0);
+        let emit = |head, body| self.batches.push((head, body));
+        self.encoder.encode(&mut self.known, SPACE, &extents, &data, at, emit);
+    }
+
+    fn finish(&mut self) {
+        // Frozen from here on: one more pass, the rest is read, all is encoded.
+        self.pass();
+        self.read();
+        while !self.readings.is_empty() {
+            self.encode();
+        }
+        let manifest = self.manifest();
+        assert_eq!(self.known.missing(SPACE, &manifest), [], "a frozen epoch is whole");
+        let spaces = vec![SpaceMap { space: SPACE, extents: manifest.clone() }];
+        self.known.retain(&Manifest { spaces });
+        self.flying.push((std::mem::take(&mut self.batches), manifest, self.process.clone()));
+        self.known.begin_epoch();
+    }
+
+    fn fold(&mut self) {
+        let (batches, manifest, frozen) = self.flying.remove(0);
+        apply(&mut self.standby, &batches);
+        let held = |page: &u64| manifest.iter().any(|e| (e.start..e.end()).contains(page));
+        self.standby.retain(|page, _| held(page));
+        assert_eq!(self.standby, frozen, "the standby holds the memory of the freeze");
+        self.commits += 1;
+    }
+
+    fn step(&mut self, step: &Step) {
+        match *step {
+            Step::Write(page, value) => {
+                let page = BASE + page * PAGE_SIZE;
+                self.process.insert(page, page_of(value));
+                self.written.push(page);
+            }
+            Step::Unmap(page) => {
+                self.process.remove(&(BASE + page * PAGE_SIZE));
+                self.written.retain(|written| self.process.contains_key(written));
+            }
+            Step::Pass => self.pass(),
+            Step::Read => self.read(),
+            Step::Encode => self.encode(),
+            Step::Finish => self.finish(),
+            Step::Committed if !self.flying.is_empty() => {
+                self.fold();
+                self.known.epoch_committed();
+            }
+            Step::Failed(folded) if !self.flying.is_empty() => {
+                if folded {
+                    self.fold();
+                }
+                self.flying.clear();
+                self.batches.clear();
+                self.known.epoch_failed();
+                self.known.begin_epoch();
+            }
+            Step::Clear => {
+                self.flying.clear();
+                self.batches.clear();
+                self.known.clear();
+                self.known.begin_epoch();
+            }
+            Step::Committed | Step::Failed(_) => {}
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn a_dirty_page_is_never_lost(steps in proptest::collection::vec(step(), 1..120)) {
+        let mut world = World::new();
+        for step in &steps {
+            world.step(step);
+        }
+        world.finish();
+        while !world.flying.is_empty() {
+            world.step(&Step::Committed);
+        }
+        prop_assert!(world.commits > 0);
+    }
+
+    #[test]
+    fn a_hostile_batch_is_refused_or_decoded_but_never_more(
+        runs in proptest::collection::vec(
+            (prop_oneof![0u64..4, any::<u64>()], prop_oneof![0u32..5, any::<u32>()], any::<bool>()), 0..6),
+        aligned: bool, lz4: bool,
+        body in proptest::collection::vec(any::<u8>(), 0..9000),
+        length in proptest::option::of(0usize..3),
+    ) {
+        let shift = |start: u64| if aligned { start.wrapping_mul(PAGE_SIZE) } else { start };
+        let runs: Vec<_> =
+            runs.into_iter().map(|(start, pages, zero)| PageRun { start: shift(start), pages, zero }).collect();
+        let packing = if lz4 { Packing::Lz4 } else { Packing::Raw };
+        let mut body = body;
+        if let Some(pages) = length {
+            body.resize(pages * PAGE, 7);
+        }
+        let head = BatchHead { space: SPACE, runs, packing };
+        let mut seen = 0;
+        let result = decode::<DecodeError>(&head, &body, |_, start, content| {
+            let pages = match content {
+                Content::Bytes(bytes) => (bytes.len() / PAGE) as u64,
+                Content::Zero { pages } => pages.into(),
+            };
+            assert!(pages > 0 && start % PAGE_SIZE == 0 && start + pages * PAGE_SIZE <= ADDRESS_END);
+            seen += 1;
+            Ok(())
+        });
+        prop_assert_eq!(seen, if result.is_ok() { head.runs.len() } else { 0 });
+    }
+}
+
+fn encode_all(encoder: &mut Encoder, known: &mut Known, data: &[u8]) -> Vec<(BatchHead, Vec<u8>)> {
+    let at = known.stamp();
+    let whole = [Extent { start: BASE, pages: (data.len() / PAGE) as u64 }];
+    let mut batches = Vec::new();
+    encoder.encode(known, SPACE, &whole, data, at, |head, body| batches.push((head, body)));
+    batches
+}
+
+#[test]
+fn an_unchanged_page_is_not_sent_again_and_one_of_a_failed_epoch_is() {
+    let (mut known, mut encoder) = (Known::new(), Encoder::new());
+    let data = [page_of(3), page_of(0), page_of(2)].concat();
+    known.begin_epoch();
+    assert_eq!(encode_all(&mut encoder, &mut known, &data).len(), 1);
+    known.epoch_committed();
+    known.mark_stale(SPACE, &[Extent { start: BASE, pages: 3 }]);
+    assert!(!known.is_known(SPACE, BASE));
+    known.begin_epoch();
+    assert!(encode_all(&mut encoder, &mut known, &data).is_empty());
+    assert!(known.is_known(SPACE, BASE));
+    let changed = [page_of(5), page_of(0), page_of(2)].concat();
+    assert_eq!(encode_all(&mut encoder, &mut known, &changed)[0].0.runs.len(), 1);
+    known.epoch_failed();
+    assert_eq!(
+        known.missing(SPACE, &[Extent { start: BASE, pages: 3 }]),
+        [Extent { start: BASE, pages: 1 }],
+        "what was not sent in the failed epoch is known still"
+    );
+    let stats = encoder.stats();
+    assert_eq!((stats.pages, stats.unchanged, stats.zero, stats.sent), (9, 5, 1, 3));
+}
+
+#[test]
+fn a_reading_older_than_the_last_pass_changes_nothing() {
+    let (mut known, mut encoder) = (Known::new(), Encoder::new());
+    let page = [Extent { start: BASE, pages: 1 }];
+    known.begin_epoch();
+    let before = known.stamp();
+    known.mark_stale(SPACE, &page);
+    encoder.encode(&mut known, SPACE, &page, &page_of(3), before, |_, _| panic!("was sent"));
+    assert_eq!(known.missing(SPACE, &page), page);
+    let after = known.stamp();
+    let mut sent = 0;
+    encoder.encode(&mut known, SPACE, &page, &page_of(3), after, |_, _| sent += 1);
+    assert_eq!((sent, known.missing(SPACE, &page).len()), (1, 0));
+}
+
+#[test]
+fn a_large_reading_is_cut_into_batches_within_the_limits() {
+    let (mut known, mut encoder) = (Known::new(), Encoder::new());
+    known.begin_epoch();
+    // Zero and other pages in turn: the runs are the limit; then many pages of one run.
+    let mixed: Vec<u8> = (0..10_000u32).flat_map(|i| page_of((i % 2) as u8)).collect();
+    let batches = encode_all(&mut encoder, &mut known, &mixed);
+    let mut memory = Memory::new();
+    apply(&mut memory, &batches);
+    assert!(batches.len() >= 10_000 / 2 / BATCH_PAGES_MAX);
+    assert!(memory.values().flatten().eq(mixed.iter()));
+}
+
+#[test]
+fn pages_that_do_not_compress_go_raw_and_the_others_packed() {
+    let (mut known, mut encoder) = (Known::new(), Encoder::new());
+    known.begin_epoch();
+    let noise = blake3::Hasher::new().finalize_xof().bytes(PAGE * BATCH_PAGES_MAX * 3);
+    let raw = encode_all(&mut encoder, &mut known, &noise);
+    assert!(raw.iter().all(|(head, _)| head.packing == Packing::Raw));
+    known.clear();
+    known.begin_epoch();
+    let text: Vec<u8> = (0..PAGE * BATCH_PAGES_MAX * 40).map(|i| (i / 300) as u8 | 1).collect();
+    let packed = encode_all(&mut encoder, &mut known, &text);
+    assert!(packed.iter().filter(|(head, _)| head.packing == Packing::Lz4).count() > 30);
+    let mut memory = Memory::new();
+    apply(&mut memory, &packed);
+    assert!(memory.values().flatten().eq(text.iter()));
+}

@@ -1,0 +1,133 @@
+//! `/proc/PID/maps`: which mappings there are and what each means for tracking, pure.
+
+use crate::model::{Extent, PAGE_SIZE};
+
+/// First address that no page of a task may have: 4-level page tables, as CRIU's images assume.
+pub const TASK_END: u64 = 1 << 47;
+
+/// What a mapping's pages are to a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MappingKind {
+    /// Private memory without a file: pages are tracked.
+    Anonymous,
+    /// Private mapping of a file: copied-on-write pages are tracked.
+    PrivateFile,
+    /// `MAP_SHARED`: not tracked. A write through another mapping or process leaves this one's page table
+    /// entry clean, so shared memory is dumped whole (by CRIU), and shared file pages live in their file.
+    Shared,
+    /// The vDSO: always taken whole, because CRIU's images always hold all of it.
+    Vdso,
+    /// `[vvar]` and the like: the kernel's own pages, in no image.
+    Kernel,
+}
+
+/// One line of `/proc/PID/maps`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Where.
+    pub extent: Extent,
+    /// What.
+    pub kind: MappingKind,
+}
+
+impl Mapping {
+    /// Whether its pages are private to the process, and so in its page image.
+    pub fn is_private(&self) -> bool {
+        matches!(self.kind, MappingKind::Anonymous | MappingKind::PrivateFile)
+    }
+}
+
+/// Why a text is not understood as `/proc/PID/maps`.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum MapsError {
+    /// A line has another form.
+    #[error("line {0} of the process' maps is not understood; is this kernel newer than this program?")]
+    Line(usize),
+    /// A mapping lies above the 47 bits of 4-level page tables.
+    #[error(
+        "the process has mapped {0:#x}, above 2^47; such memory (5-level page tables) cannot be checkpointed"
+    )]
+    High(u64),
+}
+
+/// Parses the whole file.
+pub(super) fn parse(text: &[u8]) -> Result<Vec<Mapping>, MapsError> {
+    let lines = text.split(|b| *b == b'\n').filter(|line| !line.is_empty());
+    let mut mappings = Vec::new();
+    for (number, line) in lines.enumerate() {
+        let mapping = parse_line(line).ok_or(MapsError::Line(number + 1))?;
+        if mapping.extent.end() <= TASK_END {
+            mappings.push(mapping);
+        } else if mapping.kind != MappingKind::Kernel {
+            return Err(MapsError::High(mapping.extent.start));
+        }
+    }
+    Ok(mappings)
+}
+
+/// `start-end perms offset dev inode  path`
+fn parse_line(line: &[u8]) -> Option<Mapping> {
+    // The path may hold any byte: only the first five fields are text.
+    let mut fields = line.splitn(6, |b| *b == b' ');
+    let (start, end) = std::str::from_utf8(fields.next()?).ok()?.split_once('-')?;
+    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    let shared = match fields.next()? {
+        [_, _, _, b'p'] => false,
+        [_, _, _, b's'] => true,
+        _ => return None,
+    };
+    let inode = fields.nth(2)?;
+    let path = fields.next().unwrap_or_default().trim_ascii_start();
+    if start >= end || start % PAGE_SIZE != 0 || end % PAGE_SIZE != 0 {
+        return None;
+    }
+    let kind = match path {
+        b"[vdso]" => MappingKind::Vdso,
+        b"[vvar]" | b"[vvar_vclock]" | b"[uprobes]" | b"[vsyscall]" => MappingKind::Kernel,
+        _ if shared => MappingKind::Shared,
+        _ if inode != b"0" => MappingKind::PrivateFile,
+        _ => MappingKind::Anonymous,
+    };
+    Some(Mapping { extent: Extent { start, pages: (end - start) / PAGE_SIZE }, kind })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn every_kind_is_told_apart() {
+        let text = b"55d0a000-55d0c000 r-xp 00000000 08:01 1234                       /usr/bin/a b\n\
+            55d0c000-55d0d000 rw-p 00000000 00:00 0                          [heap]\n\
+            7f000000-7f002000 rw-s 00000000 00:01 77                         /memfd:x (deleted)\n\
+            7f004000-7f005000 rw-p 00000000 00:00 0 \n\
+            7f005000-7f006000 r--p 00000000 00:00 0                          [vvar]\n\
+            7f006000-7f008000 r-xp 00000000 00:00 0                          [vdso]\n\
+            ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]\n";
+        let kinds: Vec<_> = parse(text).unwrap().iter().map(|m| (m.kind, m.extent.pages)).collect();
+        let expected = [
+            (MappingKind::PrivateFile, 2),
+            (MappingKind::Anonymous, 1),
+            (MappingKind::Shared, 2),
+            (MappingKind::Anonymous, 1),
+            (MappingKind::Kernel, 1),
+            (MappingKind::Vdso, 2),
+        ];
+        assert_eq!(kinds, expected);
+    }
+
+    #[test]
+    fn a_mapping_above_47_bits_is_an_error() {
+        let text = b"800000000000-800000001000 rw-p 00000000 00:00 0 \n";
+        assert_eq!(parse(text), Err(MapsError::High(1 << 47)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_parsed_or_refused(text in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = parse(&text);
+        }
+    }
+}

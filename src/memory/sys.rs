@@ -1,0 +1,175 @@
+//! The kernel's calls behind the tracker: userfaultfd, PAGEMAP_SCAN, process_vm_readv and pidfds.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+};
+
+use crate::model::Extent;
+
+/// PAGEMAP_SCAN categories (`PAGE_IS_*` of linux/fs.h).
+pub(super) mod category {
+    pub(in crate::memory) const WP_ALLOWED: u64 = 1 << 0;
+    pub(in crate::memory) const WRITTEN: u64 = 1 << 1;
+    pub(in crate::memory) const PRESENT: u64 = 1 << 3;
+    pub(in crate::memory) const SWAPPED: u64 = 1 << 4;
+    /// Since kernel 6.15: a page of a MADV_GUARD_INSTALL region, which nobody can read.
+    pub(in crate::memory) const GUARD: u64 = 1 << 8;
+}
+
+const PM_SCAN_WP_MATCHING: u64 = 1;
+const UFFD_API: u64 = 0xAA;
+const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
+const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
+
+const UFFDIO_API: u64 = nix::request_code_readwrite!(0xAA, 0x3F, size_of::<UffdApi>());
+const UFFDIO_REGISTER: u64 = nix::request_code_readwrite!(0xAA, 0x00, size_of::<UffdRegister>());
+const PAGEMAP_SCAN: u64 = nix::request_code_readwrite!(b'f', 16, size_of::<ScanArg>());
+
+#[repr(C)]
+struct UffdApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdRegister {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// One run in a scan's result vector.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct PageRegion {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    categories: u64,
+}
+
+/// What a scan looks for: pages whose categories, with `inverted` flipped, hold all of `all` and one of `any`.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Query {
+    pub(super) write_protect: bool,
+    pub(super) inverted: u64,
+    pub(super) all: u64,
+    pub(super) any: u64,
+}
+
+/// Finishes a userfaultfd's handshake with the features of asynchronous write protection.
+pub(super) fn uffd_enable(uffd: BorrowedFd<'_>) -> io::Result<()> {
+    let features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED;
+    let mut api = UffdApi { api: UFFD_API, features, ioctls: 0 };
+    // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, whose layout `UffdApi` has.
+    let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, &raw mut api) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Registers every mapping in a range for write protection; idempotent.
+pub(super) fn uffd_register(uffd: BorrowedFd<'_>, range: Extent) -> io::Result<()> {
+    let mut register =
+        UffdRegister { start: range.start, len: range.bytes(), mode: UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
+    // SAFETY: UFFDIO_REGISTER reads and writes one `uffdio_register`, whose layout `UffdRegister` has;
+    // the range is checked by the kernel and concerns the traced process, not this one.
+    let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// One PAGEMAP_SCAN call; gives the number of regions filled and where the walk ended.
+///
+/// A vector is always passed: with none, WP_MATCHING plants markers on empty page table entries.
+pub(super) fn pagemap_scan(
+    pagemap: &File,
+    start: u64,
+    end: u64,
+    query: Query,
+    regions: &mut [PageRegion],
+) -> io::Result<(usize, u64)> {
+    let mut arg = ScanArg {
+        size: size_of::<ScanArg>() as u64,
+        flags: if query.write_protect { PM_SCAN_WP_MATCHING } else { 0 },
+        start,
+        end,
+        vec: regions.as_mut_ptr() as u64,
+        vec_len: regions.len() as u64,
+        category_inverted: query.inverted,
+        category_mask: query.all,
+        category_anyof_mask: query.any,
+        // One bit that all matches agree on, so that neighbours merge into one region.
+        return_mask: query.all & !query.inverted,
+        ..ScanArg::default()
+    };
+    // SAFETY: PAGEMAP_SCAN reads and writes one `pm_scan_arg`, whose layout `ScanArg` has, and writes at
+    // most `vec_len` regions to `vec`, which is a live, exclusively borrowed slice of that length.
+    let filled = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+    if filled < 0 { Err(io::Error::last_os_error()) } else { Ok((filled as usize, arg.walk_end)) }
+}
+
+/// Reads remote ranges, one after the other, into `into`; gives the bytes of the readable prefix.
+///
+/// `into` must be as long as the ranges together; the kernel takes at most 1024 of them.
+pub(super) fn process_vm_read(pid: i32, ranges: &[libc::iovec], into: &mut [u8]) -> io::Result<usize> {
+    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    // SAFETY: the kernel writes at most `iov_len` bytes to `into`, which is exclusively borrowed; the
+    // remote ranges are addresses of another process, which the kernel checks.
+    let read = unsafe {
+        libc::process_vm_readv(pid, &raw const local, 1, ranges.as_ptr(), ranges.len() as libc::c_ulong, 0)
+    };
+    if read < 0 { Err(io::Error::last_os_error()) } else { Ok(read as usize) }
+}
+
+/// A range of another process as the kernel takes it.
+pub(super) fn remote_range(start: u64, bytes: u64) -> libc::iovec {
+    libc::iovec { iov_base: start as *mut libc::c_void, iov_len: bytes as usize }
+}
+
+/// Opens a pidfd of a process, or of one thread (`PIDFD_THREAD`, kernel 6.9).
+pub(super) fn pidfd_open(pid: i32, thread: bool) -> io::Result<OwnedFd> {
+    let flags = if thread { libc::O_EXCL } else { 0 };
+    // SAFETY: pidfd_open takes two integers.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) })
+}
+
+/// Takes a duplicate of another process' descriptor.
+pub(super) fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_getfd takes three integers.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })
+}
+
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Whether the process behind a pidfd has exited (a zombie counts).
+pub(super) fn has_exited(pidfd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one live pollfd, no wait.
+    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    ready != 0
+}

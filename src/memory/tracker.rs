@@ -1,0 +1,377 @@
+//! The tracker of one address space.
+//!
+//! Invariant: every populated page of private memory is in one of three states, so none is ever missed:
+//! write-protected and unwritten since it was last reported; or it will be reported by the next pass; or it
+//! is in a mapping that could not be registered, which every pass reports whole.
+//!
+//! The kernel's registration is the truth, not our list of it: each pass asks the page map which populated
+//! pages are *not* registered (a mapping can be replaced by one with the same line in `/proc/PID/maps`).
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    time::Duration,
+};
+
+use super::{
+    inject::{self, AttachError},
+    maps::{self, Mapping, MappingKind, MapsError},
+    read::Memory,
+    sys::{self, PageRegion, Query, category},
+};
+use crate::{
+    extents,
+    model::{Extent, PAGE_SIZE},
+};
+
+/// Regions that one PAGEMAP_SCAN call may fill.
+const REGIONS: usize = 16 * 1024;
+/// How often a pass registers what it finds unregistered before it concludes that the memory is another.
+const REGISTER_ROUNDS_MAX: usize = 3;
+const POPULATED: u64 = category::PRESENT | category::SWAPPED;
+
+/// Why tracking failed. After any of these nothing is known of what was written: every page is stale.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackError {
+    /// The process has exited.
+    #[error("process {0} has exited")]
+    Gone(i32),
+    /// The process has executed another program.
+    #[error("process {0} has executed a new program; attach again, all of its memory is new")]
+    Replaced(i32),
+    /// Its maps are not understood.
+    #[error(transparent)]
+    Maps(#[from] MapsError),
+    /// A kernel call failed.
+    #[error("{what} of process {pid} failed: {source}; attach again and take all of its memory")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The process.
+        pid: i32,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// What a pass did beside its result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pass {
+    /// Mappings that were registered because they are new.
+    pub registered: usize,
+    /// Mappings that cannot be registered (another userfaultfd is on them), reported whole by every pass.
+    pub untracked: usize,
+}
+
+/// A mapping and whether the kernel tracks it for us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tracked {
+    mapping: Mapping,
+    registered: bool,
+}
+
+/// Tracks which private pages of one address space are written.
+///
+/// While it lives, a first write to a page since the last pass costs the process about a microsecond.
+/// Dropping it ends that.
+#[derive(Debug)]
+pub struct Tracker {
+    pid: i32,
+    pidfd: OwnedFd,
+    uffd: OwnedFd,
+    /// Bound to the address space of the attach; reads nothing once that is gone.
+    attached_pagemap: File,
+    stopped: Duration,
+    guards_known: bool,
+    maps_text: Vec<u8>,
+    tracked: Vec<Tracked>,
+    regions: Vec<PageRegion>,
+}
+
+impl Tracker {
+    /// Begins to track a process (a host pid): stops one of its threads for some 100 µs and registers its
+    /// memory. The first [`take_dirty`](Self::take_dirty) reports all of it.
+    pub fn attach(pid: i32) -> Result<Self, AttachError> {
+        let pidfd = sys::pidfd_open(pid, false).map_err(|e| match e.raw_os_error() {
+            Some(libc::EINVAL) => AttachError::Gone(pid),
+            _ => AttachError::io(pid, "opening a pidfd", e),
+        })?;
+        let injected = inject::userfaultfd_of(pid, pidfd.as_fd())?;
+        sys::uffd_enable(injected.uffd.as_fd()).map_err(AttachError::KernelTooOld)?;
+        let attached_pagemap =
+            open_pagemap(pid).map_err(|e| AttachError::io(pid, "opening /proc/PID/pagemap", e))?;
+        let mut tracker = Self {
+            pid,
+            pidfd,
+            uffd: injected.uffd,
+            attached_pagemap,
+            stopped: injected.stopped,
+            guards_known: false,
+            maps_text: Vec::new(),
+            tracked: Vec::new(),
+            regions: vec![PageRegion::default(); REGIONS],
+        };
+        tracker.guards_known = tracker.probe_guards().map_err(AttachError::KernelTooOld)?;
+        Ok(tracker)
+    }
+
+    /// The process' pid on the host.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// How long the attach stopped one thread.
+    pub fn stopped(&self) -> Duration {
+        self.stopped
+    }
+
+    /// A reader of the process' memory.
+    pub fn memory(&self) -> Memory {
+        Memory::of(self.pid)
+    }
+
+    /// The mappings as of the last pass; shared ones among them are the caller's to dump whole.
+    pub fn mappings(&self) -> impl Iterator<Item = Mapping> + '_ {
+        self.tracked.iter().map(|tracked| tracked.mapping)
+    }
+
+    /// Registers mappings that are new since the last time. [`take_dirty`](Self::take_dirty) does it too; to
+    /// do it ahead of a freeze makes that one shorter.
+    pub fn register(&mut self) -> Result<Pass, TrackError> {
+        let pagemap = self.pagemap()?;
+        self.register_all(&pagemap)
+    }
+
+    /// One pass: gives, in `out` (cleared first), the private pages that are populated and may have been
+    /// written since the last pass, and write-protects them. Sorted, merged.
+    ///
+    /// Also in it: pages of mappings that are new, moved or cannot be tracked, the vDSO, and the pages of
+    /// private file mappings that read as swapped (a copied-on-write page that MADV_DONTNEED dropped leaves
+    /// a write-protection marker that looks unwritten, while the content is the file's again).
+    ///
+    /// On an error some pages may be protected and not reported: treat every page as stale.
+    pub fn take_dirty(&mut self, out: &mut Vec<Extent>) -> Result<Pass, TrackError> {
+        out.clear();
+        let pagemap = self.pagemap()?;
+        let pass = self.register_all(&pagemap)?;
+        let written = Query { write_protect: true, all: category::WRITTEN, any: POPULATED, inverted: 0 };
+        for range in runs(&self.tracked, |t| t.mapping.is_private() && t.registered) {
+            self.scan(&pagemap, range, self.readable(written), out)?;
+        }
+        let populated = Query { any: POPULATED, ..Query::default() };
+        let untracked = |t: &Tracked| t.mapping.is_private() && !t.registered;
+        for tracked in self.tracked.clone().iter().filter(|t| untracked(t)) {
+            self.scan(&pagemap, tracked.mapping.extent, self.readable(populated), out)?;
+        }
+        let swapped = Query { all: category::SWAPPED, ..Query::default() };
+        for range in runs(&self.tracked, |t| t.mapping.kind == MappingKind::PrivateFile) {
+            self.scan(&pagemap, range, self.readable(swapped), out)?;
+        }
+        self.push_vdso(out);
+        extents::normalize(out);
+        Ok(pass)
+    }
+
+    /// All pages of private memory that exist now, as of the mappings of the last pass or registration.
+    pub fn populated(&mut self, out: &mut Vec<Extent>) -> Result<(), TrackError> {
+        out.clear();
+        let pagemap = self.pagemap()?;
+        let populated = Query { any: POPULATED, ..Query::default() };
+        for range in runs(&self.tracked, |t| t.mapping.is_private()) {
+            self.scan(&pagemap, range, self.readable(populated), out)?;
+        }
+        self.push_vdso(out);
+        extents::normalize(out);
+        Ok(())
+    }
+
+    fn push_vdso(&self, out: &mut Vec<Extent>) {
+        let vdso = |t: &&Tracked| t.mapping.kind == MappingKind::Vdso;
+        out.extend(self.tracked.iter().filter(vdso).map(|t| t.mapping.extent));
+    }
+
+    /// The page map of the process' address space of now, which an exec since the attach makes another.
+    fn pagemap(&self) -> Result<File, TrackError> {
+        let pagemap = open_pagemap(self.pid).map_err(|e| self.failed("opening /proc/PID/pagemap", e))?;
+        // Checked after the open: the pid cannot have been another's then.
+        if sys::has_exited(self.pidfd.as_fd()) { Err(TrackError::Gone(self.pid)) } else { Ok(pagemap) }
+    }
+
+    /// Brings `tracked` up to date and registers what is not.
+    fn register_all(&mut self, pagemap: &File) -> Result<Pass, TrackError> {
+        let mut pass = Pass { registered: self.read_maps()?, untracked: 0 };
+        // Those refused before may be free now; they are few.
+        self.register_pending()?;
+        for _ in 0..REGISTER_ROUNDS_MAX {
+            let stray = self.unregistered(pagemap)?;
+            let is_stray =
+                |t: &Tracked| t.registered && !extents::intersect(&[t.mapping.extent], &stray).is_empty();
+            let mut found = 0;
+            for tracked in self.tracked.iter_mut().filter(|t| is_stray(t)) {
+                tracked.registered = false;
+                found += 1;
+            }
+            if found == 0 {
+                pass.untracked =
+                    self.tracked.iter().filter(|t| t.mapping.is_private() && !t.registered).count();
+                return Ok(pass);
+            }
+            pass.registered += found;
+            self.register_pending()?;
+        }
+        // The kernel says that it registers, and the page map that it is not so: not the same memory.
+        Err(TrackError::Replaced(self.pid))
+    }
+
+    /// Reads `/proc/PID/maps`; gives the number of new private mappings.
+    fn read_maps(&mut self) -> Result<usize, TrackError> {
+        let text = fs::read(format!("/proc/{}/maps", self.pid))
+            .map_err(|e| self.failed("reading /proc/PID/maps", e))?;
+        if text == self.maps_text {
+            return Ok(0);
+        }
+        let mappings = maps::parse(&text)?;
+        let mut old = self.tracked.iter().peekable();
+        let mut new = 0;
+        let mut tracked = Vec::with_capacity(mappings.len());
+        for mapping in mappings {
+            while old.next_if(|t| t.mapping.extent.start < mapping.extent.start).is_some() {}
+            let registered = old.peek().is_some_and(|t| t.mapping == mapping && t.registered);
+            new += usize::from(!registered && mapping.is_private());
+            tracked.push(Tracked { mapping, registered });
+        }
+        self.tracked = tracked;
+        self.maps_text = text;
+        Ok(new)
+    }
+
+    /// Registers all private mappings that are not: neighbours in one call, one by one if that fails.
+    fn register_pending(&mut self) -> Result<(), TrackError> {
+        let pending = |t: &Tracked| t.mapping.is_private() && !t.registered;
+        let mut at = 0;
+        while at < self.tracked.len() {
+            let len = self.tracked[at..]
+                .iter()
+                .enumerate()
+                .take_while(|(i, t)| {
+                    pending(t)
+                        && (*i == 0
+                            || self.tracked[at + i - 1].mapping.extent.end() == t.mapping.extent.start)
+                })
+                .count();
+            if len == 0 {
+                at += 1;
+                continue;
+            }
+            let run = at..at + len;
+            let start = self.tracked[at].mapping.extent.start;
+            let end = self.tracked[at + len - 1].mapping.extent.end();
+            let whole = Extent { start, pages: (end - start) / PAGE_SIZE };
+            let all = sys::uffd_register(self.uffd.as_fd(), whole).is_ok();
+            for tracked in &mut self.tracked[run] {
+                tracked.registered =
+                    all || sys::uffd_register(self.uffd.as_fd(), tracked.mapping.extent).is_ok();
+            }
+            if !all && !self.attached_memory_lives() {
+                return Err(TrackError::Replaced(self.pid));
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Whether the address space of the attach is still in use.
+    fn attached_memory_lives(&self) -> bool {
+        let mut entry = [0; 8];
+        self.attached_pagemap.read_at(&mut entry, 0).is_ok_and(|read| read == entry.len())
+    }
+
+    /// Populated pages that are not registered, between shared mappings.
+    fn unregistered(&mut self, pagemap: &File) -> Result<Vec<Extent>, TrackError> {
+        let query = Query {
+            write_protect: false,
+            inverted: category::WP_ALLOWED,
+            all: category::WP_ALLOWED,
+            any: POPULATED,
+        };
+        let mut stray = Vec::new();
+        for range in runs(&self.tracked, |t| t.mapping.is_private() && t.registered) {
+            self.scan(pagemap, range, query, &mut stray)?;
+        }
+        Ok(stray)
+    }
+
+    /// Runs a query over a range to its end.
+    fn scan(
+        &mut self,
+        pagemap: &File,
+        range: Extent,
+        query: Query,
+        out: &mut Vec<Extent>,
+    ) -> Result<(), TrackError> {
+        let mut from = range.start;
+        while from < range.end() {
+            let (filled, walked) = sys::pagemap_scan(pagemap, from, range.end(), query, &mut self.regions)
+                .map_err(|e| self.failed("scanning the page map", e))?;
+            for region in &self.regions[..filled] {
+                extents::push(out, region.start, region.end);
+            }
+            if walked <= from {
+                let stuck = io::Error::other(format!("the scan stands still at {from:#x}"));
+                return Err(self.failed("scanning the page map", stuck));
+            }
+            from = walked;
+        }
+        Ok(())
+    }
+
+    /// The query without pages of guard regions, which hold nothing.
+    fn readable(&self, query: Query) -> Query {
+        let guard = if self.guards_known { category::GUARD } else { 0 };
+        Query { inverted: query.inverted | guard, all: query.all | guard, ..query }
+    }
+
+    /// Checks that PAGEMAP_SCAN works; whether it knows guard regions.
+    fn probe_guards(&mut self) -> io::Result<bool> {
+        let mut probe = |all| {
+            let query = Query { all, ..Query::default() };
+            sys::pagemap_scan(&self.attached_pagemap, 0, PAGE_SIZE, query, &mut self.regions)
+        };
+        probe(category::PRESENT)?;
+        Ok(probe(category::GUARD).is_ok())
+    }
+
+    fn failed(&self, what: &'static str, source: io::Error) -> TrackError {
+        if sys::has_exited(self.pidfd.as_fd()) {
+            TrackError::Gone(self.pid)
+        } else {
+            TrackError::Io { what, pid: self.pid, source }
+        }
+    }
+}
+
+fn open_pagemap(pid: i32) -> io::Result<File> {
+    File::open(format!("/proc/{pid}/pagemap"))
+}
+
+/// The ranges from the first to the last of neighbouring mappings that `wanted` accepts, holes included: as
+/// few calls as possible, without touching a mapping that it does not accept.
+fn runs(tracked: &[Tracked], wanted: impl Fn(&Tracked) -> bool) -> Vec<Extent> {
+    let mut runs: Vec<Extent> = Vec::new();
+    let mut extend = false;
+    for tracked in tracked {
+        let Extent { start, pages } = tracked.mapping.extent;
+        let fits = wanted(tracked);
+        match runs.last_mut().filter(|_| extend) {
+            Some(last) if fits => last.pages = (start - last.start) / PAGE_SIZE + pages,
+            _ if fits => runs.push(tracked.mapping.extent),
+            _ => {}
+        }
+        extend = fits;
+    }
+    runs
+}

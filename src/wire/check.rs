@@ -1,0 +1,276 @@
+//! What a value must obey beyond its type, whoever sent it: both ends call these, the sender to find its
+//! own mistakes before they cost an epoch, the receiver because it believes nothing.
+
+use std::path::{Component, Path};
+
+use super::{
+    frame::BODY_LEN_MAX,
+    message::{Datagram, FileKind, FileMeta, FileRecord, FrameHead, Manifest, Request},
+};
+use crate::{
+    delta::{BATCH_PAGES_MAX, BATCH_RUNS_MAX, BatchHead, Packing},
+    ha::Message,
+    model::{PAGE_SIZE, Space},
+    workload::spec::{Net, WorkloadSpec},
+};
+
+/// Addresses and offsets end below this: user space of x86-64 with four levels of page tables.
+pub const ADDRESS_END: u64 = 1 << 47;
+/// Most address spaces in a manifest.
+pub const SPACES_MAX: usize = 16_384;
+/// Most runs of pages in a manifest, all address spaces together.
+pub const EXTENTS_MAX: usize = 1 << 19;
+/// Largest pid that Linux hands out (`PID_MAX_LIMIT`).
+pub const PID_MAX: u32 = 1 << 22;
+/// Most characters of an image's name.
+pub const IMAGE_NAME_LEN_MAX: usize = 80;
+/// Most bytes of one image, all pieces together.
+pub const IMAGE_LEN_MAX: u64 = 1 << 30;
+/// Most bytes of a path in a replicated tree, and of a symbolic link's text (`PATH_MAX`).
+pub const PATH_LEN_MAX: usize = 4096;
+/// Most bytes between two slashes (`NAME_MAX`).
+pub const PATH_PART_LEN_MAX: usize = 255;
+/// Most replicated trees of a workload.
+pub const TREES_MAX: usize = 64;
+/// Most extended attributes of a file.
+pub const XATTRS_MAX: usize = 128;
+/// Most bytes of an extended attribute's value (`XATTR_SIZE_MAX`).
+pub const XATTR_LEN_MAX: usize = 65_536;
+/// Most addresses of a workload, inside or following it.
+pub const ADDRESSES_MAX: usize = 64;
+/// Longest interval between two epochs, milliseconds.
+pub const EVERY_MS_MAX: u64 = 3_600_000;
+/// Most bytes of a text for people.
+pub const REASON_LEN_MAX: usize = 2048;
+
+/// The rule that a value breaks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Illegal(String);
+
+/// `Err` with a rule unless `holds`.
+pub(super) fn require(holds: bool, rule: impl FnOnce() -> String) -> Result<(), Illegal> {
+    if holds { Ok(()) } else { Err(Illegal(rule())) }
+}
+
+/// Makes a peer's text safe for a terminal and a log: no control characters, not too long.
+pub fn make_printable(text: &mut String) {
+    let mut end = text.len().min(REASON_LEN_MAX);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    if text.contains(char::is_control) {
+        *text = text.replace(char::is_control, " ");
+    }
+}
+
+/// A request on the lease connection.
+pub(super) fn request(request: &mut Request) -> Result<(), Illegal> {
+    match request {
+        Request::Offer { spec, term, .. } => {
+            require(term.0 > 0, || "terms begin at 1".into())?;
+            workload(spec)
+        }
+        Request::Tell { message: Message::TakeOver { term, epoch }, .. } => {
+            require(*term > epoch.term, || format!("term {term} does not follow that of epoch {epoch}"))
+        }
+        Request::Tell { .. } => Ok(()),
+    }
+}
+
+/// A datagram on the lease connection.
+pub(super) fn datagram(datagram: &Datagram) -> Result<(), Illegal> {
+    let fits = matches!(datagram.message, Message::Heartbeat { .. } | Message::Ack { .. });
+    require(fits, || "a datagram that is neither a heartbeat nor its acknowledgement".into())
+}
+
+fn workload(spec: &WorkloadSpec) -> Result<(), Illegal> {
+    let host = &spec.sandbox.hostname;
+    let host_fits = (1..=64).contains(&host.len())
+        && host.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
+    require(host_fits, || format!("{host:?} is no host name"))?;
+    let paths = &spec.sandbox.paths;
+    require(paths.len() <= TREES_MAX, || format!("{} paths, at most {TREES_MAX}", paths.len()))?;
+    for path in paths {
+        require(is_plain_absolute(path), || format!("{} is no plain absolute path", path.display()))?;
+    }
+    let ips = match &spec.sandbox.net {
+        Net::Own { ips } => ips.len(),
+        Net::Host => 0,
+    };
+    let fits = ips <= ADDRESSES_MAX && spec.vips.len() <= ADDRESSES_MAX;
+    require(fits, || format!("more than {ADDRESSES_MAX} addresses"))?;
+    for vip in &spec.vips {
+        let device = &vip.device;
+        require(is_device(device), || format!("{device:?} is no network device"))?;
+    }
+    let every = spec.every_ms;
+    require((1..=EVERY_MS_MAX).contains(&every), || format!("an interval of {every} ms between epochs"))
+}
+
+/// Absolute, without `.`, `..`, doubled slashes or NUL.
+fn is_plain_absolute(path: &Path) -> bool {
+    let bytes = path.as_os_str().as_encoded_bytes();
+    let rebuilt: std::path::PathBuf = path.components().collect();
+    path.is_absolute()
+        && bytes.len() < PATH_LEN_MAX
+        && !bytes.contains(&0)
+        && rebuilt.as_os_str() == path.as_os_str()
+        && !path.components().any(|c| c == Component::ParentDir)
+}
+
+/// A name that the kernel would take for a device and no command would take for an option.
+fn is_device(name: &str) -> bool {
+    (1..16).contains(&name.len())
+        && !matches!(name, "." | "..")
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-@".contains(&b))
+}
+
+/// A frame's head, and the length of the body that follows it.
+pub(super) fn frame(head: &FrameHead, body_len: usize) -> Result<(), Illegal> {
+    match head {
+        FrameHead::Begin { id, base, .. } => {
+            require(id.term.0 > 0 && id.epoch.0 > 0, || format!("epoch {id}: both count from 1"))?;
+            require(base.is_none_or(|base| base < *id), || format!("epoch {id} is not after its base"))
+        }
+        FrameHead::Pages(batch) => pages(batch, body_len),
+        FrameHead::Image { name, offset, more } => image(name, *offset, *more, body_len),
+        FrameHead::File(record) => file(record, body_len),
+        FrameHead::Manifest(list) => manifest(list),
+        FrameHead::End { .. } => Ok(()),
+    }
+}
+
+fn space(space: Space) -> Result<(), Illegal> {
+    match space {
+        Space::Task(pid) => require((1..PID_MAX).contains(&pid), || format!("{pid} is no pid")),
+        Space::Shared(_) => Ok(()),
+    }
+}
+
+fn run(start: u64, pages: u64) -> Result<u64, Illegal> {
+    require(start.is_multiple_of(PAGE_SIZE), || format!("{start:#x} is not the start of a page"))?;
+    let end = pages.checked_mul(PAGE_SIZE).and_then(|len| start.checked_add(len));
+    let end = end.filter(|end| pages > 0 && *end <= ADDRESS_END);
+    end.ok_or_else(|| Illegal(format!("{pages} pages at {start:#x} are no run in user space")))
+}
+
+fn pages(batch: &BatchHead, body_len: usize) -> Result<(), Illegal> {
+    space(batch.space)?;
+    let runs = batch.runs.len();
+    let fits = (1..=BATCH_RUNS_MAX).contains(&runs);
+    require(fits, || format!("{runs} runs of pages in a batch, 1 to {BATCH_RUNS_MAX} expected"))?;
+    let mut full_pages = 0;
+    for part in &batch.runs {
+        run(part.start, part.pages.into())?;
+        if !part.zero {
+            full_pages += u64::from(part.pages);
+        }
+    }
+    let fits = full_pages <= BATCH_PAGES_MAX as u64;
+    require(fits, || format!("{full_pages} pages in a batch, at most {BATCH_PAGES_MAX}"))?;
+    let unpacked = full_pages * PAGE_SIZE;
+    let len = body_len as u64;
+    let fits = match batch.packing {
+        Packing::Raw => len == unpacked,
+        // An LZ4 block may be longer than its content by 1/255 and 16 bytes.
+        Packing::Lz4 => (len == 0) == (unpacked == 0) && len <= unpacked + unpacked / 255 + 16,
+    };
+    require(fits, || format!("a body of {len} bytes for {full_pages} pages"))
+}
+
+fn image(name: &str, offset: u64, more: bool, body_len: usize) -> Result<(), Illegal> {
+    let fits = (1..=IMAGE_NAME_LEN_MAX).contains(&name.len())
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    require(fits, || format!("{name:?} is no image name"))?;
+    let end = offset.checked_add(body_len as u64);
+    require(end.is_some_and(|end| end <= IMAGE_LEN_MAX), || format!("image {name} is too long"))?;
+    require(!more || body_len > 0, || format!("an empty piece of image {name} that is not the last"))
+}
+
+/// A relative path of plain parts; `Ok` for the empty one too.
+fn path(path: &[u8]) -> Result<(), Illegal> {
+    let part_fits = |part: &[u8]| {
+        (1..=PATH_PART_LEN_MAX).contains(&part.len()) && part != b"." && part != b".." && !part.contains(&0)
+    };
+    let fits = path.len() < PATH_LEN_MAX && path.split(|b| *b == b'/').all(part_fits);
+    require(path.is_empty() || fits, || format!("{:?} is no path in a tree", path.escape_ascii().to_string()))
+}
+
+fn path_below_root(bytes: &[u8]) -> Result<(), Illegal> {
+    require(!bytes.is_empty(), || "the root of a tree cannot be removed, linked or written".into())?;
+    path(bytes)
+}
+
+fn file(record: &FileRecord, body_len: usize) -> Result<(), Illegal> {
+    let (tree, body_wanted) = match record {
+        FileRecord::Entry { tree, path: at, meta } => {
+            path(at)?;
+            let root_fits = !at.is_empty() || meta.kind == FileKind::Directory;
+            require(root_fits, || "the root of a tree is a directory".into())?;
+            file_meta(meta)?;
+            (*tree, false)
+        }
+        FileRecord::Data { tree, path, offset } => {
+            path_below_root(path)?;
+            let end = offset.checked_add(body_len as u64);
+            let fits = end.is_some_and(|end| i64::try_from(end).is_ok());
+            require(fits, || format!("data at offset {offset} of a file"))?;
+            (*tree, true)
+        }
+        FileRecord::Remove { tree, path } => {
+            path_below_root(path)?;
+            (*tree, false)
+        }
+    };
+    require((tree as usize) < TREES_MAX, || format!("tree {tree}, at most {TREES_MAX} of them"))?;
+    let fits = (body_len > 0) == body_wanted && body_len <= BODY_LEN_MAX;
+    require(fits, || format!("a file record with a body of {body_len} bytes"))
+}
+
+fn file_meta(meta: &FileMeta) -> Result<(), Illegal> {
+    require(meta.mode & !0o7777 == 0, || format!("mode {:o} has more than permission bits", meta.mode))?;
+    require(meta.mtime.1 < 1_000_000_000, || format!("{} nanoseconds", meta.mtime.1))?;
+    require(meta.xattrs.len() <= XATTRS_MAX, || format!("more than {XATTRS_MAX} extended attributes"))?;
+    for (name, value) in &meta.xattrs {
+        let fits = (1..=PATH_PART_LEN_MAX).contains(&name.len())
+            && !name.contains(&0)
+            && value.len() <= XATTR_LEN_MAX;
+        require(fits, || format!("extended attribute {:?}", name.escape_ascii().to_string()))?;
+    }
+    match &meta.kind {
+        FileKind::Regular { size } => {
+            require(i64::try_from(*size).is_ok(), || format!("a file of {size} bytes"))
+        }
+        FileKind::Symlink { target } => {
+            let fits = (1..PATH_LEN_MAX).contains(&target.len()) && !target.contains(&0);
+            require(fits, || "a symbolic link without a usable target".into())
+        }
+        FileKind::HardLink { to } => path_below_root(to),
+        FileKind::Directory | FileKind::Fifo | FileKind::Device { .. } => Ok(()),
+    }
+}
+
+fn manifest(list: &Manifest) -> Result<(), Illegal> {
+    let spaces = list.spaces.len();
+    require(spaces <= SPACES_MAX, || format!("{spaces} address spaces, at most {SPACES_MAX}"))?;
+    let extents: usize = list.spaces.iter().map(|map| map.extents.len()).sum();
+    require(extents <= EXTENTS_MAX, || format!("{extents} runs of pages, at most {EXTENTS_MAX}"))?;
+    let ascending = list.spaces.is_sorted_by(|a, b| a.space < b.space);
+    require(ascending, || "address spaces of a manifest are not in order".into())?;
+    for map in &list.spaces {
+        space(map.space)?;
+        let mut free_from = 0;
+        for extent in &map.extents {
+            let end = run(extent.start, extent.pages)?;
+            require(extent.start >= free_from, || {
+                format!("the run at {:#x} of {:?} is not behind the one before it", extent.start, map.space)
+            })?;
+            free_from = end;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,219 @@
+//! Two paired agents in a lab, with a redis that they protect.
+
+use std::{
+    fs::File,
+    process::{Child, Stdio},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use super::{
+    lab::{Host, Lab, STANDIN},
+    redis::{Counter, Redis, VIP, inside},
+};
+
+/// How long a test waits for something that should take a fraction of it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Two agents that trust each other.
+pub(crate) struct Cluster {
+    pub(crate) lab: Lab,
+    agents: Vec<(Host, Child)>,
+    /// More flags for both agents.
+    flags: Vec<&'static str>,
+}
+
+impl Cluster {
+    /// A lab with an agent on each host, paired as `a` and `b`.
+    pub(crate) fn up(hint: &str) -> Self {
+        Self::with(hint, &[])
+    }
+
+    /// The same, with more flags for both agents.
+    pub(crate) fn with(hint: &str, flags: &[&'static str]) -> Self {
+        let mut cluster = Self { lab: Lab::up(hint), agents: Vec::new(), flags: flags.to_vec() };
+        cluster.start_agent(Host::A);
+        cluster.start_agent(Host::B);
+        let code = cluster.json(Host::A, &["pair", "--listen"]);
+        let code = code["code"].as_str().expect("a code").to_owned();
+        cluster.standin(Host::B, &["pair", "10.77.0.1:7400", &code]);
+        cluster
+    }
+
+    /// Starts a host's agent and waits until it answers.
+    pub(crate) fn start_agent(&mut self, host: Host) {
+        let name = host.to_string().to_lowercase();
+        let log = format!("/tmp/standin-it-{}-{name}.log", self.lab.name());
+        let log = File::options().create(true).append(true).open(log).expect("a log file");
+        let mut args = vec![STANDIN, "agent", "--name", &name, "--log", "info,standin=debug"];
+        args.extend(&self.flags);
+        let child = self
+            .lab
+            .command(host, &args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("scripts/lab can be run");
+        self.agents.retain(|(other, _)| *other != host);
+        self.agents.push((host, child));
+        wait_for("the agent to answer", || self.lab.on(host, &[STANDIN, "status"]).status.success());
+    }
+
+    /// Pid of a host's agent as the host sees it.
+    pub(crate) fn agent_pid(&self, host: Host) -> String {
+        let pids = self.lab.ok(host, &["pgrep", "-o", "-f", "standin agent"]);
+        pids.lines().next().expect("an agent runs").to_owned()
+    }
+
+    /// Ends a host's agent by a signal (`TERM`, `KILL`) and waits until it is gone.
+    pub(crate) fn end_agent(&mut self, host: Host, signal: &str) {
+        let pid = self.agent_pid(host);
+        self.lab.ok(host, &["kill", &format!("-{signal}"), &pid]);
+        let position = self.agents.iter().position(|(other, _)| *other == host).expect("it was started");
+        let (_, mut child) = self.agents.remove(position);
+        child.wait().expect("the agent's end can be waited for");
+    }
+
+    /// Runs a command of `standin`, which must succeed.
+    pub(crate) fn standin(&self, host: Host, args: &[&str]) -> String {
+        let mut command = vec![STANDIN];
+        command.extend(args);
+        self.lab.ok(host, &command)
+    }
+
+    /// Runs a command of `standin` with `--json`, which must succeed.
+    pub(crate) fn json(&self, host: Host, args: &[&str]) -> Value {
+        let mut args = args.to_vec();
+        args.push("--json");
+        serde_json::from_str(&self.standin(host, &args)).expect("JSON")
+    }
+
+    /// Runs a command of `standin` that must fail; returns its exit code and what it says.
+    pub(crate) fn refused(&self, host: Host, args: &[&str]) -> (i32, String) {
+        let mut command = vec![STANDIN];
+        command.extend(args);
+        let output = self.lab.on(host, &command);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success(), "{args:?} was expected to fail");
+        (output.status.code().unwrap_or(-1), text)
+    }
+
+    /// A workload's status, or null if the agent does not know it.
+    pub(crate) fn status(&self, host: Host, name: &str) -> Value {
+        let output = self.lab.on(host, &[STANDIN, "status", name, "--json"]);
+        serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
+    }
+
+    /// Waits until a workload has this role and state at a host.
+    pub(crate) fn wait_state(&self, host: Host, role: &str, state: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.status(host, "redis");
+            if status["role"] == role && status["state"] == state {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{host} should become {role}, {state}; it is {status:#}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Starts a redis on A with some keys.
+    pub(crate) fn run_redis(&self) {
+        let ip = format!("{VIP}/24");
+        let redis = ["redis-server", "--save", "", "--protected-mode", "no", "--enable-debug-command", "yes"];
+        let mut args = vec!["run", "redis", "--ip", &ip, "--"];
+        args.extend(redis);
+        self.standin(Host::A, &args);
+        let cli = ["redis-cli", "-h", VIP, "debug", "populate", "20000", "key", "100"];
+        wait_for("redis to answer", || self.lab.on(Host::A, &cli).stdout.starts_with(b"OK"));
+    }
+
+    /// Starts a redis on A and protects it, B being its standby, until B holds an epoch.
+    pub(crate) fn protect_redis(&self) {
+        self.run_redis();
+        self.protect();
+        self.wait_state(Host::A, "primary", "protected");
+    }
+
+    /// Protects the redis on A.
+    pub(crate) fn protect(&self) {
+        let vip = format!("{VIP}/24@eth0");
+        self.standin(Host::A, &["protect", "redis", "--to", "b", "--every", "100ms", "--vip", &vip]);
+    }
+
+    /// The client's network namespace.
+    pub(crate) fn client_network(&self) -> File {
+        let pid = self.lab.pid(Host::Client);
+        File::open(format!("/proc/{pid}/ns/net")).expect("the client's network namespace")
+    }
+
+    /// Starts incrementing a counter from the client.
+    pub(crate) fn count(&self) -> Counter {
+        Counter::start(self.client_network())
+    }
+
+    /// One command from the client, repeated until redis answers.
+    pub(crate) fn ask_redis(&self, words: &'static [&'static str]) -> String {
+        let client = inside(self.client_network(), move || {
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let reply =
+                    Redis::connect(Duration::from_secs(2)).and_then(|mut redis| redis.call(words));
+                match reply {
+                    Ok(reply) => return reply,
+                    Err(error) => assert!(Instant::now() < deadline, "redis does not answer: {error}"),
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        client.join().expect("redis answers the client")
+    }
+
+    /// redis' own digest of its keys, the counter left out.
+    pub(crate) fn digest(&self) -> String {
+        self.ask_redis(&["DEL", "counter"]);
+        self.ask_redis(&["DEBUG", "DIGEST"])
+    }
+
+    /// How many redis servers a host runs that are not frozen.
+    pub(crate) fn running_copies(&self, host: Host) -> usize {
+        let script = "n=0; for c in /sys/fs/cgroup/standin/redis/work; do \
+             [ -e $c/cgroup.procs ] || continue; \
+             [ -s $c/cgroup.procs ] && grep -q 'populated 1' $c/cgroup.events && \
+             grep -q 'frozen 0' $c/cgroup.events && n=1; done; echo $n";
+        self.lab.ok(host, &["sh", "-c", script]).trim().parse().expect("a number")
+    }
+
+    /// The kinds of event in a workload's history, oldest first.
+    pub(crate) fn history(&self, host: Host) -> Vec<String> {
+        let history = self.json(host, &["history", "redis"]);
+        let events = history["events"].as_array().expect("events").clone();
+        events.iter().map(|event| event["kind"].as_str().expect("a kind").to_owned()).collect()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            for host in ["a", "b"] {
+                // Logs are for the test that fails.
+                let _ = std::fs::remove_file(format!("/tmp/standin-it-{}-{host}.log", self.lab.name()));
+            }
+        }
+        for (_, child) in &mut self.agents {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Waits until `test` holds.
+pub(crate) fn wait_for(what: &str, test: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !test() {
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,66 @@
+//! Moving a workload on purpose, and refusing to.
+
+use std::time::Duration;
+
+use super::{
+    cluster::Cluster,
+    lab::Host,
+    redis::rolled_back,
+};
+
+#[test]
+fn a_handoff_loses_nothing_there_and_back() {
+    let cluster = Cluster::up("handoff");
+    cluster.protect_redis();
+    let digest = cluster.digest();
+    let counter = cluster.count();
+    for (from, to) in [(Host::A, Host::B), (Host::B, Host::A), (Host::A, Host::B)] {
+        std::thread::sleep(Duration::from_millis(300));
+        let report = cluster.json(from, &["handoff", "redis"]);
+        assert_eq!(report["to"], to.to_string().to_lowercase());
+        assert_eq!(cluster.running_copies(from), 0);
+        assert_eq!(cluster.running_copies(to), 1);
+        cluster.wait_state(to, "primary", "protected");
+        cluster.wait_state(from, "standby", "ready");
+    }
+    let acks = counter.stop();
+    assert_eq!(rolled_back(&acks), 0);
+    assert_eq!(cluster.digest(), digest);
+}
+
+#[test]
+fn a_handoff_refused_by_a_full_standby_leaves_the_workload_running() {
+    let cluster = Cluster::up("full");
+    cluster.protect_redis();
+    let counter = cluster.count();
+    // All that is left on the standby's store goes to a file.
+    cluster.lab.ok(
+        Host::B,
+        &["sh", "-c", "mount -o remount,size=$(($(df --output=used -k /dev/shm | tail -1)+64))k /dev/shm"],
+    );
+    let (code, text) = cluster.refused(Host::A, &["handoff", "redis"]);
+    assert_eq!(code, 4, "{text}");
+    assert!(text.contains("space") || text.contains("room"), "{text}");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(cluster.running_copies(Host::A), 1);
+    assert_eq!(cluster.running_copies(Host::B), 0);
+    let status = cluster.status(Host::A, "redis");
+    assert_eq!(status["role"], "primary", "{status:#}");
+    assert!(status["error"].as_str().is_some_and(|error| error.contains("space") || error.contains("room")), "{status:#}");
+    // With room again, protection goes on by itself.
+    cluster.lab.ok(Host::B, &["mount", "-o", "remount,size=50%", "/dev/shm"]);
+    cluster.wait_state(Host::A, "primary", "protected");
+    assert_eq!(rolled_back(&counter.stop()), 0);
+}
+
+#[test]
+fn a_handoff_to_the_wrong_peer_is_refused() {
+    let cluster = Cluster::up("wrong-peer");
+    cluster.protect_redis();
+    let (code, text) = cluster.refused(Host::A, &["handoff", "redis", "--to", "c"]);
+    assert_eq!(code, 4);
+    assert!(text.contains("its standby is b"), "{text}");
+    let (code, text) = cluster.refused(Host::B, &["handoff", "redis"]);
+    assert_eq!(code, 4);
+    assert!(text.contains("a"), "{text}");
+}

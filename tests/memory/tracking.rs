@@ -1,0 +1,175 @@
+//! What passes report.
+
+use standin::{
+    extents,
+    memory::{MappingKind, TrackError, Tracker},
+    model::Extent,
+};
+
+use crate::{
+    replica::{Replica, holds},
+    target::{Target, await_state, signal_process},
+};
+
+const PAGE: u64 = 4096;
+
+/// A target that is tracked and whose replica is complete.
+fn followed(prepare: &[&str]) -> (Target, Tracker, Replica, Vec<u64>) {
+    let mut target = Target::start();
+    let answers = prepare.iter().map(|command| target.ask(command).parse().unwrap_or(0)).collect();
+    let mut tracker = Tracker::attach(target.pid()).unwrap();
+    let mut replica = Replica::default();
+    frozen_pass(&target, &mut tracker, &mut replica);
+    (target, tracker, replica, answers)
+}
+
+fn frozen_pass(target: &Target, tracker: &mut Tracker, replica: &mut Replica) -> Vec<Extent> {
+    target.freeze();
+    let dirty = replica.follow(tracker, true);
+    replica.check(tracker);
+    target.thaw();
+    dirty
+}
+
+#[test]
+fn a_dirty_page_is_never_lost_in_thousands_of_random_operations() {
+    let (mut target, mut tracker, mut replica, _) = followed(&["writers 2"]);
+    let mut reported = 0;
+    for seed in 1..=80u64 {
+        target.tell(&format!("soak {} 100", seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        // Passes race with the operations: these are pre-copy rounds.
+        for _ in 0..seed % 4 {
+            replica.follow(&mut tracker, false);
+        }
+        target.answer();
+        reported += extents::pages(&frozen_pass(&target, &mut tracker, &mut replica));
+    }
+    assert!(replica.checked > 20_000, "only {} pages were compared", replica.checked);
+    println!("{} pages compared, {reported} reported by the frozen passes", replica.checked);
+}
+
+#[test]
+fn a_cow_page_dropped_from_a_private_file_mapping_is_seen() {
+    let (mut target, mut tracker, mut replica, at) = followed(&["file f 8", "fill f 77", "signals"]);
+    target.ask("drop f");
+    let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+    assert!((0..8).all(|page| holds(&dirty, at[0] + page * PAGE)), "{dirty:x?}");
+    target.ask("poke f 3 5");
+    frozen_pass(&target, &mut tracker, &mut replica);
+}
+
+#[test]
+fn shared_memory_is_left_to_the_caller() {
+    let (mut target, mut tracker, mut replica, at) = followed(&["shared s 16", "fill s 1"]);
+    target.ask("fill s 2");
+    let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+    assert!(!holds(&dirty, at[0]));
+    let shared = |m: standin::memory::Mapping| m.kind == MappingKind::Shared && m.extent.start == at[0];
+    assert!(tracker.mappings().any(shared));
+}
+
+#[test]
+fn a_pass_reports_exactly_what_was_written() {
+    let (mut target, mut tracker, mut replica, at) = followed(&["anon a 512", "fill a 1"]);
+    target.ask("poke a 7 9");
+    target.ask("receive a 100 3");
+    let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+    let of_area: Vec<u64> = (0..512).filter(|page| holds(&dirty, at[0] + page * PAGE)).collect();
+    assert_eq!(of_area, [7, 100]);
+    frozen_pass(&target, &mut tracker, &mut replica);
+    let idle = frozen_pass(&target, &mut tracker, &mut replica);
+    assert!(extents::pages(&idle) < 64, "{idle:x?}");
+}
+
+#[test]
+fn a_mapping_made_again_at_the_same_place_is_seen() {
+    // The line in /proc/PID/maps stays the same to the letter, the registration is gone.
+    let (mut target, mut tracker, mut replica, at) = followed(&["anon a 32", "fill a 1"]);
+    for value in 2..5 {
+        target.ask("remake a");
+        target.ask(&format!("fill a {value} 2"));
+        let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+        assert!((0..32).step_by(2).all(|page| holds(&dirty, at[0] + page * PAGE)));
+        target.ask("poke a 5 1");
+        assert!(holds(&frozen_pass(&target, &mut tracker, &mut replica), at[0] + 5 * PAGE));
+    }
+}
+
+#[test]
+fn a_page_that_nobody_may_read_is_read() {
+    let (mut target, mut tracker, mut replica, _) = followed(&["anon a 700", "fill a 1"]);
+    target.ask("fill a 2");
+    target.ask("protect a 0");
+    let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+    assert!(extents::pages(&dirty) >= 700);
+}
+
+#[test]
+fn a_guard_region_is_no_page() {
+    let (mut target, mut tracker, mut replica, at) = followed(&["anon a 16", "fill a 1"]);
+    if target.ask("guard a 8") != "0" {
+        println!("this kernel has no MADV_GUARD_INSTALL");
+        return;
+    }
+    target.ask("poke a 9 1");
+    target.freeze();
+    let dirty = replica.follow(&mut tracker, true);
+    target.thaw();
+    assert!(!holds(&dirty, at[0]) && holds(&dirty, at[0] + 9 * PAGE));
+}
+
+#[test]
+fn an_exec_is_noticed() {
+    let (mut target, mut tracker, mut replica, _) = followed(&["anon a 16"]);
+    target.tell("exec");
+    assert_eq!(target.answer(), format!("ready {}", target.pid()));
+    let error = tracker.take_dirty(&mut Vec::new()).unwrap_err();
+    assert!(matches!(error, TrackError::Replaced(_)), "{error}");
+    let mut tracker = Tracker::attach(target.pid()).unwrap();
+    frozen_pass(&target, &mut tracker, &mut replica);
+}
+
+#[test]
+fn an_exit_is_noticed() {
+    let (target, mut tracker, _, _) = followed(&[]);
+    target.signal(libc::SIGKILL);
+    await_state(target.pid(), |states| states == "Z" || states.is_empty());
+    let error = tracker.take_dirty(&mut Vec::new()).unwrap_err();
+    assert!(matches!(error, TrackError::Gone(_)), "{error}");
+    assert!(Tracker::attach(target.pid()).is_err());
+}
+
+#[test]
+fn a_forked_child_is_tracked_by_an_attach_of_its_own() {
+    let (mut target, mut tracker, mut replica, _) = followed(&["anon a 64", "fill a 1"]);
+    let child: i32 = target.ask("fork").parse().unwrap();
+    target.ask("fill a 2");
+    await_state(child, |states| states.starts_with('S'));
+    let mut of_child = Tracker::attach(child).unwrap();
+    let mut second = Replica::default();
+    signal_process(child, libc::SIGSTOP);
+    await_state(child, |states| states == "T");
+    second.follow(&mut of_child, true);
+    second.check(&of_child);
+    frozen_pass(&target, &mut tracker, &mut replica);
+    signal_process(child, libc::SIGKILL);
+}
+
+#[test]
+fn a_second_tracker_reports_everything_every_time() {
+    // Another userfaultfd holds the mappings: they cannot be registered, so each pass has all of them.
+    let (target, mut tracker, mut replica, _) = followed(&["anon a 64", "fill a 1"]);
+    let mut second = Tracker::attach(target.pid()).unwrap();
+    let mut other = Replica::default();
+    for _ in 0..2 {
+        target.freeze();
+        let mut all = Vec::new();
+        let pass = second.take_dirty(&mut all).unwrap();
+        assert!(pass.untracked > 5 && extents::pages(&all) > 64);
+        other.follow(&mut second, true);
+        other.check(&second);
+        target.thaw();
+    }
+    drop(second);
+    frozen_pass(&target, &mut tracker, &mut replica);
+}

@@ -1,0 +1,109 @@
+//! A link that is cut and healed under two hosts that go on living.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use standin::{
+    ha::Message,
+    model::Term,
+    transport::{Channel, endpoint::ConnectError},
+    wire::message::Datagram,
+};
+use tokio::{net::UdpSocket, task::AbortHandle};
+
+use crate::{paired, soon};
+
+/// A relay between one dialer and one target that can be made to swallow everything.
+struct Link {
+    addr: SocketAddr,
+    up: Arc<AtomicBool>,
+    relay: AbortHandle,
+}
+
+impl Link {
+    async fn to(target: SocketAddr) -> Self {
+        let near = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let far = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let (addr, up) = (near.local_addr().unwrap(), Arc::new(AtomicBool::new(true)));
+        let is_up = up.clone();
+        let relay = tokio::spawn(async move {
+            let (mut out, mut back) = (vec![0; 65_536], vec![0; 65_536]);
+            let mut dialer = addr;
+            loop {
+                // Errors are those of ICMP: what a link does not tell either.
+                tokio::select! {
+                    Ok((len, from)) = near.recv_from(&mut out) => {
+                        dialer = from;
+                        if is_up.load(Ordering::Relaxed) {
+                            let _ = far.send_to(&out[..len], target).await;
+                        }
+                    }
+                    Ok((len, _)) = far.recv_from(&mut back) => {
+                        if is_up.load(Ordering::Relaxed) {
+                            let _ = near.send_to(&back[..len], dialer).await;
+                        }
+                    }
+                }
+            }
+        });
+        Self { addr, up, relay: relay.abort_handle() }
+    }
+
+    fn set(&self, up: bool) {
+        self.up.store(up, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.relay.abort();
+    }
+}
+
+fn heartbeat(seq: u64) -> Datagram {
+    let message = Message::Heartbeat { term: Term(1), seq, sent_at: Duration::ZERO };
+    Datagram { name: "db".parse().unwrap(), message }
+}
+
+#[tokio::test]
+async fn a_link_that_heals_is_used_at_once() {
+    let (a, b) = paired();
+    let link = Link::to(b.addr()).await;
+    let mut through = b.as_peer("b");
+    through.addr = link.addr;
+    a.endpoint.peers().add(through).unwrap();
+    let name = "b".parse().unwrap();
+    let old = soon(a.endpoint.connect(&name, Channel::Lease)).await.unwrap();
+    let old_accepted = soon(b.endpoint.accept()).await.unwrap();
+
+    link.set(false);
+    let cut = Instant::now();
+    while cut.elapsed() < Duration::from_secs(2) {
+        let lost = soon(a.endpoint.connect(&name, Channel::Lease)).await.unwrap_err();
+        assert!(matches!(lost, ConnectError::Timeout { .. }), "{lost}");
+        old.send_datagram(&heartbeat(0)).unwrap();
+    }
+
+    // A connection that was begun anew is there at once, whatever the old one makes of it.
+    link.set(true);
+    let healed = Instant::now();
+    let new = soon(a.endpoint.connect(&name, Channel::Lease)).await.unwrap();
+    assert!(healed.elapsed() < Duration::from_millis(500), "{:?}", healed.elapsed());
+    let new_accepted = soon(b.endpoint.accept()).await.unwrap();
+    new.send_datagram(&heartbeat(1)).unwrap();
+    assert_eq!(soon(new_accepted.recv_datagram()).await.unwrap(), heartbeat(1));
+
+    // Cut for good, both ends clear the dead connections away.
+    link.set(false);
+    let dead = [&old, &old_accepted, &new, &new_accepted];
+    for connection in dead {
+        soon(connection.closed()).await;
+    }
+    assert!(dead.iter().all(|connection| connection.is_closed()));
+}
