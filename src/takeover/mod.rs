@@ -1,1 +1,16 @@
-//! takeover
+//! What a takeover does to the host's network, in this order (each rule was learnt by breaking it):
+//!
+//! 1. The old host is silent: its [`gate`] is closed before anything on it is killed.
+//! 2. Here the gate is closed (a sandbox is made that way) or the service's traffic is dropped, *before* the
+//!    address comes up; else a retransmit meets no socket and the client gets RST.
+//! 3. [`address`] up; restore; [`gate`] open.
+//! 4. [`announce`], repeated.
+//!
+//! What lets a workload speak is done by its keeper, which refuses once its guard has fired; what silences
+//! it is done here, and needs nobody.
+
+pub mod address;
+pub mod announce;
+pub mod check;
+pub mod gate;
+mod sys;

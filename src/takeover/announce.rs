@@ -1,0 +1,151 @@
+//! Gratuitous ARP and unsolicited neighbour advertisements: "this address is at this hardware address now".
+//!
+//! An ARP announcement is sent as a request and as a reply, because some neighbours heed only one of them.
+
+use std::{io, net::IpAddr, net::Ipv6Addr, os::fd::OwnedFd, time::Duration};
+
+use super::sys;
+use crate::workload::spec::Vip;
+
+/// Times after the takeover at which to announce: the first ones may be lost while a switch learns.
+pub const SCHEDULE: [Duration; 6] = [
+    Duration::ZERO,
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+    Duration::from_secs(8),
+    Duration::from_secs(20),
+];
+
+pub(super) type Mac = [u8; 6];
+pub(super) const BROADCAST: Mac = [0xff; 6];
+const ALL_NODES: Mac = [0x33, 0x33, 0, 0, 0, 1];
+const ETHERTYPE_ARP: u16 = 0x0806;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+pub(super) const ARP_REQUEST: u16 = 1;
+pub(super) const ARP_REPLY: u16 = 2;
+
+/// The announcements of one address, ready to be sent.
+#[derive(Debug)]
+pub(super) struct Announcer {
+    device: String,
+    index: u32,
+    socket: OwnedFd,
+    frames: Vec<Vec<u8>>,
+}
+
+impl Announcer {
+    /// A device without hardware addresses (a tunnel, loopback) needs no announcements and gets none.
+    pub(super) fn open(vip: &Vip, index: u32) -> io::Result<Self> {
+        // Protocol 0: it receives nothing.
+        let socket = sys::packet_socket(index, 0)?;
+        let frames = match (sys::ethernet_address(&socket)?, vip.cidr.addr) {
+            (None, _) => Vec::new(),
+            (Some(mac), IpAddr::V4(v4)) => [ARP_REQUEST, ARP_REPLY]
+                .into_iter()
+                .map(|operation| arp(operation, mac, v4.octets(), BROADCAST, v4.octets()))
+                .collect(),
+            (Some(mac), IpAddr::V6(v6)) => vec![neighbour_advertisement(mac, v6)],
+        };
+        Ok(Self { device: vip.device.clone(), index, socket, frames })
+    }
+
+    pub(super) fn device(&self) -> &str {
+        &self.device
+    }
+
+    pub(super) fn send(&self) -> io::Result<()> {
+        self.frames.iter().try_for_each(|frame| sys::send_frame(&self.socket, self.index, frame))
+    }
+}
+
+/// An Ethernet frame with an ARP packet, to everybody.
+pub(super) fn arp(operation: u16, mac: Mac, sender: [u8; 4], target_mac: Mac, target: [u8; 4]) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(42);
+    frame.extend_from_slice(&BROADCAST);
+    frame.extend_from_slice(&mac);
+    frame.extend_from_slice(&ETHERTYPE_ARP.to_be_bytes());
+    // Ethernet, IPv4, and the lengths of their addresses.
+    frame.extend_from_slice(&[0, 1, 8, 0, 6, 4]);
+    frame.extend_from_slice(&operation.to_be_bytes());
+    frame.extend_from_slice(&mac);
+    frame.extend_from_slice(&sender);
+    frame.extend_from_slice(&target_mac);
+    frame.extend_from_slice(&target);
+    frame
+}
+
+/// An Ethernet frame with an unsolicited neighbour advertisement (RFC 4861 4.4), to all nodes.
+fn neighbour_advertisement(mac: Mac, addr: Ipv6Addr) -> Vec<u8> {
+    const OVERRIDE: u8 = 0x20;
+    const ICMPV6: u8 = 58;
+    let all_nodes: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let mut icmp = vec![136, 0, 0, 0, OVERRIDE, 0, 0, 0];
+    icmp.extend_from_slice(&addr.octets());
+    // Option: target link-layer address, one unit of 8 bytes.
+    icmp.extend_from_slice(&[2, 1]);
+    icmp.extend_from_slice(&mac);
+
+    let mut pseudo = [addr.octets(), all_nodes.octets()].concat();
+    pseudo.extend_from_slice(&(icmp.len() as u32).to_be_bytes());
+    pseudo.extend_from_slice(&[0, 0, 0, ICMPV6]);
+    pseudo.extend_from_slice(&icmp);
+    icmp[2..4].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+
+    let mut frame = Vec::with_capacity(54 + icmp.len());
+    frame.extend_from_slice(&ALL_NODES);
+    frame.extend_from_slice(&mac);
+    frame.extend_from_slice(&ETHERTYPE_IPV6.to_be_bytes());
+    frame.extend_from_slice(&[0x60, 0, 0, 0]);
+    frame.extend_from_slice(&(icmp.len() as u16).to_be_bytes());
+    // Hop limit 255, or it is taken for a forgery from another network.
+    frame.extend_from_slice(&[ICMPV6, 255]);
+    frame.extend_from_slice(&addr.octets());
+    frame.extend_from_slice(&all_nodes.octets());
+    frame.extend_from_slice(&icmp);
+    frame
+}
+
+/// The Internet checksum (RFC 1071) of an even number of bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let sum: u32 = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    !((folded & 0xffff) + (folded >> 16)) as u16
+}
+
+/// The sender of an ARP packet for this address, if the frame is one.
+pub(super) fn arp_sender(frame: &[u8], wanted: [u8; 4]) -> Option<Mac> {
+    let is_arp = frame.len() >= 42 && frame[12..14] == ETHERTYPE_ARP.to_be_bytes();
+    let speaks_for_it = is_arp && frame[28..32] == wanted;
+    speaks_for_it.then(|| frame[22..28].try_into().ok()).flatten()
+}
+
+/// The protocol of a socket that hears ARP.
+pub(super) const PROTOCOL_ARP: u16 = ETHERTYPE_ARP;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_advertisement_with_its_checksum_sums_to_zero() {
+        let addr: Ipv6Addr = "fd00::5".parse().unwrap();
+        let frame = neighbour_advertisement([2, 0, 0, 0, 0, 9], addr);
+        let icmp = &frame[54..];
+        let mut pseudo = frame[22..54].to_vec();
+        pseudo.extend_from_slice(&(icmp.len() as u32).to_be_bytes());
+        pseudo.extend_from_slice(&[0, 0, 0, 58]);
+        pseudo.extend_from_slice(icmp);
+        assert_eq!(checksum(&pseudo), 0);
+        assert_eq!(frame.len(), 14 + 40 + 32);
+    }
+
+    #[test]
+    fn an_arp_answer_is_told_from_others() {
+        let frame = arp(ARP_REPLY, [2, 0, 0, 0, 0, 9], [10, 0, 0, 5], BROADCAST, [10, 0, 0, 5]);
+        assert_eq!(frame.len(), 42);
+        assert_eq!(arp_sender(&frame, [10, 0, 0, 5]), Some([2, 0, 0, 0, 0, 9]));
+        assert_eq!(arp_sender(&frame, [10, 0, 0, 6]), None);
+        assert_eq!(arp_sender(&frame[..41], [10, 0, 0, 5]), None);
+    }
+}

@@ -1,0 +1,255 @@
+//! The network of a sandbox: a veth pair, routed, without a bridge.
+//!
+//! ```text
+//!  inside                       host
+//!  eth0  ADDR/32 ───── veth ─── sd-…  169.254.1.1/32, fe80::1   ── forwarding ──► the host's devices
+//!  default via 169.254.1.1      route ADDR/32 dev sd-…  (while the gate is open)
+//! ```
+//!
+//! Inside, every address is added as a single one (/32, /128), whatever its prefix: its network is reached
+//! through the host, like everything else. Hardware addresses and the gateway are the same on both hosts,
+//! so that nothing inside can tell them apart.
+//!
+//! The *gate* is the host's end of the pair: down, it is closed, and no packet passes in either direction. The
+//! kernel drops the device's routes and IPv6 addresses with that, so opening puts them back.
+
+use std::{
+    fs, io,
+    net::IpAddr,
+    os::fd::BorrowedFd,
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    net::if_::if_nametoindex,
+    sched::{CloneFlags, setns},
+};
+
+use super::{
+    netlink::{GATEWAY_V6, NetError, NetStep, RouteSocket},
+    spec::Cidr,
+};
+use crate::model::Name;
+
+const GATEWAY_V4: &str = "169.254.1.1";
+
+/// Why a sandbox has no network.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// The `ip` command.
+    #[error(
+        "`ip -batch` failed for device {device}: {reason}; is iproute2 installed, and the address unused?"
+    )]
+    Ip {
+        /// The host's end.
+        device: String,
+        /// What it wrote.
+        reason: String,
+    },
+    /// A file below /proc/sys/net.
+    #[error("cannot set {path}: {source}; is /proc/sys writable here?")]
+    Sysctl {
+        /// File.
+        path: String,
+        /// Cause.
+        source: io::Error,
+    },
+    /// The namespace.
+    #[error("cannot enter the sandbox's network namespace: {0}")]
+    Enter(#[source] Errno),
+    /// The device.
+    #[error("device {device} is missing: {errno}; destroy the sandbox and make it anew")]
+    Missing {
+        /// The host's end.
+        device: String,
+        /// Cause.
+        errno: Errno,
+    },
+    /// rtnetlink.
+    #[error(transparent)]
+    Net(#[from] NetError),
+}
+
+/// The host's end of a workload's veth pair. 48 bits of hash: two names never get the same in practice, and if
+/// they did, making the second one would fail.
+pub fn host_device(name: &Name) -> String {
+    let hash = blake3::hash(name.as_str().as_bytes()).to_hex();
+    format!("sd-{}", &hash[..12])
+}
+
+/// A locally administered hardware address for one end of the pair.
+fn mac(name: &Name, end: &str) -> String {
+    let hash = blake3::hash(format!("{end}/{name}").as_bytes());
+    let b = hash.as_bytes();
+    format!("02:{:02x}:{:02x}:{:02x}:{:02x}:{:02x}", b[0], b[1], b[2], b[3], b[4])
+}
+
+/// Runs a closure in another network namespace, on a thread of its own: `setns` changes just that.
+/// Processes that it spawns are in the namespace too.
+pub fn within<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T, Errno> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| setns(netns, CloneFlags::CLONE_NEWNET).map(|()| work()));
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Makes the pair between here and the namespace of the process (by its pid here), gate closed.
+pub(super) fn create(name: &Name, pid: u32, netns: BorrowedFd<'_>, ips: &[Cidr]) -> Result<(), NetworkError> {
+    let device = host_device(name);
+    let (host_mac, inner_mac) = (mac(name, "host"), mac(name, "inside"));
+    let batch = format!(
+        "link add {device} address {host_mac} type veth peer name eth0 address {inner_mac} netns {pid}\n\
+         addr add {GATEWAY_V4}/32 dev {device} scope link\n"
+    );
+    ip(&device, &batch)?;
+    let has_v6 = ips.iter().any(|cidr| cidr.addr.is_ipv6());
+    enable_forwarding(&device, has_v6)?;
+    if has_v6 {
+        sysctl(&format!("ipv6/conf/{device}/accept_ra"), "0")?;
+    }
+    within(netns, || create_inside(&device, ips, has_v6)).map_err(NetworkError::Enter)?
+}
+
+fn create_inside(device: &str, ips: &[Cidr], has_v6: bool) -> Result<(), NetworkError> {
+    if has_v6 {
+        for (key, value) in [("accept_dad", "0"), ("accept_ra", "0"), ("autoconf", "0")] {
+            sysctl(&format!("ipv6/conf/eth0/{key}"), value)?;
+        }
+    }
+    let mut lines = vec!["link set lo up".to_owned(), "link set eth0 up".to_owned()];
+    lines.extend(ips.iter().map(|cidr| match cidr.addr {
+        IpAddr::V4(v4) => format!("addr add {v4}/32 dev eth0"),
+        IpAddr::V6(v6) => format!("addr add {v6}/128 dev eth0 nodad"),
+    }));
+    if ips.iter().any(|cidr| cidr.addr.is_ipv4()) {
+        lines.push(format!("route add {GATEWAY_V4} dev eth0 scope link"));
+        lines.push(format!("route add default via {GATEWAY_V4} dev eth0 onlink"));
+    }
+    if has_v6 {
+        lines.push(format!("route add default via {GATEWAY_V6} dev eth0"));
+    }
+    lines.push(String::new());
+    ip(device, &lines.join("\n"))
+}
+
+/// Lets the host pass packets on that arrive on the device.
+///
+/// For IPv6 only the host-wide switch counts, and it ends the acceptance of router advertisements: devices
+/// that have their routes from those are told to accept them all the same.
+pub fn enable_forwarding(device: &str, has_v6: bool) -> Result<(), NetworkError> {
+    sysctl(&format!("ipv4/conf/{device}/forwarding"), "1")?;
+    if !has_v6 || sysctl_value("ipv6/conf/all/forwarding").as_deref() == Some("1") {
+        return Ok(());
+    }
+    for entry in fs::read_dir("/proc/sys/net/ipv6/conf").into_iter().flatten().flatten() {
+        let key = format!("ipv6/conf/{}/accept_ra", entry.file_name().to_string_lossy());
+        if sysctl_value(&key).as_deref() == Some("1") {
+            sysctl(&key, "2")?;
+        }
+    }
+    sysctl("ipv6/conf/all/forwarding", "1")
+}
+
+fn sysctl_value(key: &str) -> Option<String> {
+    let text = fs::read_to_string(Path::new("/proc/sys/net").join(key)).ok()?;
+    Some(text.trim().to_owned())
+}
+
+/// Sets a value below /proc/sys/net of the calling thread's network namespace.
+pub fn sysctl(key: &str, value: &str) -> Result<(), NetworkError> {
+    let path = format!("/proc/sys/net/{key}");
+    fs::write(&path, value).map_err(|source| NetworkError::Sysctl { path, source })
+}
+
+fn ip(device: &str, batch: &str) -> Result<(), NetworkError> {
+    let error = |reason: String| NetworkError::Ip { device: device.to_owned(), reason };
+    let mut child = Command::new("ip")
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|source| error(source.to_string()))?;
+    let written = io::Write::write_all(&mut child.stdin.take().expect("piped"), batch.as_bytes());
+    let output = child.wait_with_output().map_err(|source| error(source.to_string()))?;
+    if output.status.success() && written.is_ok() {
+        return Ok(());
+    }
+    Err(error(String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ")))
+}
+
+/// Removes the pair; none is no error.
+pub(super) fn remove(name: &Name) -> Result<(), NetworkError> {
+    match if_nametoindex(host_device(name).as_str()) {
+        Ok(index) => Ok(RouteSocket::open()?.apply(&[NetStep::DelLink { index }])?),
+        Err(_) => Ok(()),
+    }
+}
+
+/// The gate of a sandbox, seen from both of its sides.
+#[derive(Debug)]
+pub struct Gate {
+    index: u32,
+    ips: Vec<IpAddr>,
+    /// eth0, and a socket in its namespace.
+    inside: (RouteSocket, u32),
+}
+
+impl Gate {
+    /// `netns` is the sandbox's.
+    pub(super) fn of(name: &Name, ips: &[Cidr], netns: BorrowedFd<'_>) -> Result<Self, NetworkError> {
+        let missing = |device: String, errno| NetworkError::Missing { device, errno };
+        let device = host_device(name);
+        let index = if_nametoindex(device.as_str()).map_err(|errno| missing(device, errno))?;
+        let inside = within(netns, || Ok((RouteSocket::open()?, if_nametoindex("eth0"))));
+        let (socket, inner) = inside.map_err(NetworkError::Enter)?.map_err(NetworkError::Net)?;
+        let inner = inner.map_err(|errno| missing("eth0".to_owned(), errno))?;
+        Ok(Self { index, ips: ips.iter().map(|cidr| cidr.addr).collect(), inside: (socket, inner) })
+    }
+
+    /// Waits until packets pass after the gate was opened; false if they do not within the limit.
+    pub fn await_running(&self, limit: Duration) -> Result<bool, NetError> {
+        let until = Instant::now() + limit;
+        while !self.inside.0.is_running(self.inside.1)? {
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        Ok(true)
+    }
+
+    /// Link up, then what the kernel had dropped with the link.
+    pub fn open_steps(&self) -> Vec<NetStep> {
+        let index = self.index;
+        let mut steps = vec![NetStep::LinkUp { index }];
+        if self.ips.iter().any(IpAddr::is_ipv6) {
+            let cidr = Cidr { addr: GATEWAY_V6.into(), prefix: 64 };
+            steps.push(NetStep::AddAddress { index, cidr });
+        }
+        steps.extend(self.ips.iter().map(|addr| NetStep::AddRoute { index, addr: *addr }));
+        steps
+    }
+
+    /// Link down.
+    pub fn close_steps(&self) -> Vec<NetStep> {
+        vec![NetStep::LinkDown { index: self.index }]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_names_fit_and_differ_for_long_names() {
+        let a: Name = format!("{}-a", "x".repeat(38)).parse().unwrap();
+        let b: Name = format!("{}-b", "x".repeat(38)).parse().unwrap();
+        assert!(host_device(&a).len() < 16);
+        assert_ne!(host_device(&a), host_device(&b));
+        assert_ne!(mac(&a, "host"), mac(&a, "inside"));
+    }
+}
