@@ -31,6 +31,8 @@ pub enum GateError {
 
 /// Lets packets pass, and returns when they do. Refused once the guard has fired. A workload in the host's
 /// network has no gate.
+///
+/// Announce the addresses right after it: a neighbour that asked in vain meanwhile asks again only after a second.
 pub fn open(sandbox: &Sandbox) -> Result<(), GateError> {
     let Some(gate) = sandbox.gate() else { return Ok(()) };
     sandbox.keeper().apply(&gate.open_steps())?;

@@ -15,7 +15,10 @@ use super::{
     cgroup::{self, Cgroup, CgroupError},
     control::Request,
     init::Setup,
-    keeper::{Keeper, KeeperError, ProcessId, Stat, boot_id, private_dir, read_record, write_record},
+    keeper::{
+        CONTROL, Keeper, KeeperError, ProcessId, SANDBOX_RECORD, Stat, TREE_RECORD, boot_id, private_dir,
+        read_record, write_record,
+    },
 };
 use crate::model::Name;
 
@@ -62,6 +65,9 @@ pub enum BareError {
     /// A name that is in use.
     #[error("a bare tree {0} is adopted already; release it first")]
     Exists(Name),
+    /// A name that is a sandbox's.
+    #[error("{0} is the name of a sandbox; choose another name")]
+    IsSandbox(Name),
     /// A name that is not.
     #[error("no bare tree {0} is adopted")]
     Unknown(Name),
@@ -98,9 +104,6 @@ struct Record {
     home: PathBuf,
 }
 
-const RECORD: &str = "tree.json";
-const CONTROL: &str = "control";
-
 /// A handle on an adopted tree.
 #[derive(Debug)]
 pub struct BareTree {
@@ -134,7 +137,7 @@ impl BareTree {
             guard: None,
             home: cgroup::of_process(root.pid).map_err(cgroup_error)?,
         };
-        let path = dir.join(RECORD);
+        let path = dir.join(TREE_RECORD);
         write_record(&path, &record).map_err(&keeper_error)?;
         let cgroup = Cgroup::create(name).map_err(cgroup_error)?;
         let setup = Setup { control: dir.join(CONTROL), work_cgroup: cgroup.work(), place: None };
@@ -154,7 +157,7 @@ impl BareTree {
     pub fn open(name: &Name, run_dir: &Path) -> Result<Self, BareError> {
         let keeper_error = keeper_error(name);
         let dir = run_dir.join(name.as_str());
-        let record: Option<Record> = read_record(&dir.join(RECORD)).map_err(&keeper_error)?;
+        let record: Option<Record> = read_record(&dir.join(TREE_RECORD)).map_err(&keeper_error)?;
         let record = record
             .filter(|record| boot_id().is_ok_and(|id| id == record.boot_id))
             .ok_or_else(|| BareError::Unknown(name.clone()))?;
@@ -169,7 +172,10 @@ impl BareTree {
         let keeper_error = keeper_error(name);
         let cgroup_error = |error: CgroupError| keeper_error(error.into());
         let dir = run_dir.join(name.as_str());
-        let record: Option<Record> = read_record(&dir.join(RECORD)).unwrap_or(None);
+        if dir.join(SANDBOX_RECORD).exists() {
+            return Err(BareError::IsSandbox(name.clone()));
+        }
+        let record: Option<Record> = read_record(&dir.join(TREE_RECORD)).unwrap_or(None);
         if let Ok(tree) = Self::open(name, run_dir) {
             tree.keeper.command(&Request::Leave).map_err(|error| keeper_error(error.into()))?;
         }

@@ -55,6 +55,35 @@ pub struct User {
     pub groups: Vec<u32>,
 }
 
+/// Why a user was not found.
+#[derive(Debug, thiserror::Error)]
+pub enum UserError {
+    /// Nobody.
+    #[error("there is no user {0} on this host; see `getent passwd`")]
+    Unknown(String),
+    /// The database.
+    #[error("cannot look up user {name}: {source}")]
+    Lookup {
+        /// Who.
+        name: String,
+        /// Cause.
+        source: Errno,
+    },
+}
+
+impl User {
+    /// The user of that name with all its groups, by this host's databases, which are those inside as well.
+    pub fn named(name: &str) -> Result<Self, UserError> {
+        let error = |source| UserError::Lookup { name: name.to_owned(), source };
+        let found = nix::unistd::User::from_name(name).map_err(error)?;
+        let user = found.ok_or_else(|| UserError::Unknown(name.to_owned()))?;
+        let c_name = std::ffi::CString::new(name).map_err(|_| UserError::Unknown(name.to_owned()))?;
+        let groups = nix::unistd::getgrouplist(&c_name, user.gid).map_err(error)?;
+        let groups = groups.into_iter().map(nix::unistd::Gid::as_raw).collect();
+        Ok(Self { uid: user.uid.as_raw(), gid: user.gid.as_raw(), groups })
+    }
+}
+
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -200,7 +229,7 @@ pub(super) fn recv<T: DeserializeOwned>(fd: BorrowedFd<'_>) -> nix::Result<Optio
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let message = recvmsg::<UnixAddr>(fd.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
         let mut fds = Vec::new();
-        // Descriptors that did not fit were never installed; nix then says ENOBUFS, and we hold none.
+        // ENOBUFS if there were more than FDS_MAX, which neither side ever sends.
         for cmsg in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(raw) = cmsg {
                 fds.extend(raw.into_iter().map(sys::own));

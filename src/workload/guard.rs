@@ -17,7 +17,7 @@
 //!
 //! - The init fires by exchanging *the deadline that it saw pass* for FIRING. If the agent extended it in
 //!   between, the exchange fails and the init looks again. If the init was first, the agent's exchange
-//!   fails and `extend` says [`Fired`]: nobody believes in a lease that the guard has ended.
+//!   fails and `extend` says [`GuardError::Fired`]: nobody believes in a lease that the guard has ended.
 //! - The decision (FIRING) comes before the deeds, so an extension can never slip in between them. The deeds
 //!   are, in this order: 1 into the tree's `cgroup.freeze`, the network steps (link down), FIRED. The freeze
 //!   comes first because it is the one that stops the workload; what its tasks still send until the link is
@@ -69,7 +69,8 @@ pub enum GuardState {
     },
     /// Decided, not yet done.
     Firing,
-    /// The tree is frozen and its network is down.
+    /// The tree has been told to freeze (each task stops as it next leaves the kernel; see
+    /// [`Cgroup::is_frozen`](super::cgroup::Cgroup::is_frozen)) and its network is down.
     Fired {
         /// When it was done, on CLOCK_BOOTTIME.
         at_ns: u64,

@@ -27,6 +27,13 @@ use super::{
 /// Where workloads' run directories are, unless said otherwise. Lost with a reboot, as the processes are.
 pub const RUN_DIR: &str = "/run/standin/sandboxes";
 
+/// The record of a sandbox in a workload's run directory.
+pub(super) const SANDBOX_RECORD: &str = "sandbox.json";
+/// The record of a bare tree there. A name has one of the two: what ends one kind would harm the other.
+pub(super) const TREE_RECORD: &str = "tree.json";
+/// The control socket there.
+pub(super) const CONTROL: &str = "control";
+
 const START_LIMIT: Duration = Duration::from_secs(20);
 
 /// A process, told from a later one with the same pid by the time it was started at.

@@ -24,8 +24,11 @@ use serde::{Deserialize, Serialize};
 use super::{
     cgroup::Cgroup,
     control::{Command, ControlError, Reply, Request, Root},
-    init::{self, Place, Setup, make_mount_point},
-    keeper::{Keeper, KeeperError, ProcessId, boot_id, private_dir, read_record, write_record},
+    init::{self, Place, Setup},
+    keeper::{
+        CONTROL, Keeper, KeeperError, ProcessId, SANDBOX_RECORD, TREE_RECORD, boot_id, private_dir,
+        read_record, write_record,
+    },
     network::{self, Gate, NetworkError},
     spec::{Cidr, Net, SandboxSpec},
 };
@@ -120,9 +123,6 @@ struct Record {
     made_dirs: Vec<PathBuf>,
 }
 
-const RECORD: &str = "sandbox.json";
-const CONTROL: &str = "control";
-
 /// A handle on a sandbox.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -142,6 +142,14 @@ impl Sandbox {
             Err(SandboxError::Unknown(_)) if !dir.exists() => {}
             Err(_) => Self::destroy(&options.run_dir, name)?,
         }
+        let cgroup = Cgroup::of(name).map_err(|error| keeper_error(name)(error.into()))?;
+        if let Some(pid) = cgroup.pids().ok().and_then(|pids| pids.first().copied()) {
+            let reason = format!(
+                "process {pid} is in its cgroup {}, and not ours; end it first",
+                cgroup.work().display()
+            );
+            return Err(SandboxError::Spec { name: name.clone(), reason });
+        }
         Self::build(spec, options, &dir).inspect_err(|_| {
             // The first error is the one to report; what this leaves, the next destroy removes.
             let _ = Self::destroy(&options.run_dir, name);
@@ -159,18 +167,18 @@ impl Sandbox {
             complete: false,
             made_dirs: Vec::new(),
         };
-        let record_path = dir.join(RECORD);
-        write_record(&record_path, &record).map_err(&keeper_error)?;
+        let record_path = dir.join(SANDBOX_RECORD);
         let root = dir.join("root");
         fs::create_dir_all(&root).map_err(file("make", &root))?;
         let mut binds = Vec::new();
+        record.made_dirs = spec.paths.iter().flat_map(|path| missing_dirs(path)).collect();
+        write_record(&record_path, &record).map_err(&keeper_error)?;
         for (i, path) in spec.paths.iter().enumerate() {
-            record.made_dirs.extend(make_mount_point(path).map_err(file("make the mount point", path))?);
+            fs::create_dir_all(path).map_err(file("make the mount point", path))?;
             let tree = options.data_dir.join(i.to_string());
             make_tree(&tree, path).map_err(file("make", &tree))?;
             binds.push((tree, path.clone()));
         }
-        write_record(&record_path, &record).map_err(&keeper_error)?;
 
         let cgroup = Cgroup::create(&spec.name).map_err(|error| keeper_error(error.into()))?;
         let place = Place {
@@ -194,14 +202,20 @@ impl Sandbox {
         }
         record.complete = true;
         write_record(&record_path, &record).map_err(&keeper_error)?;
-        Self::with(record.spec, keeper)
+        let sandbox = Self::with(record.spec, keeper)?;
+        if let Some(gate) = &sandbox.gate {
+            // From the start, so that no guard is ever armed that would not close it.
+            let set = sandbox.keeper.on_fence(&gate.close_steps());
+            set.map_err(|error| sandbox.keeper_error(error.into()))?;
+        }
+        Ok(sandbox)
     }
 
     /// Finds one that was made before, by this or an earlier agent.
     pub fn open(run_dir: &Path, name: &Name) -> Result<Self, SandboxError> {
         let keeper_error = keeper_error(name);
         let dir = run_dir.join(name.as_str());
-        let record: Option<Record> = read_record(&dir.join(RECORD)).map_err(&keeper_error)?;
+        let record: Option<Record> = read_record(&dir.join(SANDBOX_RECORD)).map_err(&keeper_error)?;
         let record = record
             .filter(|record| record.complete && boot_id().is_ok_and(|id| id == record.boot_id))
             .ok_or_else(|| SandboxError::Unknown(name.clone()))?;
@@ -227,8 +241,12 @@ impl Sandbox {
     pub fn destroy(run_dir: &Path, name: &Name) -> Result<(), SandboxError> {
         let keeper_error = keeper_error(name);
         let dir = run_dir.join(name.as_str());
+        if dir.join(TREE_RECORD).exists() {
+            let reason = "a bare tree of that name is adopted; release it first".to_owned();
+            return Err(SandboxError::Spec { name: name.clone(), reason });
+        }
         // A record that cannot be read must not keep the rest alive.
-        let record: Option<Record> = read_record(&dir.join(RECORD)).unwrap_or(None);
+        let record: Option<Record> = read_record(&dir.join(SANDBOX_RECORD)).unwrap_or(None);
         // The network first: dying processes send FIN and RST.
         network::remove(name).map_err(network_error(name))?;
         let cgroup = Cgroup::of(name).map_err(|error| keeper_error(error.into()))?;
@@ -408,6 +426,13 @@ fn inner_pid(pid: u32) -> Option<u32> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
     line.split_ascii_whitespace().next_back()?.parse().ok()
+}
+
+/// The directory with those above it that do not exist, outermost first.
+fn missing_dirs(path: &Path) -> Vec<PathBuf> {
+    let mut missing: Vec<_> = path.ancestors().take_while(|dir| !dir.exists()).map(Path::to_owned).collect();
+    missing.reverse();
+    missing
 }
 
 /// Makes a tree's directory, as the one that it will hide: the workload's user must be able to write to it.

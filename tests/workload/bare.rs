@@ -9,11 +9,12 @@ use standin::{
     workload::{
         bare::{BareError, BareTree},
         guard::{GuardState, boot_time_ns},
+        sandbox::{Options, Sandbox},
         spec::Net,
     },
 };
 
-use super::lab::{Lan, PROGRAM, SECOND, await_true, unique};
+use super::lab::{Lan, PROGRAM, Place, SECOND, await_true, unique};
 
 /// A tree that somebody else started: a session leader with a child.
 struct Tree {
@@ -59,6 +60,12 @@ fn an_adopted_tree_is_guarded_and_given_back_running() {
     assert!(matches!(tree.adopt(), Err(BareError::Exists(_) | BareError::Taken { .. })));
     let guard_pid = adopted.keeper().pid();
     drop(adopted);
+    // A sandbox of that name would end the tree when it is destroyed.
+    let mut place = Place::new(&tree.name, Net::Host);
+    let options = Options { run_dir: tree.dir.path().into(), ..place.options() };
+    assert!(Sandbox::create(&place.spec, &options).is_err());
+    assert!(Sandbox::destroy(&options.run_dir, &tree.name).is_err());
+    place.spec.name = unique("unused");
 
     let adopted = BareTree::open(&tree.name, tree.dir.path()).unwrap();
     assert_eq!((adopted.pid(), adopted.keeper().pid()), (tree.child.id(), guard_pid));

@@ -53,9 +53,10 @@ fn incr(connection: &mut TcpStream) -> String {
     String::from_utf8_lossy(&answer[..length]).trim().to_owned()
 }
 
-fn place(host: &Netns, name: &str) -> (Place, Sandbox, Addresses) {
+fn place(host: &Netns, name: &str, path: &Path) -> (Place, Sandbox, Addresses) {
     let vip: Vip = format!("{VIP}/24@lan0").parse().unwrap();
-    let place = Place::new(&unique(name), Net::Own { ips: vec![vip.cidr] });
+    let mut place = Place::new(&unique(name), Net::Own { ips: vec![vip.cidr] });
+    place.spec.paths = vec![path.to_owned()];
     host.run(|| {
         let sandbox = place.create();
         let addresses = Addresses::prepare(&place.spec.net, &[vip]).unwrap();
@@ -69,12 +70,16 @@ fn a_connection_outlives_the_move_from_one_sandbox_to_another() {
     let mut lan = Lan::new();
     let (a, b) = (lan.plug(&["10.77.0.1/24"]), lan.plug(&["10.77.0.2/24"]));
     let client = lan.plug(&["10.77.0.9/24"]);
-    let (on_a, first, first_addresses) = place(&a, "criu-a");
-    let (on_b, second, second_addresses) = place(&b, "criu-b");
+    let shared = tempfile::tempdir().unwrap();
+    let path = shared.path().join("redis");
+    let (on_a, first, first_addresses) = place(&a, "criu-a", &path);
+    let (on_b, second, second_addresses) = place(&b, "criu-b", &path);
     first_addresses.up(first.keeper()).unwrap();
     gate::open(&first).unwrap();
-    let script =
-        format!("exec redis-server --save '' --port 6400 --bind {VIP} --protected-mode no --dir /tmp");
+    let script = format!(
+        "exec redis-server --save '' --appendonly yes --port 6400 --bind {VIP} --protected-mode no --dir {}",
+        path.display()
+    );
     let root = first.start(&shell(&script)).unwrap();
     on_a.await_log("Ready to accept connections");
     let mut connection = client.run(|| TcpStream::connect((VIP, 6400)).unwrap());
@@ -96,6 +101,11 @@ fn a_connection_outlives_the_move_from_one_sandbox_to_another() {
         &images.path().join("dump.log"),
     );
     await_true("the old tree's end", || !first.is_occupied().unwrap());
+
+    // What `files/` does with each epoch.
+    let mut copy = Command::new("cp");
+    copy.args(["-a", "data", &on_b.dir.path().display().to_string()]);
+    assert!(copy.current_dir(on_a.dir.path()).status().unwrap().success());
 
     second.raise_last_pid(30_000).unwrap();
     second_addresses.up(second.keeper()).unwrap();
@@ -123,6 +133,11 @@ fn a_connection_outlives_the_move_from_one_sandbox_to_another() {
         "in the workload's cgroup, and nobody else"
     );
     assert_eq!(second.log_pipes().unwrap().len(), 1);
+    let appended = std::fs::read_dir(on_b.dir.path().join("data/0/appendonlydir")).unwrap();
+    let incrs = |text: String| text.matches("counter").count();
+    let total: usize =
+        appended.flatten().map(|file| incrs(std::fs::read_to_string(file.path()).unwrap_or_default())).sum();
+    assert_eq!(total, 2, "the restored descriptor writes to the standby's copy");
     connection.write_all(b"SHUTDOWN\r\n").unwrap();
     on_b.await_log("bye bye");
     await_true("its end", || second.root().unwrap().is_some_and(|root| root.exit.is_some()));

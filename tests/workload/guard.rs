@@ -76,6 +76,19 @@ fn a_guard_that_is_not_extended_silences_the_workload() {
 }
 
 #[test]
+fn a_guard_closes_the_gate_even_if_nobody_told_it_to() {
+    let host = Netns::new();
+    let place = Place::new(&unique("guard"), own());
+    host.run(|| {
+        let sandbox = place.create();
+        gate::open(&sandbox).unwrap();
+        assert!(host.pings(VIP));
+        place.open().keeper().guard().fence_now(SECOND).unwrap();
+        assert!(!host.pings(VIP));
+    });
+}
+
+#[test]
 fn a_guard_that_is_extended_does_not_fire() {
     on_a_lan(|place, sandbox, _, client| {
         let count = counting(place, sandbox);
@@ -106,6 +119,8 @@ fn an_unfenced_workload_runs_and_answers_until_the_new_deadline() {
         let steps = addresses.up_steps();
         assert!(gate::unfence(sandbox, 1, steps).is_err(), "a deadline in the past");
         gate::unfence(sandbox, boot_time_ns() + 3000 * MS, steps).unwrap();
+        // The client has asked in vain, and would ask again only after a second.
+        addresses.announce().unwrap();
         assert!(client.pings(VIP));
         await_true("the count", || count() > before);
         assert!(gate::unfence(sandbox, boot_time_ns() + 3000 * MS, steps).is_err(), "not fenced");

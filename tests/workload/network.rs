@@ -8,6 +8,7 @@ use standin::{
         gate,
     },
     workload::{
+        guard::boot_time_ns,
         netlink::RouteSocket,
         network::host_device,
         sandbox::Sandbox,
@@ -96,6 +97,8 @@ fn a_gate_can_be_closed_and_opened_again_and_again() {
     for _ in 0..3 {
         gate::open(&sandbox).unwrap();
         gate::open(&sandbox).unwrap();
+        // The client has asked in vain while the gate was closed, and would ask again only after a second.
+        addresses.announce().unwrap();
         assert!(client.pings(V4) && client.pings(V6));
         gate::close(&sandbox, &route).unwrap();
         gate::close(&sandbox, &route).unwrap();
@@ -136,10 +139,13 @@ fn the_actuators_of_a_takeover_are_measured() {
         sandbox.keeper().cgroup().freeze(Duration::from_secs(1)).unwrap();
         sandbox.keeper().cgroup().thaw(Duration::from_secs(1)).unwrap();
     });
-    timed("extend", &|| {
-        let _ = sandbox.keeper().guard().extend(1);
+    let guard = sandbox.keeper().guard();
+    guard.arm(boot_time_ns() + 60_000_000_000).unwrap();
+    timed("extend", &|| guard.extend(boot_time_ns() + 60_000_000_000).unwrap());
+    timed("address up + down", &|| {
+        addresses.up(sandbox.keeper()).unwrap();
+        addresses.down().unwrap();
     });
-    timed("address down", &|| addresses.down().unwrap());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 use std::{fs, os::unix::fs::PermissionsExt};
 
 use standin::workload::{
+    bare::BareTree,
     control::{Exit, User},
     network::host_device,
     sandbox::{Sandbox, SandboxError},
@@ -118,6 +119,8 @@ fn a_sandbox_is_found_again_by_the_next_agent() {
     let root = start(&place.create(), "echo first; sleep 1000");
     let sandbox = place.open();
     assert_eq!(sandbox.root().unwrap(), Some(root));
+    // Adopting a tree of that name would end the sandbox's init when it is released.
+    assert!(BareTree::release(&place.spec.name, &place.run_dir()).is_err());
     assert_eq!(sandbox.spec(), &place.spec);
     place.await_log("first");
     let error = Sandbox::create(&place.spec, &place.options()).unwrap_err();
@@ -159,6 +162,8 @@ fn a_workload_may_be_another_user() {
     let place = Place::new(&unique("user"), Net::Host);
     let sandbox = place.create();
     let mut command = shell("id -u; id -g; id -G; sleep 1000");
+    assert_eq!(User::named("root").unwrap().uid, 0);
+    assert!(User::named("no-such-user").is_err());
     command.user = User { uid: 65534, gid: 65533, groups: vec![65532] };
     sandbox.start(&command).unwrap();
     place.await_log("65534\n65533\n65533 65532\n");

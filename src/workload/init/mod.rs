@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Invariants:
-//! - One thread. The loop ([`serve`]) never waits for a disk, another process or a peer: what it waits for
-//!   is what the guard waits for. Therefore output is written to the log by a child ([`logger`]), a failed
+//! - One thread. The loop (`serve`) never waits for a disk, another process or a peer: what it waits for
+//!   is what the guard waits for. Therefore output is written to the log by a child (`logger`), a failed
 //!   exec is reported by the new process itself, and sockets do not block.
 //! - It belongs to no checkpoint: it is outside of the tree that CRIU dumps, the same on both hosts.
 //! - From inside it cannot be signalled (pid 1 without handlers); all signals that matter are blocked.
@@ -21,7 +21,7 @@ mod serve;
 mod tree;
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -37,8 +37,6 @@ use nix::{
     unistd::setsid,
 };
 use serde::{Deserialize, Serialize};
-
-pub(super) use place::make_mount_point;
 
 use super::{control, guard::Page, netlink::RouteSocket, sys};
 
@@ -110,6 +108,8 @@ pub fn main() -> ExitCode {
         }
     }
 }
+
+const OOM_SCORE: &str = "/proc/self/oom_score_adj";
 
 /// Says on what it failed.
 fn at<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> String {
@@ -185,8 +185,11 @@ fn run(setup: &Setup, hands: Hands) -> Result<(), String> {
     // under memory pressure or load.
     let _ = sys::lock_memory();
     let _ = sys::prefer_realtime();
+    // As small as it is, the kernel might choose it for its killer; a sandbox ends with its init.
+    let oom_score = fs::read_to_string(OOM_SCORE).unwrap_or_default();
+    let _ = fs::write(OOM_SCORE, "-1000");
     let log = setup.place.as_ref().map(|place| (place.log.clone(), place.log_bytes_max));
-    let mut server = serve::Server::new(hands, log)?;
+    let mut server = serve::Server::new(hands, log, oom_score)?;
     report(&Report::Ready);
     leave_stdio().map_err(at("open /dev/null"))?;
     server.run()

@@ -10,10 +10,7 @@
 //! and the workload's declared paths. The host's: everything else, `/run` and `/tmp` included: declare
 //! `--path /tmp/x` for what the workload needs of them after a takeover.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -64,14 +61,4 @@ fn mount_new(kind: &str, on: &str, flags: MsFlags, data: &str) -> nix::Result<()
 
 fn bind(from: &Path, to: &Path) -> nix::Result<()> {
     mount(Some(from), to, NONE, MsFlags::MS_BIND, NONE)
-}
-
-/// Makes the directory with those above it that are missing; says which were made, outermost first.
-pub(in crate::workload) fn make_mount_point(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut missing: Vec<_> = path.ancestors().take_while(|dir| !dir.exists()).map(Path::to_owned).collect();
-    missing.reverse();
-    for dir in &missing {
-        fs::create_dir(dir)?;
-    }
-    Ok(missing)
 }

@@ -55,10 +55,12 @@ pub(super) struct Server {
     logger: Option<Logger>,
     root: Option<Root>,
     on_fence: (Vec<NetStep>, Vec<u8>),
+    /// What the workload starts with: the agent's.
+    oom_score: String,
 }
 
 impl Server {
-    pub(super) fn new(hands: Hands, log: Option<(PathBuf, u64)>) -> Result<Self, String> {
+    pub(super) fn new(hands: Hands, log: Option<(PathBuf, u64)>, oom_score: String) -> Result<Self, String> {
         let mut children = SigSet::empty();
         children.add(Signal::SIGCHLD);
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
@@ -71,6 +73,7 @@ impl Server {
             logger: log.map(|log| Logger { log, child: None, started: None, pipes: Vec::new() }),
             root: None,
             on_fence: (Vec::new(), Vec::new()),
+            oom_score,
         };
         // Now, so that it has the same pid (2) on both hosts.
         server.tend_logger();
@@ -295,7 +298,7 @@ impl Server {
             return Err(format!("the workload runs already (pid {} inside)", root.pid));
         }
         let output = self.new_log_pipe()?;
-        let pid = tree::start(command, output.as_fd(), failure.as_fd(), &self.hands.procs)?;
+        let pid = tree::start(command, output.as_fd(), failure.as_fd(), &self.hands.procs, &self.oom_score)?;
         let pid = pid.as_raw().unsigned_abs();
         self.root = Some(Root { pid, exit: None });
         Ok(pid)

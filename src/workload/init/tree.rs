@@ -20,7 +20,7 @@ use nix::{
     unistd::{Gid, Pid, Uid, setgroups, setresgid, setresuid, setsid},
 };
 
-use super::{super::control::Command, plug, sys};
+use super::{super::control::Command, OOM_SCORE, plug, sys};
 
 const GROUPS_MAX: usize = 65_536;
 
@@ -54,11 +54,14 @@ pub(super) fn start(
     output: BorrowedFd<'_>,
     failure: BorrowedFd<'_>,
     procs: &File,
+    oom_score: &str,
 ) -> Result<Pid, String> {
     let program = Program::new(command)?;
     if let Some(child) = sys::fork().map_err(|errno| format!("cannot fork: {errno}"))? {
         return Ok(child);
     }
+    // Higher than the init's, so it is not refused; where the init's could not be lowered, they are equal.
+    let _ = std::fs::write(OOM_SCORE, oom_score.trim());
     let errno = become_workload(command, &program, output, failure, procs);
     let _ = nix::unistd::write(failure, &(errno as i32).to_ne_bytes());
     std::process::exit(127);
