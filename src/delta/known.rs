@@ -20,7 +20,10 @@
 //! - When an epoch fails, every page sent in it or in a later one is unknown: the standby may or may not have
 //!   folded it in.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    ops::Range,
+};
 
 use crate::{
     extents,
@@ -85,6 +88,13 @@ impl Leaf {
             marked: [marked; LEAF_PAGES as usize],
             stale: [false; LEAF_PAGES as usize],
         })
+    }
+
+    /// Makes pages unknown, and readings that are older than `floor` worthless.
+    fn forget(&mut self, slots: Range<usize>, floor: u64) {
+        self.fingerprints[slots.clone()].fill(Fingerprint::UNKNOWN);
+        self.marked[slots.clone()].fill(floor);
+        self.stale[slots].fill(false);
     }
 
     fn is_fresh(&self, slot: usize) -> bool {
@@ -167,16 +177,9 @@ impl Known {
         let held: HashSet<Space> = manifest.spaces.iter().map(|map| map.space).collect();
         self.spaces.retain(|space, _| held.contains(space));
         for map in &manifest.spaces {
-            let Some(table) = self.spaces.get_mut(&map.space) else { continue };
-            let mut kept = PageTable::new();
-            for (leaf_at, slots) in map.extents.iter().flat_map(leaves_of) {
-                let Some(old) = table.get(&leaf_at) else { continue };
-                let leaf = kept.entry(leaf_at).or_insert_with(|| Leaf::new(self.floor));
-                leaf.fingerprints[slots.clone()].copy_from_slice(&old.fingerprints[slots.clone()]);
-                leaf.marked[slots.clone()].copy_from_slice(&old.marked[slots.clone()]);
-                leaf.stale[slots.clone()].copy_from_slice(&old.stale[slots]);
+            if let Some(table) = self.spaces.get_mut(&map.space) {
+                retain_pages(table, &map.extents, self.floor);
             }
-            *table = kept;
         }
     }
 
@@ -243,6 +246,32 @@ impl Known {
     }
 }
 
+/// Forgets all but the pages of an ascending list. Leaves move, their content does not: a manifest comes with
+/// every epoch.
+fn retain_pages(table: &mut PageTable, held: &[Extent], floor: u64) {
+    let mut kept = PageTable::new();
+    // The leaf that is being worked on, and its first page that the list has not come to.
+    let mut current: Option<(u64, Box<Leaf>, usize)> = None;
+    let mut finish = |current: Option<(u64, Box<Leaf>, usize)>| {
+        if let Some((at, mut leaf, next)) = current {
+            leaf.forget(next..LEAF_PAGES as usize, floor);
+            kept.insert(at, leaf);
+        }
+    };
+    for (leaf_at, slots) in held.iter().flat_map(leaves_of) {
+        if current.as_ref().is_none_or(|(at, ..)| *at != leaf_at) {
+            finish(current.take());
+            current = table.remove(&leaf_at).map(|leaf| (leaf_at, leaf, 0));
+        }
+        if let Some((_, leaf, next)) = &mut current {
+            leaf.forget(*next..slots.start.max(*next), floor);
+            *next = slots.end.max(*next);
+        }
+    }
+    finish(current);
+    *table = kept;
+}
+
 /// The leaf of a page and its place in it.
 fn place_of(page: u64) -> (u64, usize) {
     let number = page / PAGE_SIZE;
@@ -250,7 +279,7 @@ fn place_of(page: u64) -> (u64, usize) {
 }
 
 /// The parts of the leaves that a run covers.
-fn leaves_of(extent: &Extent) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> + use<> {
+fn leaves_of(extent: &Extent) -> impl Iterator<Item = (u64, Range<usize>)> + use<> {
     let Extent { start, pages } = *extent;
     let mut done = 0;
     std::iter::from_fn(move || {

@@ -346,3 +346,31 @@ fn pages_that_do_not_compress_go_raw_and_the_others_packed() {
     apply(&mut memory, &packed);
     assert!(memory.values().flatten().eq(text.iter()));
 }
+
+#[test]
+fn a_reading_from_before_a_manifest_does_not_bring_back_what_it_dropped() {
+    let (mut known, mut encoder) = (Known::new(), Encoder::new());
+    let page = [Extent { start: BASE, pages: 1 }];
+    known.begin_epoch();
+    let before = known.stamp();
+    known.mark_stale(SPACE, &page);
+    // The mark goes with the page.
+    known.retain(&Manifest::default());
+    encoder.encode(&mut known, SPACE, &page, &page_of(3), before, |_, _| panic!("was sent"));
+    assert!(!known.is_known(SPACE, BASE));
+}
+
+#[test]
+fn a_manifest_keeps_its_pages_and_drops_the_others() {
+    let (mut known, mut encoder) = (Known::new(), Encoder::new());
+    known.begin_epoch();
+    let data: Vec<u8> = (0..1600u32).flat_map(|i| page_of(i as u8)).collect();
+    encode_all(&mut encoder, &mut known, &data);
+    let all = [Extent { start: BASE, pages: 1600 }];
+    let kept: Vec<Extent> = [(0, 1), (3, 2), (400, 700), (1599, 1)]
+        .map(|(page, pages)| Extent { start: BASE + page * PAGE_SIZE, pages })
+        .into();
+    known.retain(&Manifest { spaces: vec![SpaceMap { space: SPACE, extents: kept.clone() }] });
+    assert_eq!(known.missing(SPACE, &all), extents::subtract(&all, &kept));
+    assert_eq!(known.missing(Space::Shared(1), &all), all);
+}

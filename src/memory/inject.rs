@@ -167,13 +167,15 @@ pub(super) struct Injected {
 
 /// Makes `pid` open a userfaultfd and takes it.
 pub(super) fn userfaultfd_of(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
-    let injected = check(pid).and_then(|()| inject_from_own_thread(pid, pidfd));
-    // A process that is dying answers with all kinds of errors.
-    injected.map_err(|error| {
-        let gone = sys::has_exited(pidfd) || Status::of(pid, pid).is_ok_and(|status| !status.has_memory);
-        let precise = matches!(error, AttachError::KernelThread(_) | AttachError::LeaderExited(_));
-        if gone && !precise { AttachError::Gone(pid) } else { error }
-    })
+    check(pid)?;
+    inject_from_own_thread(pid, pidfd)
+}
+
+/// The error, or `Gone` if the process is dying: then it answers with all kinds of errors.
+pub(super) fn or_gone(error: AttachError, pid: i32, pidfd: BorrowedFd<'_>) -> AttachError {
+    let gone = sys::has_exited(pidfd) || Status::of(pid, pid).map_or(true, |status| !status.has_memory);
+    let precise = matches!(error, AttachError::KernelThread(_) | AttachError::LeaderExited(_));
+    if gone && !precise { AttachError::Gone(pid) } else { error }
 }
 
 fn inject_from_own_thread(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {

@@ -11,14 +11,14 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
     time::Duration,
 };
 
 use super::{
-    inject::{self, AttachError},
+    inject::{self, AttachError, Injected},
     maps::{self, Mapping, MappingKind, MapsError},
     read::Memory,
     sys::{self, PageRegion, Query, category},
@@ -93,30 +93,27 @@ pub struct Tracker {
 }
 
 impl Tracker {
-    /// Begins to track a process (a host pid): stops one of its threads for some 100 µs and registers its
-    /// memory. The first [`take_dirty`](Self::take_dirty) reports all of it.
+    /// Begins to track a process (a host pid): stops one of its threads for some 100 µs. Nothing is protected
+    /// yet: the first [`take_dirty`](Self::take_dirty) registers the memory and reports all of it.
     pub fn attach(pid: i32) -> Result<Self, AttachError> {
         let pidfd = sys::pidfd_open(pid, false).map_err(|e| match e.raw_os_error() {
             Some(libc::EINVAL) => AttachError::Gone(pid),
             _ => AttachError::io(pid, "opening a pidfd", e),
         })?;
-        let injected = inject::userfaultfd_of(pid, pidfd.as_fd())?;
-        sys::uffd_enable(injected.uffd.as_fd()).map_err(AttachError::KernelTooOld)?;
-        let attached_pagemap =
-            open_pagemap(pid).map_err(|e| AttachError::io(pid, "opening /proc/PID/pagemap", e))?;
-        let mut tracker = Self {
+        let begun = begin(pid, pidfd.as_fd());
+        let (injected, attached_pagemap, guards_known) =
+            begun.map_err(|e| inject::or_gone(e, pid, pidfd.as_fd()))?;
+        Ok(Self {
             pid,
             pidfd,
             uffd: injected.uffd,
             attached_pagemap,
             stopped: injected.stopped,
-            guards_known: false,
+            guards_known,
             maps_text: Vec::new(),
             tracked: Vec::new(),
             regions: vec![PageRegion::default(); REGIONS],
-        };
-        tracker.guards_known = tracker.probe_guards().map_err(AttachError::KernelTooOld)?;
-        Ok(tracker)
+        })
     }
 
     /// The process' pid on the host.
@@ -335,16 +332,6 @@ impl Tracker {
         Query { inverted: query.inverted | guard, all: query.all | guard, ..query }
     }
 
-    /// Checks that PAGEMAP_SCAN works; whether it knows guard regions.
-    fn probe_guards(&mut self) -> io::Result<bool> {
-        let mut probe = |all| {
-            let query = Query { all, ..Query::default() };
-            sys::pagemap_scan(&self.attached_pagemap, 0, PAGE_SIZE, query, &mut self.regions)
-        };
-        probe(category::PRESENT)?;
-        Ok(probe(category::GUARD).is_ok())
-    }
-
     fn failed(&self, what: &'static str, source: io::Error) -> TrackError {
         if sys::has_exited(self.pidfd.as_fd()) {
             TrackError::Gone(self.pid)
@@ -352,6 +339,20 @@ impl Tracker {
             TrackError::Io { what, pid: self.pid, source }
         }
     }
+}
+
+/// Everything of an attach that can fail: the descriptor, the page map, and whether guard regions are known.
+fn begin(pid: i32, pidfd: BorrowedFd<'_>) -> Result<(Injected, File, bool), AttachError> {
+    let injected = inject::userfaultfd_of(pid, pidfd)?;
+    sys::uffd_enable(injected.uffd.as_fd()).map_err(AttachError::KernelTooOld)?;
+    let pagemap = open_pagemap(pid).map_err(|e| AttachError::io(pid, "opening /proc/PID/pagemap", e))?;
+    let probe = |all| {
+        let query = Query { all, ..Query::default() };
+        sys::pagemap_scan(&pagemap, 0, PAGE_SIZE, query, &mut [PageRegion::default()])
+    };
+    probe(category::PRESENT).map_err(AttachError::KernelTooOld)?;
+    let guards_known = probe(category::GUARD).is_ok();
+    Ok((injected, pagemap, guards_known))
 }
 
 fn open_pagemap(pid: i32) -> io::Result<File> {

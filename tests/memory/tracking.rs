@@ -173,3 +173,18 @@ fn a_second_tracker_reports_everything_every_time() {
     drop(second);
     frozen_pass(&target, &mut tracker, &mut replica);
 }
+
+#[test]
+fn more_runs_than_one_call_gives_are_all_seen() {
+    let (mut target, mut tracker, mut replica, at) = followed(&["anon a 40000", "fill a 1"]);
+    target.ask("fill a 2 2");
+    let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+    assert!((0..40_000).step_by(2).all(|page| {
+        let start = at[0] + page * PAGE;
+        dirty.binary_search_by_key(&start, |extent| extent.start).is_ok()
+    }));
+    let mut populated = Vec::new();
+    tracker.populated(&mut populated).unwrap();
+    assert!(extents::subtract(&dirty, &populated).is_empty());
+    assert!(holds(&populated, at[0] + PAGE));
+}
