@@ -2,6 +2,7 @@
 
 pub mod criu;
 pub mod delta;
+pub mod files;
 pub mod ha;
 pub mod memory;
 pub mod model;
