@@ -13,6 +13,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -100,8 +101,10 @@ struct Node {
     stat: Stat,
     /// Its `stat` may miss a later write.
     racy: bool,
-    meta: FileMeta,
-    blocks: Vec<Tag>,
+    /// Taken over from the scan before as it was.
+    same: bool,
+    meta: Arc<FileMeta>,
+    blocks: Arc<Vec<Tag>>,
 }
 
 #[derive(Debug)]
@@ -306,10 +309,10 @@ impl<'a> Walk<'a> {
         let known = self.sent.and_then(|sent| sent.get(&path)).filter(|node| node.stat == stat);
         let same_content = known.filter(|node| !node.racy && !mapped);
         let node = match (first, same_content) {
-            (Some(to), _) => {
-                self.linked(&path, stat, to).map(|meta| Node { stat, racy, meta, blocks: Vec::new() })
+            (Some(to), _) => self.linked(&path, stat, to).map(|meta| node_of(stat, racy, meta, Vec::new())),
+            (None, Some(node)) if !matches!(node.meta.kind, FileKind::HardLink { .. }) => {
+                Ok(Node { same: true, ..node.clone() })
             }
-            (None, Some(node)) if !matches!(node.meta.kind, FileKind::HardLink { .. }) => Ok(node.clone()),
             (None, _) => self.read(&path, stat, racy),
         };
         match node {
@@ -353,7 +356,7 @@ impl<'a> Walk<'a> {
             format => FileKind::Device { block: format == libc::S_IFBLK, rdev: stat.rdev },
         };
         let xattrs = xattrs_of(handle.as_fd())?;
-        Ok(Node { stat, racy, meta: meta_of(stat, kind, xattrs), blocks })
+        Ok(node_of(stat, racy, meta_of(stat, kind, xattrs), blocks))
     }
 
     /// The tags of all blocks, reading only those that are not holes.
@@ -394,6 +397,10 @@ pub(super) fn names_of(dir: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
     }
     names.sort_unstable();
     Ok(names)
+}
+
+fn node_of(stat: Stat, racy: bool, meta: FileMeta, blocks: Vec<Tag>) -> Node {
+    Node { stat, racy, same: false, meta: Arc::new(meta), blocks: Arc::new(blocks) }
 }
 
 fn meta_of(stat: Stat, kind: FileKind, xattrs: Vec<(Vec<u8>, Vec<u8>)>) -> FileMeta {
@@ -468,6 +475,10 @@ impl Diff<'_> {
         sent: Option<&BTreeMap<Vec<u8>, Node>>,
         found: &mut BTreeMap<Vec<u8>, Node>,
     ) -> Result<(), ScanError> {
+        let all_same = || found.values().all(|node| node.same);
+        if sent.is_some_and(|sent| sent.len() == found.len()) && all_same() {
+            return Ok(());
+        }
         let empty = BTreeMap::new();
         if sent.is_none() {
             self.remove(Vec::new());
@@ -488,14 +499,15 @@ impl Diff<'_> {
         let linked = still_linked(sent, found);
         let made = found.iter().filter(|(path, now)| {
             let link = is_link(now) && !linked.contains(*path);
-            link || sent.get(*path).is_none_or(|before| !same_object(before, now))
+            link || !now.same && sent.get(*path).is_none_or(|before| !same_object(before, now))
         });
         touched.extend(made.map(|(path, _)| parent_of(path).to_vec()));
-        for (path, node) in found.iter_mut().filter(|(_, node)| !is_link(node)) {
+        let stays = |path: &Vec<u8>, node: &Node| node.same && !touched.contains(path);
+        for (path, node) in found.iter_mut().filter(|(path, node)| !is_link(node) && !stays(path, node)) {
             let before = sent.get(path).filter(|before| same_object(before, node));
             let blocks = before.map_or(&[][..], |before| blocks_of(before, sent));
             let same_meta = before.is_some_and(|before| before.meta == node.meta) && !touched.contains(path);
-            if !same_meta || blocks != node.blocks {
+            if !same_meta || blocks != node.blocks.as_slice() {
                 self.entry(path, node);
                 self.content(path, node, blocks)?;
             }
@@ -508,7 +520,8 @@ impl Diff<'_> {
     }
 
     fn entry(&mut self, path: &[u8], node: &Node) {
-        let entry = FileRecord::Entry { tree: self.tree, path: path.to_vec(), meta: node.meta.clone() };
+        let entry =
+            FileRecord::Entry { tree: self.tree, path: path.to_vec(), meta: FileMeta::clone(&node.meta) };
         (self.emit)(entry, &[]);
         self.stats.changed += 1;
     }
@@ -528,14 +541,14 @@ impl Diff<'_> {
         let file = match open_in(self.root, path, OFlag::O_RDONLY) {
             Ok(fd) => File::from(fd),
             Err(error) if raced(self.phase, &error) => {
-                node.blocks.fill(UNKNOWN);
+                Arc::make_mut(&mut node.blocks).fill(UNKNOWN);
                 node.racy = true;
                 return Ok(());
             }
             Err(error) => return Err(failed("open", self.base, path)(error)),
         };
         let mut buf = vec![0; BLOCK_SIZE];
-        for (block, tag) in node.blocks.iter_mut().enumerate() {
+        for (block, tag) in Arc::make_mut(&mut node.blocks).iter_mut().enumerate() {
             if !differs(block, tag) {
                 continue;
             }

@@ -83,7 +83,7 @@ impl Pair {
         let (source, copy) = (contents(self.source.path()), contents(self.copy.path()));
         let paths: HashSet<_> = source.keys().chain(copy.keys()).collect();
         for path in paths {
-            assert_eq!(source.get(path), copy.get(path), "{context}: {path:?}");
+            assert_eq!(source.get(path), copy.get(path), "{context}: {}", path.display());
         }
         verify(vec![self.copy.path().to_owned()], &self.scanner.digest().unwrap()).unwrap();
     }
@@ -191,7 +191,8 @@ fn change(rng: &mut Rng, root: &Path) {
 
 #[test]
 fn the_copy_equals_the_tree_after_any_history() {
-    for seed in 0..60 {
+    let seeds = std::env::var("STANDIN_FILES_SEEDS").map_or(40, |seeds| seeds.parse().expect("a number"));
+    for seed in 0..seeds {
         let mut rng = Rng(seed);
         let mut pair = Pair::new();
         for epoch in 0..12 {
@@ -246,6 +247,71 @@ fn what_a_running_writer_does_during_the_scan_is_put_right_in_the_freeze() {
         pair.apply(&records, true);
         pair.check(&format!("seed {seed}"));
     }
+}
+
+#[test]
+fn content_that_changes_between_reading_and_sending_is_remembered_as_sent() {
+    let mut pair = Pair::new();
+    let path = pair.source.path().join("file");
+    fs::write(&path, b"first").unwrap();
+    let mut records = Vec::new();
+    let emit = &mut |record, body: &[u8]| {
+        if matches!(&record, FileRecord::Entry { path, .. } if path == b"file") {
+            fs::write(&path, b"torn!").unwrap();
+        }
+        records.push((record, body.to_vec()));
+    };
+    pair.scanner.scan(Phase::Running, &HashSet::new(), emit).unwrap();
+    fs::write(&path, b"first").unwrap();
+    pair.scan(Phase::Frozen, &mut records);
+    pair.apply(&records, true);
+    pair.check("written twice");
+}
+
+#[test]
+fn a_further_name_that_becomes_the_first_keeps_its_content() {
+    let mut pair = Pair::new();
+    let (first, further) = (pair.source.path().join("a"), pair.source.path().join("b"));
+    fs::write(&first, vec![5; 2 * BLOCK_SIZE]).unwrap();
+    fs::hard_link(&first, &further).unwrap();
+    pair.replicate();
+    fs::remove_file(&first).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&further).unwrap();
+    file.write_all_at(&vec![0; BLOCK_SIZE], 0).unwrap();
+    let records = pair.replicate();
+    let sent: Vec<_> =
+        records.iter().filter(|(record, _)| matches!(record, FileRecord::Data { .. })).collect();
+    assert_eq!(sent.len(), 1, "the other block is there already");
+}
+
+#[test]
+fn what_is_mounted_in_a_tree_is_not_entered() {
+    let mut pair = Pair::new();
+    let inner = pair.source.path().join("inner");
+    fs::create_dir(&inner).unwrap();
+    fs::write(pair.source.path().join("bound"), b"below").unwrap();
+    fs::write(pair.source.path().join("file"), b"kept").unwrap();
+    let records = std::thread::scope(|scope| {
+        let mounts = || {
+            // A mount namespace of this thread's own: it goes with the thread.
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            let none = None::<&Path>;
+            let private = nix::mount::MsFlags::MS_PRIVATE | nix::mount::MsFlags::MS_REC;
+            nix::mount::mount(none, Path::new("/"), none, private, none).unwrap();
+            let plain = nix::mount::MsFlags::empty();
+            nix::mount::mount(none, &inner, Some(Path::new("tmpfs")), plain, none).unwrap();
+            fs::write(inner.join("secret"), b"of another file system").unwrap();
+            let bind = nix::mount::MsFlags::MS_BIND;
+            let (file, bound) = (pair.source.path().join("file"), pair.source.path().join("bound"));
+            nix::mount::mount(Some(&file), &bound, none, bind, none).unwrap();
+            pair.scanned()
+        };
+        scope.spawn(mounts).join().unwrap()
+    });
+    pair.apply(&records, true);
+    assert_eq!(fs::read_dir(pair.copy.path().join("inner")).unwrap().count(), 0);
+    assert_eq!(fs::read(pair.copy.path().join("file")).unwrap(), b"kept");
+    assert!(!pair.copy.path().join("bound").exists());
 }
 
 #[test]
