@@ -13,7 +13,7 @@ use std::{
 };
 
 use nix::{
-    fcntl::{AtFlags, FallocateFlags, OFlag, OpenHow, ResolveFlag, fallocate, open, openat2, readlinkat},
+    fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, open, readlinkat},
     sys::stat::{Mode, SFlag, mkdirat, mknodat},
     unistd::{
         Gid, LinkatFlags, Uid, UnlinkatFlags, fchownat, ftruncate, linkat, symlinkat, syncfs, unlinkat,
@@ -22,8 +22,9 @@ use nix::{
 
 use super::{
     BLOCK_SIZE, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX,
-    scan::{Phase, ScanError, Scanner, is_at_or_below, is_zero, names_of, xattrs_of},
+    scan::{ENTRIES_MAX, Phase, ScanError, Scanner, is_at_or_below, open_in},
     sys,
+    walk::{is_zero, names_of, xattrs_of},
 };
 use crate::wire::message::{FileKind, FileMeta, FileRecord};
 
@@ -34,7 +35,8 @@ const XATTR_NAME_LEN_MAX: usize = 255;
 /// The longest text of a symbolic link.
 const TARGET_LEN_MAX: usize = 4095;
 
-/// Why a record was not applied. The copy is then between two epochs: apply the epoch again, or ask for everything.
+/// Why a record was not applied. The copy is then between two epochs: apply the epoch again, or ask for
+/// everything.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// The record asks for something that no scanner emits.
@@ -96,8 +98,8 @@ pub fn verify(trees: Vec<PathBuf>, digest: &[u8; 32]) -> Result<(), VerifyError>
 #[derive(Debug)]
 pub struct Receiver {
     roots: Vec<OwnedFd>,
-    /// Properties are set when all content is there and all entries are made: writing drops capabilities and set-id
-    /// bits, and moves the mtimes of files and directories.
+    /// Properties are set when all content is there and all entries are made: writing drops capabilities and
+    /// set-id bits, and moves the mtimes of files and directories.
     properties: BTreeMap<(u32, Vec<u8>), FileMeta>,
 }
 
@@ -189,6 +191,9 @@ impl Receiver {
             let place = self.place(tree, path)?;
             make(&place, &meta.kind).map_err(io_error("create", tree, path))?;
         }
+        if self.properties.len() >= ENTRIES_MAX {
+            return Err(refused(path, "more entries in one epoch than a scanner sends"));
+        }
         self.properties.insert((tree, path.to_vec()), meta.clone());
         Ok(())
     }
@@ -256,14 +261,6 @@ fn io_error(what: &'static str, tree: u32, path: &[u8]) -> impl FnOnce(io::Error
 
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
-}
-
-/// Opens within a tree: no link is followed, no mount is entered, nothing above the root is reached.
-fn open_in(root: BorrowedFd<'_>, path: &[u8], flags: OFlag) -> io::Result<OwnedFd> {
-    let resolve =
-        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV;
-    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-    Ok(openat2(root, path, OpenHow::new().flags(flags).resolve(resolve))?)
 }
 
 fn check_path(path: &[u8]) -> Result<(), ApplyError> {

@@ -10,22 +10,25 @@
 //! ```
 //!
 //! Invariants:
-//! - What the scanner remembers is what the records emitted so far make of a copy. A scan of the running workload may
-//!   thus see a torn state: the scan in the freeze, relative to it, puts it right. Only the latter's end is consistent.
+//! - What the scanner remembers is what the records emitted so far make of a copy. A scan of the running
+//!   workload may thus see a torn state: the scan in the freeze, relative to it, puts it right. Only the
+//!   latter's end is consistent.
 //! - The records of an epoch are a redo log: applied again, from the start, they give the same tree.
-//! - Neither side follows a symbolic link or leaves the tree. Mount points below a tree's root are sent as empty
-//!   directories; what is mounted there is a tree of its own, or not replicated.
-//! - Replicated are regular files with their holes (as zeros that need no space), directories, symbolic and hard links
-//!   (within a tree), pipes and device nodes, with mode, owner, mtime and extended attributes. Sockets are not, nor
-//!   are atime, ctime, inode flags, and the labels that belong to a host's policy (SELinux, IMA, EVM).
+//! - Neither side follows a symbolic link or leaves the tree. Mount points below a tree's root are sent as
+//!   empty directories; what is mounted there is a tree of its own, or not replicated.
+//! - Replicated are regular files with their holes (as zeros that need no space), directories, symbolic and
+//!   hard links (within a tree), pipes and device nodes, with mode, owner, mtime and extended attributes.
+//!   Sockets are not, nor are atime, ctime, inode flags, and the labels that belong to a host's policy
+//!   (SELinux, IMA, EVM).
 //!
-//! A file counts as unchanged if nothing of its `stat` changed. Two kinds of write are invisible there and handled by
-//! comparing content: stores through a writable shared mapping (the caller names the files that are mapped so), and
-//! writes within the clock tick of the last ctime seen. A renamed file is sent anew.
+//! A file counts as unchanged if nothing of its `stat` changed. Two kinds of write are invisible there and
+//! handled by comparing content: stores through a writable shared mapping (the caller names the files that
+//! are mapped so), and writes within the clock tick of the last ctime seen. A renamed file is sent anew.
 
 mod apply;
 mod scan;
 mod sys;
+mod walk;
 
 pub use apply::{ApplyError, Receiver, VerifyError, verify};
 pub use scan::{FileId, FilesStats, Phase, ScanError, Scanner};

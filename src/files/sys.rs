@@ -1,4 +1,5 @@
-//! The system calls that `nix` does not cover: `statx` with mount points, extended attributes of any kind of file.
+//! The system calls that `nix` does not cover: `statx` with mount points, extended attributes of any kind of
+//! file.
 
 use std::{
     ffi::{CStr, CString},
@@ -36,8 +37,8 @@ impl Stat {
 pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Stat> {
     let mut buf = MaybeUninit::<libc::statx>::zeroed();
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT | libc::AT_EMPTY_PATH;
-    // SAFETY: `name` is a C string, `buf` has the size the call expects and was zeroed, so that it is initialised
-    // whatever the call fills in.
+    // SAFETY: `name` is a C string, `buf` has the size the call expects and was zeroed, so that it is
+    // initialised whatever the call fills in.
     let stx = unsafe {
         if libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, libc::STATX_BASIC_STATS, buf.as_mut_ptr()) < 0 {
             return Err(io::Error::last_os_error());
@@ -117,7 +118,8 @@ pub(super) fn chmod(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Sets the mtime, seconds and nanoseconds, of what an `O_PATH` descriptor stands for, a symbolic link included.
+/// Sets the mtime, seconds and nanoseconds, of what an `O_PATH` descriptor stands for, a symbolic link
+/// included.
 pub(super) fn set_mtime(fd: BorrowedFd<'_>, mtime: (i64, u32)) -> io::Result<()> {
     let atime = libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT };
     let times = [atime, libc::timespec { tv_sec: mtime.0, tv_nsec: i64::from(mtime.1) }];

@@ -1,5 +1,5 @@
-//! Replicated file trees on real directories: histories of random changes, hostile records, the scanner beside a
-//! running writer.
+//! Replicated file trees on real directories: histories of random changes, hostile records, the scanner
+//! beside a running writer.
 
 mod sys;
 
@@ -135,7 +135,8 @@ fn contents(root: &Path) -> BTreeMap<PathBuf, Found> {
 }
 
 fn a_path(rng: &mut Rng, root: &Path) -> PathBuf {
-    // Few names, so that histories meet; one that sorts between a directory and what is in it; one that is no UTF-8.
+    // Few names, so that histories meet; one that sorts between a directory and what is in it; one that is no
+    // UTF-8.
     let names = [b"a".to_vec(), b"a-b".to_vec(), b"b".to_vec(), b"c\xff".to_vec(), b"d".to_vec()];
     let mut path = root.to_owned();
     for _ in 0..=rng.below(3) {
@@ -214,7 +215,8 @@ fn the_copy_equals_the_tree_after_any_history() {
             }
             pair.scan(Phase::Frozen, &mut records);
             if rng.below(3) == 0 {
-                // The standby dies in the middle and applies the epoch again; or it dies before it notes the end.
+                // The standby dies in the middle and applies the epoch again; or it dies before it notes the
+                // end.
                 let part = rng.below(records.len() as u64 + 1) as usize;
                 pair.apply(&records[..part], rng.below(2) == 0);
             }
@@ -361,7 +363,8 @@ fn a_store_through_a_shared_mapping_is_seen_if_the_file_is_named() {
     let mut map = sys::map(&path);
     map[0] = 2;
     pair.replicate();
-    // Long enough for the stat to be trusted again; the page is writable already, so no fault moves the ctime.
+    // Long enough for the stat to be trusted again; the page is writable already, so no fault moves the
+    // ctime.
     std::thread::sleep(std::time::Duration::from_millis(60));
     pair.replicate();
     map[BLOCK_SIZE + 1] = 3;
