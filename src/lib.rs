@@ -7,6 +7,7 @@ pub mod config;
 pub mod criu;
 pub mod delta;
 pub mod extents;
+pub mod files;
 pub mod ha;
 pub mod memory;
 pub mod model;

@@ -179,7 +179,8 @@ impl Agent {
     /// A peer asks this host to be its standby.
     async fn offered(self: &Arc<Self>, peer: &PeerName, spec: WorkloadSpec, term: Term, bytes: u64) -> Reply {
         let name = spec.sandbox.name.clone();
-        let owner = self.owners().get(&name).cloned().unwrap_or_else(|| {
+        let known = self.owners().get(&name).cloned();
+        let owner = known.unwrap_or_else(|| {
             self.own(Durable { spec: spec.clone(), peer: None, record: None, bare: false }, None)
         });
         let (answer, answered) = oneshot::channel();

@@ -1,5 +1,5 @@
-//! The state machine's frame: state, dispatch, timers, durable writes. What a primary does is in `primary`, what a
-//! standby does in `standby`.
+//! The state machine's frame: state, dispatch, timers, durable writes. What a primary does is in `primary`,
+//! what a standby does in `standby`.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -205,12 +205,14 @@ impl Core {
         if let Mode::Stuck { reason, .. } = &self.mode { Some(reason) } else { None }
     }
 
-    /// Primary: the end of the lease, if running needs one. Standby: the earliest time of a promotion, if it may.
+    /// Primary: the end of the lease, if running needs one. Standby: the earliest time of a promotion, if it
+    /// may.
     pub fn lease_end(&self) -> Option<Duration> {
         if self.guarded { Some(self.lease_end) } else { self.promote_at() }
     }
 
-    /// Whether the standby can run the workload if the primary vanishes: on the primary, as far as it has permitted it.
+    /// Whether the standby can run the workload if the primary vanishes: on the primary, as far as it has
+    /// permitted it.
     pub fn armed(&self) -> bool {
         match self.record.role {
             Role::Primary { armed, .. } => armed.is_some(),
@@ -292,8 +294,8 @@ impl Core {
         }
     }
 
-    /// The peer holds `term`. `started`: it has run the workload under it. A copy of an older term is cut off at once,
-    /// but destroyed only when the newer one has started: until then it is the only one there is.
+    /// The peer holds `term`. `started`: it has run the workload under it. A copy of an older term is cut off
+    /// at once, but destroyed only when the newer one has started: until then it is the only one there is.
     pub(super) fn learn(&mut self, term: Term, started: bool) {
         self.newest = self.newest.max(term);
         if term <= self.record.term {

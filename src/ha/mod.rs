@@ -1,8 +1,9 @@
-//! Who may run the workload: terms, leases, promotion, fencing, handoff. Pure: no IO, no clock, no randomness.
+//! Who may run the workload: terms, leases, promotion, fencing, handoff. Pure: no IO, no clock, no
+//! randomness.
 //!
-//! One [`Core`] for each workload on each host. The agent hands it what happened ([`Input`], with the time of the
-//! host's boot-time clock, which does not stop in suspend) and does what it says ([`Action`]), in order. Durable writes
-//! go out with a [`Ticket`]; what depends on one comes after [`Input::Persisted`].
+//! One [`Core`] for each workload on each host. The agent hands it what happened ([`Input`], with the time of
+//! the host's boot-time clock, which does not stop in suspend) and does what it says ([`Action`]), in order.
+//! Durable writes go out with a [`Ticket`]; what depends on one comes after [`Input::Persisted`].
 //!
 //! ```text
 //!            the host that runs it                             the host that holds its image
@@ -21,49 +22,51 @@
 //!                           └──── the peer yields the term ──► Primary, two terms on
 //! ```
 //!
-//! A primary whose copy is gone when its agent starts is `Lost`: it asks and waits; it never starts the workload.
+//! A primary whose copy is gone when its agent starts is `Lost`: it asks and waits; it never starts the
+//! workload.
 //!
 //! # Why no two copies run
 //!
-//! *A standby promotes only when the primary's copy is fenced.* A granted heartbeat lets the primary run until `lease`
-//! after it **sent** it; the standby waits `lease + drift` after it **received** it, which is later on any two clocks
-//! whose rates differ by less than the drift allowance. The primary's deadline is kept by the guard, a process of its
-//! own, which begins `fence_margin` early; a hung agent changes nothing. A standby that has just started counts as
-//! having granted a moment ago. From the decision on nothing of the old term is granted; the new term is durable before
-//! anything is restored, and only then named to the peer.
+//! *A standby promotes only when the primary's copy is fenced.* A granted heartbeat lets the primary run
+//! until `lease` after it **sent** it; the standby waits `lease + drift` after it **received** it, which is
+//! later on any two clocks whose rates differ by less than the drift allowance. The primary's deadline is
+//! kept by the guard, a process of its own, which begins `fence_margin` early; a hung agent changes nothing.
+//! A standby that has just started counts as having granted a moment ago. From the decision on nothing of the
+//! old term is granted; the new term is durable before anything is restored, and only then named to the peer.
 //!
-//! *A primary without a guard has no standby that could promote.* A standby is armed by an epoch that it holds,
-//! committed in the current term and newer than its durable `disarmed_through`. The primary permits the `End` frame of
-//! an epoch only when its record says `armed` durably and the guard has confirmed that its deadline lies ahead (an agent
-//! may be paused between deciding and doing, so the guard's word counts). It gives the guard up only after the standby
-//! has durably disarmed itself through the newest epoch that can be under way: `armed` carries that number, so a
-//! restarted agent knows it.
+//! *A primary without a guard has no standby that could promote.* A standby is armed by an epoch that it
+//! holds, committed in the current term and newer than its durable `disarmed_through`. The primary permits
+//! the `End` frame of an epoch only when its record says `armed` durably and the guard has confirmed that its
+//! deadline lies ahead (an agent may be paused between deciding and doing, so the guard's word counts). It
+//! gives the guard up only after the standby has durably disarmed itself through the newest epoch that can be
+//! under way: `armed` carries that number, so a restarted agent knows it.
 //!
-//! *A frozen copy runs on only with a fresh grant of its own term, or after the peer has durably given the newer term
-//! up.* A grant counts only if this life of the agent sent that very heartbeat. `Unfence` is one step of the guard with
-//! its new deadline.
+//! *A frozen copy runs on only with a fresh grant of its own term, or after the peer has durably given the
+//! newer term up.* A grant counts only if this life of the agent sent that very heartbeat. `Unfence` is one
+//! step of the guard with its new deadline.
 //!
-//! *A handoff ends with one copy.* Before `TakeOver` leaves, the record says `handoff`: from then on no grant un-fences
-//! the source, not even after a restart. It ends when the peer says that it runs the new term (the copy is destroyed),
-//! or that it has yielded it (durably, and disarmed: the source runs on without a lease until the next commit).
+//! *A handoff ends with one copy.* Before `TakeOver` leaves, the record says `handoff`: from then on no grant
+//! un-fences the source, not even after a restart. It ends when the peer says that it runs the new term (the
+//! copy is destroyed), or that it has yielded it (durably, and disarmed: the source runs on without a lease
+//! until the next commit).
 //!
-//! *A copy is destroyed only when a newer one has run.* Hearing a newer term fences at once, but the frozen copy is kept
-//! until the peer is known to run: if the peer's restores fail, the workload comes back here.
+//! *A copy is destroyed only when a newer one has run.* Hearing a newer term fences at once, but the frozen
+//! copy is kept until the peer is known to run: if the peer's restores fail, the workload comes back here.
 //!
-//! *Terms of the two hosts alternate.* Promotion adds one, keeping (or forcing) the workload adds two; so the two never
-//! hold the same term as primary, the higher one wins wherever they meet, and [`Input::ForceRunAlone`] cannot pick the
-//! term that an unreachable standby may be promoting under.
+//! *Terms of the two hosts alternate.* Promotion adds one, keeping (or forcing) the workload adds two; so the
+//! two never hold the same term as primary, the higher one wins wherever they meet, and
+//! [`Input::ForceRunAlone`] cannot pick the term that an unreachable standby may be promoting under.
 //!
 //! # What the agent owes
 //!
 //! - Actions in order, each finished before the next; the guard answers as [`Action`] says.
 //! - [`Core::accepts_epoch`] is asked at the commit point of every epoch.
-//! - A workload unknown to an agent has no core: it answers `Withdraw` with `Withdrawn` and refuses the rest; an offer
-//!   makes it write [`Record::standby`] first. `Yielded` is only ever said by a core.
+//! - A workload unknown to an agent has no core: it answers `Withdraw` with `Withdrawn` and refuses the rest;
+//!   an offer makes it write [`Record::standby`] first. `Yielded` is only ever said by a core.
 //! - Epochs in flight are numbered from [`Core::first_epoch`] on.
 //!
-//! With two hosts and nobody else, the loss of the standby fences an armed primary until the standby is back or an
-//! operator uses force: neither can know that the other is dead.
+//! With two hosts and nobody else, the loss of the standby fences an armed primary until the standby is back
+//! or an operator uses force: neither can know that the other is dead.
 
 mod machine;
 mod primary;

@@ -141,7 +141,8 @@ impl Core {
 
     // Commit.
 
-    /// Answers `AskCommit` once the guard stands: a commit gives the peer the right to promote when the lease ends.
+    /// Answers `AskCommit` once the guard stands: a commit gives the peer the right to promote when the lease
+    /// ends.
     pub(super) fn try_commit(&mut self, now: Duration) {
         let Some(asked) = self.asked else { return };
         let Role::Primary { armed, .. } = self.record.role else { return };
@@ -177,8 +178,9 @@ impl Core {
         self.persist(record, Then::Commit);
     }
 
-    /// The least number whose commit would surely let the peer promote; captures are numbered from it (or from behind
-    /// what the peer holds, if that is more). It grows when the agent starts and when the peer was suspended.
+    /// The least number whose commit would surely let the peer promote; captures are numbered from it (or
+    /// from behind what the peer holds, if that is more). It grows when the agent starts and when the peer
+    /// was suspended.
     pub fn first_epoch(&self) -> Epoch {
         let behind = self.record.disarmed_through.max(self.inherited);
         if behind.term == self.record.term { Epoch(behind.epoch.0.saturating_add(1)) } else { Epoch(1) }
@@ -322,8 +324,8 @@ impl Core {
 
     /// Takes the least term of ours that is newer than every one heard of, and runs under it.
     ///
-    /// Each promotion adds one, so that the terms of the two hosts alternate; a host that keeps the workload adds two.
-    /// Its new term can thus never be one that the peer takes without having heard of it.
+    /// Each promotion adds one, so that the terms of the two hosts alternate; a host that keeps the workload
+    /// adds two. Its new term can thus never be one that the peer takes without having heard of it.
     fn adopt_newer(&mut self) {
         let own = self.record.term.0;
         let ahead = self.newest.0.max(own) - own;

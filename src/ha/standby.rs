@@ -1,4 +1,5 @@
-//! What a host does that holds the image: grants, the decision to promote, restoring, and what it gives up on request.
+//! What a host does that holds the image: grants, the decision to promote, restoring, and what it gives up on
+//! request.
 
 use std::time::Duration;
 
@@ -21,7 +22,8 @@ impl Core {
         if term > self.record.term {
             return self.learn(term, true);
         }
-        // A host that has decided to promote is not `Following` any more, although its record may still say so.
+        // A host that has decided to promote is not `Following` any more, although its record may still say
+        // so.
         let granted = term == self.record.term && self.mode == Mode::Following && !self.stopped;
         if granted {
             self.granted_at = now;
@@ -30,8 +32,8 @@ impl Core {
         self.send(Message::Ack { term: self.record.term, seq, sent_at, granted });
     }
 
-    /// Whether an epoch of that name may be made the newest in the store. Ask right before the atomic step of the
-    /// commit, and give the core nothing else until `Committed` has been handed to it.
+    /// Whether an epoch of that name may be made the newest in the store. Ask right before the atomic step of
+    /// the commit, and give the core nothing else until `Committed` has been handed to it.
     pub fn accepts_epoch(&self, id: EpochId) -> bool {
         self.mode == Mode::Following && id.term == self.record.term && self.held.is_none_or(|held| held < id)
     }
@@ -147,7 +149,8 @@ impl Core {
             return self.send(Message::Yielded { term });
         }
         match self.mode {
-            // This host runs under a term only after the one before it was its primary's: never under an older one.
+            // This host runs under a term only after the one before it was its primary's: never under an
+            // older one.
             Mode::Following if term <= self.record.term => self.send(Message::Yielded { term }),
             Mode::Following => self.refuse(term),
             Mode::Stuck { .. } if term == self.record.term => self.refuse(term),
@@ -155,7 +158,8 @@ impl Core {
         }
     }
 
-    /// Never to begin `term`, nor to promote from anything committed so far: the asker will run without a lease.
+    /// Never to begin `term`, nor to promote from anything committed so far: the asker will run without a
+    /// lease.
     fn refuse(&mut self, term: Term) {
         let mut record = self.record;
         record.role = Role::Standby;

@@ -13,7 +13,8 @@ pub struct Record {
     pub term: Term,
     /// Its part in that term.
     pub role: Role,
-    /// Epochs up to this one never let a standby promote, held or not; on a primary: what it knows to be so there.
+    /// Epochs up to this one never let a standby promote, held or not; on a primary: what it knows to be so
+    /// there.
     pub disarmed_through: EpochId,
     /// This host never begins to run under a term up to this one (a handoff that was refused or called back).
     pub refused: Term,
@@ -24,8 +25,8 @@ pub struct Record {
 pub enum Role {
     /// Runs the workload.
     Primary {
-        /// `Some`: the peer may promote, so running needs a lease and a guard. Epochs up to this number may have been
-        /// committed; more need this record to be written again first.
+        /// `Some`: the peer may promote, so running needs a lease and a guard. Epochs up to this number may
+        /// have been committed; more need this record to be written again first.
         armed: Option<Epoch>,
         /// `TakeOver` may have been sent: the copy stays frozen until the peer's answer is known.
         handoff: bool,
@@ -132,8 +133,8 @@ pub enum Message {
         /// The term to give back.
         term: Term,
     },
-    /// The answer to `Abort`, or to a `TakeOver` that is refused: the sender does not run under this term and, durably,
-    /// never will, nor does it promote from what it holds now.
+    /// The answer to `Abort`, or to a `TakeOver` that is refused: the sender does not run under this term
+    /// and, durably, never will, nor does it promote from what it holds now.
     Yielded {
         /// Of the request.
         term: Term,
@@ -199,7 +200,8 @@ pub struct Start {
     pub held: Option<EpochId>,
     /// The deadline of a guard that is armed and has not fired.
     pub guard_until: Option<Duration>,
-    /// A number that no heartbeat of an earlier life used or will reach: a random one with its top bit clear will do.
+    /// A number that no heartbeat of an earlier life used or will reach: a random one with its top bit clear
+    /// will do.
     pub first_seq: u64,
 }
 
@@ -210,7 +212,8 @@ pub enum Input {
     Tick,
     /// The peer said something.
     Message(Message),
-    /// That [`Action::Persist`] is on stable storage. A write that fails is repeated until it succeeds: the core waits.
+    /// That [`Action::Persist`] is on stable storage. A write that fails is repeated until it succeeds: the
+    /// core waits.
     Persisted(Ticket),
     /// The guard fired, or refused an extension because it had: the copy is frozen and silent.
     GuardFired,
@@ -235,8 +238,9 @@ pub enum Input {
         /// For people.
         reason: String,
     },
-    /// Handoff: this epoch is committed, was the last, and the copy was frozen and silenced through the guard (as for
-    /// [`Action::Fence`]) when it was taken. If it is rejected the copy is let run again as after any fencing.
+    /// Handoff: this epoch is committed, was the last, and the copy was frozen and silenced through the guard
+    /// (as for [`Action::Fence`]) when it was taken. If it is rejected the copy is let run again as after any
+    /// fencing.
     HandoffReady(EpochId),
     /// Call the handoff back.
     AbortHandoff,
@@ -252,8 +256,8 @@ pub enum Input {
     RetryRestore,
 }
 
-/// What the agent must do, in this order, each done before the next is begun (`Persist` and `Restore`, which report
-/// their end, only need to be begun).
+/// What the agent must do, in this order, each done before the next is begun (`Persist` and `Restore`, which
+/// report their end, only need to be begun).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Put this on stable storage (`None`: forget the workload), then give [`Input::Persisted`].
@@ -266,12 +270,14 @@ pub enum Action {
     /// To the peer; may be lost, repeated, or late.
     Send(Message),
     /// The guard, which has no deadline, shall freeze and silence the copy at this time. Its answer is
-    /// [`Input::GuardArmed`], or [`Input::GuardLate`] if the time has passed (an agent can be paused right here).
+    /// [`Input::GuardArmed`], or [`Input::GuardLate`] if the time has passed (an agent can be paused right
+    /// here).
     ArmGuard {
         /// On this host's boot-time clock.
         until: Duration,
     },
-    /// The guard's deadline is now this later one. A guard that has fired refuses and reports [`Input::GuardFired`].
+    /// The guard's deadline is now this later one. A guard that has fired refuses and reports
+    /// [`Input::GuardFired`].
     ExtendGuard {
         /// On this host's boot-time clock.
         until: Duration,
@@ -288,7 +294,8 @@ pub enum Action {
     },
     /// The answer to [`Input::AskCommit`]: send the `End` frame.
     MayCommit(EpochId),
-    /// Destroy what is left of an earlier attempt, then restore; give [`Input::Restored`] or [`Input::RestoreFailed`].
+    /// Destroy what is left of an earlier attempt, then restore; give [`Input::Restored`] or
+    /// [`Input::RestoreFailed`].
     Restore {
         /// What to restore.
         epoch: EpochId,

@@ -65,7 +65,8 @@ impl World {
         }
     }
 
-    /// Executes what is due, one thing at a time: between any two the agent may stop for a while, or for good.
+    /// Executes what is due, one thing at a time: between any two the agent may stop for a while, or for
+    /// good.
     pub(super) fn work(&mut self, node: usize) {
         loop {
             if self.nodes[node].paused || self.nodes[node].core.is_none() || self.violation.is_some() {

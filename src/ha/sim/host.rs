@@ -179,7 +179,8 @@ impl World {
 
     pub(super) fn destroy(&mut self, node: usize) {
         let host = &self.nodes[node];
-        // What an agent that died left half restored was never heard, and is replaced by what it was made from.
+        // What an agent that died left half restored was never heard, and is replaced by what it was made
+        // from.
         if host.tree == Tree::Frozen && host.tree_term >= self.started {
             let term = host.tree_term;
             self.violate(format!("{node} destroys the copy of term {term} though no newer one has started"));
@@ -203,7 +204,8 @@ impl World {
         host.last_epoch = (host.last_epoch + 1).max(core.first_epoch().0);
         let id = EpochId { term: core.record().term, epoch: Epoch(host.last_epoch) };
         host.asked = Some((id, now));
-        // Restarting the workload's own numbers is the agent's affair; a final epoch is captured like any other.
+        // Restarting the workload's own numbers is the agent's affair; a final epoch is captured like any
+        // other.
         host.handoff = std::mem::take(&mut host.wants_handoff).then_some(id);
         if self.flaw == Flaw::CommitBeforeArming {
             self.transmit(node, Packet::End(id));

@@ -1,5 +1,6 @@
-//! Two cores under seeded schedules: a network that loses, delays, repeats and cuts, agents that pause and die, hosts
-//! that lose power, disks and guards that take time, clocks that drift. After every step the promises are checked.
+//! Two cores under seeded schedules: a network that loses, delays, repeats and cuts, agents that pause and
+//! die, hosts that lose power, disks and guards that take time, clocks that drift. After every step the
+//! promises are checked.
 
 mod agent;
 mod host;

@@ -1,0 +1,405 @@
+//! The standby's side: records become a copy of the trees.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{CString, OsStr},
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::FileExt},
+    },
+    path::PathBuf,
+};
+
+use nix::{
+    fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, open, readlinkat},
+    sys::stat::{Mode, SFlag, mkdirat, mknodat},
+    unistd::{
+        Gid, LinkatFlags, Uid, UnlinkatFlags, fchownat, ftruncate, linkat, symlinkat, syncfs, unlinkat,
+    },
+};
+
+use super::{
+    BLOCK_SIZE, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX,
+    scan::{ENTRIES_MAX, Phase, ScanError, Scanner, is_at_or_below, open_in},
+    sys,
+    walk::{is_zero, names_of, xattrs_of},
+};
+use crate::wire::message::{FileKind, FileMeta, FileRecord};
+
+/// The longest name in a directory.
+const NAME_LEN_MAX: usize = 255;
+/// The longest name of an extended attribute.
+const XATTR_NAME_LEN_MAX: usize = 255;
+/// The longest text of a symbolic link.
+const TARGET_LEN_MAX: usize = 4095;
+
+/// Why a record was not applied. The copy is then between two epochs: apply the epoch again, or ask for
+/// everything.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The record asks for something that no scanner emits.
+    #[error(
+        "a file record from the peer is refused ({path:?}): {why}: both agents must be of the same version"
+    )]
+    Refused {
+        /// The path in the record.
+        path: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A system call failed.
+    #[error(
+        "could not {what} {path:?} in the copy of tree {tree}: {source}: is the standby's disk full or read-only?"
+    )]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// In which tree.
+        tree: u32,
+        /// On what.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A copy's root could not be opened.
+    #[error("could not open {path:?}, the standby's copy of a replicated directory: {source}: create it")]
+    Root {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Why a copy is not what the primary sent.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// It could not be read.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    /// It differs.
+    #[error(
+        "the standby's copy of the replicated directories differs from what the primary sent: was it written to? have \
+         everything sent again"
+    )]
+    Differs,
+}
+
+/// Compares copies with [`Scanner::digest`] of the scanner that sent them.
+pub fn verify(trees: Vec<PathBuf>, digest: &[u8; 32]) -> Result<(), VerifyError> {
+    let mut scanner = Scanner::new(trees);
+    scanner.scan(Phase::Frozen, &std::collections::HashSet::new(), &mut |_, _| {})?;
+    if scanner.digest().as_ref() == Some(digest) { Ok(()) } else { Err(VerifyError::Differs) }
+}
+
+/// Applies one epoch's records to the copies.
+#[derive(Debug)]
+pub struct Receiver {
+    roots: Vec<OwnedFd>,
+    /// Properties are set when all content is there and all entries are made: writing drops capabilities and
+    /// set-id bits, and moves the mtimes of files and directories.
+    properties: BTreeMap<(u32, Vec<u8>), FileMeta>,
+}
+
+/// Where an entry is: its directory, and its name there.
+struct Place {
+    dir: OwnedFd,
+    name: CString,
+}
+
+impl Receiver {
+    /// A receiver for copies at these paths, in the order of the scanner's trees.
+    pub fn open(trees: &[PathBuf]) -> Result<Self, ApplyError> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let open_one = |path: &PathBuf| {
+            open(path, flags, Mode::empty())
+                .map_err(|errno| ApplyError::Root { path: path.clone(), source: errno.into() })
+        };
+        Ok(Self { roots: trees.iter().map(open_one).collect::<Result<_, _>>()?, properties: BTreeMap::new() })
+    }
+
+    /// Applies a record with its body. The records of an epoch may be applied again, from the first on.
+    pub fn apply(&mut self, record: &FileRecord, body: &[u8]) -> Result<(), ApplyError> {
+        match record {
+            FileRecord::Entry { tree, path, meta } => {
+                check_path(path)?;
+                check_meta(path, meta)?;
+                self.entry(*tree, path, meta)
+            }
+            FileRecord::Data { tree, path, offset } => {
+                check_path(path)?;
+                if body.is_empty() || body.len() > BLOCK_SIZE {
+                    return Err(refused(path, "its content has no size that a scanner sends"));
+                }
+                self.data(*tree, path, *offset, body)
+            }
+            FileRecord::Remove { tree, path } => {
+                check_path(path)?;
+                self.remove(*tree, path)
+            }
+        }
+    }
+
+    /// Sets the properties of all that was applied and makes the copies durable.
+    pub fn finish(mut self) -> Result<(), ApplyError> {
+        // Backwards: what is in a directory comes before it.
+        for ((tree, path), meta) in std::mem::take(&mut self.properties).into_iter().rev() {
+            self.set_properties(tree, &path, &meta).map_err(io_error(
+                "set the properties of",
+                tree,
+                &path,
+            ))?;
+        }
+        for (tree, root) in self.roots.iter().enumerate() {
+            syncfs(root).map_err(io::Error::from).map_err(io_error("sync", tree as u32, b""))?;
+        }
+        Ok(())
+    }
+
+    fn root(&self, tree: u32, path: &[u8]) -> Result<BorrowedFd<'_>, ApplyError> {
+        let root = self.roots.get(tree as usize);
+        root.map(AsFd::as_fd).ok_or_else(|| refused(path, "there is no such tree"))
+    }
+
+    fn place(&self, tree: u32, path: &[u8]) -> Result<Place, ApplyError> {
+        let root = self.root(tree, path)?;
+        let (parent, name) = match path.iter().rposition(|&byte| byte == b'/') {
+            Some(slash) => (&path[..slash], &path[slash + 1..]),
+            None => (&b"."[..], path),
+        };
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+        let dir = open_in(root, parent, flags).map_err(io_error("open the directory of", tree, path))?;
+        let name = CString::new(name).map_err(|_| refused(path, "a zero byte in a name"))?;
+        Ok(Place { dir, name })
+    }
+
+    fn entry(&mut self, tree: u32, path: &[u8], meta: &FileMeta) -> Result<(), ApplyError> {
+        if path.is_empty() {
+            self.root(tree, path)?;
+            if meta.kind != FileKind::Directory {
+                return Err(refused(path, "the root of a tree is a directory"));
+            }
+        } else if let FileKind::HardLink { to } = &meta.kind {
+            let place = self.place(tree, path)?;
+            let first = self.place(tree, to)?;
+            // Its properties come with its first name.
+            self.properties.remove(&(tree, path.to_vec()));
+            return make_link(&place, &first).map_err(io_error("link", tree, path));
+        } else {
+            let place = self.place(tree, path)?;
+            make(&place, &meta.kind).map_err(io_error("create", tree, path))?;
+        }
+        if self.properties.len() >= ENTRIES_MAX {
+            return Err(refused(path, "more entries in one epoch than a scanner sends"));
+        }
+        self.properties.insert((tree, path.to_vec()), meta.clone());
+        Ok(())
+    }
+
+    fn data(&self, tree: u32, path: &[u8], offset: u64, body: &[u8]) -> Result<(), ApplyError> {
+        let root = self.root(tree, path)?;
+        let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK;
+        let file = open_in(root, path, flags).map(File::from).map_err(io_error("open", tree, path))?;
+        let status = file.metadata().map_err(io_error("stat", tree, path))?;
+        let end = offset.checked_add(body.len() as u64);
+        if !status.is_file() || end.is_none_or(|end| end > status.len()) {
+            return Err(refused(path, "content that does not lie in a regular file"));
+        }
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let zero = is_zero(body);
+        if zero && fallocate(&file, punch, offset as i64, body.len() as i64).is_ok() {
+            return Ok(());
+        }
+        file.write_all_at(body, offset).map_err(io_error("write", tree, path))
+    }
+
+    fn remove(&mut self, tree: u32, path: &[u8]) -> Result<(), ApplyError> {
+        let gone = |key: &(u32, Vec<u8>)| key.0 == tree && is_at_or_below(&key.1, path);
+        self.properties.retain(|key, _| !gone(key));
+        if path.is_empty() {
+            let root = self.root(tree, path)?;
+            return clear(root, 0).map_err(io_error("empty", tree, path));
+        }
+        let place = match self.place(tree, path) {
+            // Its directory went before it.
+            Err(ApplyError::Io { source, .. }) if is_absent(&source) => return Ok(()),
+            other => other?,
+        };
+        remove_all(place.dir.as_fd(), &place.name, 0).map_err(io_error("remove", tree, path))
+    }
+
+    fn set_properties(&self, tree: u32, path: &[u8], meta: &FileMeta) -> io::Result<()> {
+        let root = self.roots[tree as usize].as_fd();
+        let name = if path.is_empty() { b".".as_slice() } else { path };
+        let handle = open_in(root, name, OFlag::O_PATH)?;
+        fchownat(
+            &handle,
+            c"",
+            Some(Uid::from_raw(meta.uid)),
+            Some(Gid::from_raw(meta.gid)),
+            AtFlags::AT_EMPTY_PATH,
+        )?;
+        if !matches!(meta.kind, FileKind::Symlink { .. }) {
+            sys::chmod(handle.as_fd(), meta.mode)?;
+        }
+        set_xattrs(handle.as_fd(), &meta.xattrs)?;
+        sys::set_mtime(handle.as_fd(), meta.mtime)
+    }
+}
+
+fn refused(path: &[u8], why: &'static str) -> ApplyError {
+    let shown = &path[..path.len().min(NAME_LEN_MAX)];
+    ApplyError::Refused { path: String::from_utf8_lossy(shown).into_owned(), why }
+}
+
+fn io_error(what: &'static str, tree: u32, path: &[u8]) -> impl FnOnce(io::Error) -> ApplyError {
+    let path = String::from_utf8_lossy(path).into_owned();
+    move |source| ApplyError::Io { what, tree, path, source }
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
+}
+
+fn check_path(path: &[u8]) -> Result<(), ApplyError> {
+    if path.len() > PATH_LEN_MAX {
+        return Err(refused(path, "its path is too long"));
+    }
+    if path.is_empty() {
+        return Ok(());
+    }
+    let mut depth = 0;
+    for name in path.split(|&byte| byte == b'/') {
+        depth += 1;
+        let named = !name.is_empty() && name != b"." && name != b"..";
+        if !named || name.len() > NAME_LEN_MAX || name.contains(&0) || depth > DEPTH_MAX + 1 {
+            return Err(refused(path, "its path is no path below the tree's root"));
+        }
+    }
+    Ok(())
+}
+
+fn check_meta(path: &[u8], meta: &FileMeta) -> Result<(), ApplyError> {
+    let kind_is_sane = match &meta.kind {
+        FileKind::Regular { size } => i64::try_from(*size).is_ok(),
+        FileKind::Symlink { target } => {
+            !target.is_empty() && target.len() <= TARGET_LEN_MAX && !target.contains(&0)
+        }
+        FileKind::HardLink { to } => {
+            check_path(to)?;
+            !to.is_empty() && to != path
+        }
+        FileKind::Directory | FileKind::Fifo | FileKind::Device { .. } => true,
+    };
+    let names_are_sane = meta.xattrs.iter().all(|(name, value)| {
+        (1..=XATTR_NAME_LEN_MAX).contains(&name.len()) && !name.contains(&0) && value.len() <= XATTR_LEN_MAX
+    });
+    let properties_are_sane =
+        meta.mode & !0o7777 == 0 && meta.mtime.1 < 1_000_000_000 && meta.xattrs.len() <= XATTRS_MAX;
+    if kind_is_sane && names_are_sane && properties_are_sane {
+        Ok(())
+    } else {
+        Err(refused(path, "properties that no file has"))
+    }
+}
+
+/// Makes the entry what `kind` says, keeping what is there if it is that already.
+fn make(place: &Place, kind: &FileKind) -> io::Result<()> {
+    let (dir, name) = (place.dir.as_fd(), place.name.as_c_str());
+    let there = match sys::stat_at(dir, name) {
+        Ok(stat) => Some(stat),
+        Err(error) if is_absent(&error) => None,
+        Err(error) => return Err(error),
+    };
+    let keep = there.as_ref().is_some_and(|stat| match kind {
+        FileKind::Regular { .. } => stat.format() == libc::S_IFREG,
+        FileKind::Directory => stat.format() == libc::S_IFDIR,
+        FileKind::Symlink { target } => {
+            let is_link = stat.format() == libc::S_IFLNK;
+            is_link && readlinkat(dir, name).is_ok_and(|text| text.as_bytes() == target)
+        }
+        FileKind::Fifo => stat.format() == libc::S_IFIFO,
+        FileKind::Device { block, rdev } => {
+            let format = if *block { libc::S_IFBLK } else { libc::S_IFCHR };
+            stat.format() == format && stat.rdev == *rdev
+        }
+        FileKind::HardLink { .. } => false,
+    });
+    if there.is_some() && !keep {
+        remove_all(dir, name, 0)?;
+    }
+    let private = Mode::S_IRUSR | Mode::S_IWUSR;
+    match kind {
+        FileKind::Regular { size } => {
+            let flags =
+                OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+            let file = nix::fcntl::openat(dir, name, flags, private)?;
+            ftruncate(&file, *size as i64)?;
+        }
+        _ if keep => {}
+        FileKind::Directory => mkdirat(dir, name, Mode::S_IRWXU)?,
+        FileKind::Symlink { target } => symlinkat(OsStr::from_bytes(target), dir, name)?,
+        FileKind::Fifo => mknodat(dir, name, SFlag::S_IFIFO, private, 0)?,
+        FileKind::Device { block, rdev } => {
+            let format = if *block { SFlag::S_IFBLK } else { SFlag::S_IFCHR };
+            mknodat(dir, name, format, private, *rdev)?;
+        }
+        FileKind::HardLink { .. } => {}
+    }
+    Ok(())
+}
+
+fn make_link(place: &Place, first: &Place) -> io::Result<()> {
+    let target = sys::stat_at(first.dir.as_fd(), &first.name)?;
+    match sys::stat_at(place.dir.as_fd(), &place.name) {
+        Ok(there) if (there.dev, there.ino) == (target.dev, target.ino) => return Ok(()),
+        Ok(_) => remove_all(place.dir.as_fd(), &place.name, 0)?,
+        Err(error) if is_absent(&error) => {}
+        Err(error) => return Err(error),
+    }
+    let none = LinkatFlags::empty();
+    Ok(linkat(&first.dir, first.name.as_c_str(), &place.dir, place.name.as_c_str(), none)?)
+}
+
+/// Removes an entry and everything below it; one that is not there is fine.
+fn remove_all(dir: BorrowedFd<'_>, name: &std::ffi::CStr, depth: usize) -> io::Result<()> {
+    let stat = match sys::stat_at(dir, name) {
+        Ok(stat) => stat,
+        Err(error) if is_absent(&error) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if stat.format() != libc::S_IFDIR {
+        return Ok(unlinkat(dir, name, UnlinkatFlags::NoRemoveDir)?);
+    }
+    let inner = open_in(dir, name.to_bytes(), OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    clear(inner.as_fd(), depth + 1)?;
+    Ok(unlinkat(dir, name, UnlinkatFlags::RemoveDir)?)
+}
+
+/// Removes everything in a directory.
+fn clear(dir: BorrowedFd<'_>, depth: usize) -> io::Result<()> {
+    if depth > DEPTH_MAX + 1 {
+        return Err(io::Error::other("directories nest too deep"));
+    }
+    for name in names_of(dir)? {
+        remove_all(dir, &name, depth)?;
+    }
+    Ok(())
+}
+
+fn set_xattrs(handle: BorrowedFd<'_>, wanted: &[(Vec<u8>, Vec<u8>)]) -> io::Result<()> {
+    for (name, _) in xattrs_of(handle)? {
+        if !wanted.iter().any(|(wanted, _)| *wanted == name) {
+            sys::remove_xattr(handle, &CString::new(name)?)?;
+        }
+    }
+    for (name, value) in wanted {
+        let name = CString::new(name.as_slice())?;
+        if sys::get_xattr(handle, &name)?.as_ref() != Some(value) {
+            sys::set_xattr(handle, &name, value)?;
+        }
+    }
+    Ok(())
+}

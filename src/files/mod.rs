@@ -1,0 +1,45 @@
+//! Replicated file trees, consistent with the epoch: the directories that a workload declares with `--path`.
+//!
+//! A [`Scanner`] on the primary compares the trees with what it sent last and emits the difference as
+//! [`FileRecord`](crate::wire::message::FileRecord)s; a [`Receiver`] on the standby applies them to its copy.
+//!
+//! ```text
+//!   running ── scan(Running) ──► records ─┐
+//!   frozen  ── scan(Frozen)  ──► records ─┴─► one epoch ──► Receiver::apply … finish ──► the standby's copy
+//!   the epoch was not committed ── reset() ──► the next scan sends everything
+//! ```
+//!
+//! Invariants:
+//! - What the scanner remembers is what the records emitted so far make of a copy. A scan of the running
+//!   workload may thus see a torn state: the scan in the freeze, relative to it, puts it right. Only the
+//!   latter's end is consistent.
+//! - The records of an epoch are a redo log: applied again, from the start, they give the same tree.
+//! - Neither side follows a symbolic link or leaves the tree. Mount points below a tree's root are sent as
+//!   empty directories; what is mounted there is a tree of its own, or not replicated.
+//! - Replicated are regular files with their holes (as zeros that need no space), directories, symbolic and
+//!   hard links (within a tree), pipes and device nodes, with mode, owner, mtime and extended attributes.
+//!   Sockets are not, nor are atime, ctime, inode flags, and the labels that belong to a host's policy
+//!   (SELinux, IMA, EVM).
+//!
+//! A file counts as unchanged if nothing of its `stat` changed. Two kinds of write are invisible there and
+//! handled by comparing content: stores through a writable shared mapping (the caller names the files that
+//! are mapped so), and writes within the clock tick of the last ctime seen. A renamed file is sent anew.
+
+mod apply;
+mod scan;
+mod sys;
+mod walk;
+
+pub use apply::{ApplyError, Receiver, VerifyError, verify};
+pub use scan::{FileId, FilesStats, Phase, ScanError, Scanner};
+
+/// Content is compared and sent in pieces of this many bytes.
+pub const BLOCK_SIZE: usize = 64 * 1024;
+/// The longest path within a tree.
+pub const PATH_LEN_MAX: usize = 4095;
+/// The deepest nesting of directories.
+pub const DEPTH_MAX: usize = 256;
+/// Extended attributes of one file.
+pub const XATTRS_MAX: usize = 256;
+/// The longest value of an extended attribute (the kernel's limit).
+pub const XATTR_LEN_MAX: usize = 65_536;

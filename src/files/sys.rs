@@ -1,0 +1,129 @@
+//! The system calls that `nix` does not cover: `statx` with mount points, extended attributes of any kind of
+//! file.
+
+use std::{
+    ffi::{CStr, CString},
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+use super::XATTR_LEN_MAX;
+
+/// Everything that tells whether a file is another one, or was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stat {
+    pub(super) dev: u64,
+    pub(super) ino: u64,
+    pub(super) mode: u32,
+    pub(super) nlink: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) size: u64,
+    pub(super) rdev: u64,
+    pub(super) mtime: (i64, u32),
+    pub(super) ctime: (i64, u32),
+    /// Something is mounted here.
+    pub(super) mount_root: bool,
+}
+
+impl Stat {
+    pub(super) fn format(&self) -> u32 {
+        self.mode & libc::S_IFMT
+    }
+}
+
+/// The status of `name` in `dir` (of `dir` itself if it is empty); never of what a symbolic link points to.
+pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Stat> {
+    let mut buf = MaybeUninit::<libc::statx>::zeroed();
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT | libc::AT_EMPTY_PATH;
+    // SAFETY: `name` is a C string, `buf` has the size the call expects and was zeroed, so that it is
+    // initialised whatever the call fills in.
+    let stx = unsafe {
+        if libc::statx(dir.as_raw_fd(), name.as_ptr(), flags, libc::STATX_BASIC_STATS, buf.as_mut_ptr()) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        buf.assume_init()
+    };
+    Ok(Stat {
+        dev: libc::makedev(stx.stx_dev_major, stx.stx_dev_minor),
+        ino: stx.stx_ino,
+        mode: u32::from(stx.stx_mode),
+        nlink: stx.stx_nlink,
+        uid: stx.stx_uid,
+        gid: stx.stx_gid,
+        size: stx.stx_size,
+        rdev: libc::makedev(stx.stx_rdev_major, stx.stx_rdev_minor),
+        mtime: (stx.stx_mtime.tv_sec, stx.stx_mtime.tv_nsec),
+        ctime: (stx.stx_ctime.tv_sec, stx.stx_ctime.tv_nsec),
+        mount_root: stx.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0,
+    })
+}
+
+/// An `O_PATH` descriptor reaches the attributes of links and devices only by its name in /proc.
+fn proc_path(fd: BorrowedFd<'_>) -> CString {
+    CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap_or_default()
+}
+
+/// The names of a file's extended attributes; none where the file system has none.
+pub(super) fn list_xattrs(fd: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
+    let path = proc_path(fd);
+    let mut buf = vec![0_u8; XATTR_LEN_MAX];
+    // SAFETY: `path` is a C string and the kernel writes at most `buf.len()` bytes into `buf`.
+    let len = unsafe { libc::listxattr(path.as_ptr(), buf.as_mut_ptr().cast(), buf.len()) };
+    if len < 0 {
+        let error = io::Error::last_os_error();
+        return if error.raw_os_error() == Some(libc::EOPNOTSUPP) { Ok(Vec::new()) } else { Err(error) };
+    }
+    buf.truncate(len as usize);
+    let names = buf.split(|&byte| byte == 0).filter(|name| !name.is_empty());
+    Ok(names.filter_map(|name| CString::new(name).ok()).collect())
+}
+
+/// One attribute's value; `None` if it is gone.
+pub(super) fn get_xattr(fd: BorrowedFd<'_>, name: &CStr) -> io::Result<Option<Vec<u8>>> {
+    let path = proc_path(fd);
+    let mut buf = vec![0_u8; XATTR_LEN_MAX];
+    // SAFETY: both names are C strings and the kernel writes at most `buf.len()` bytes into `buf`.
+    let len = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), buf.as_mut_ptr().cast(), buf.len()) };
+    if len < 0 {
+        let error = io::Error::last_os_error();
+        return if error.raw_os_error() == Some(libc::ENODATA) { Ok(None) } else { Err(error) };
+    }
+    buf.truncate(len as usize);
+    Ok(Some(buf))
+}
+
+/// Sets an attribute.
+pub(super) fn set_xattr(fd: BorrowedFd<'_>, name: &CStr, value: &[u8]) -> io::Result<()> {
+    let path = proc_path(fd);
+    // SAFETY: both names are C strings; `value` is read for its length only.
+    let rc = unsafe { libc::setxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Removes an attribute.
+pub(super) fn remove_xattr(fd: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    let path = proc_path(fd);
+    // SAFETY: both are C strings.
+    let rc = unsafe { libc::removexattr(path.as_ptr(), name.as_ptr()) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sets the permission bits of what an `O_PATH` descriptor stands for (not a symbolic link).
+pub(super) fn chmod(fd: BorrowedFd<'_>, mode: u32) -> io::Result<()> {
+    let path = proc_path(fd);
+    // SAFETY: `path` is a C string.
+    let rc = unsafe { libc::chmod(path.as_ptr(), mode) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Sets the mtime, seconds and nanoseconds, of what an `O_PATH` descriptor stands for, a symbolic link
+/// included.
+pub(super) fn set_mtime(fd: BorrowedFd<'_>, mtime: (i64, u32)) -> io::Result<()> {
+    let atime = libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT };
+    let times = [atime, libc::timespec { tv_sec: mtime.0, tv_nsec: i64::from(mtime.1) }];
+    // SAFETY: the path is an empty C string and `times` holds the two values that the call reads.
+    let rc = unsafe { libc::utimensat(fd.as_raw_fd(), c"".as_ptr(), times.as_ptr(), libc::AT_EMPTY_PATH) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
