@@ -167,10 +167,10 @@ impl Capturer {
         let began = Instant::now();
         self.spawn_ahead()?;
         self.track()?;
-        self.known.begin_epoch();
         if base.is_none() {
             self.known.clear();
         }
+        self.known.begin_epoch();
         emit(head, Vec::new())?;
         let mut figures = EpochFigures { id, full: base.is_none(), ..EpochFigures::default() };
         let pending = self.precopy(&mut figures, emit)?;
