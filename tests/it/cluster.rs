@@ -159,8 +159,7 @@ impl Cluster {
         let client = inside(self.client_network(), move || {
             let deadline = Instant::now() + PATIENCE;
             loop {
-                let reply =
-                    Redis::connect(Duration::from_secs(2)).and_then(|mut redis| redis.call(words));
+                let reply = Redis::connect(Duration::from_secs(2)).and_then(|mut redis| redis.call(words));
                 match reply {
                     Ok(reply) => return reply,
                     Err(error) => assert!(Instant::now() < deadline, "redis does not answer: {error}"),

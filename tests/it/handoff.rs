@@ -2,11 +2,7 @@
 
 use std::time::Duration;
 
-use super::{
-    cluster::Cluster,
-    lab::Host,
-    redis::rolled_back,
-};
+use super::{cluster::Cluster, lab::Host, redis::rolled_back};
 
 #[test]
 fn a_handoff_loses_nothing_there_and_back() {
@@ -46,7 +42,10 @@ fn a_handoff_refused_by_a_full_standby_leaves_the_workload_running() {
     assert_eq!(cluster.running_copies(Host::B), 0);
     let status = cluster.status(Host::A, "redis");
     assert_eq!(status["role"], "primary", "{status:#}");
-    assert!(status["error"].as_str().is_some_and(|error| error.contains("space") || error.contains("room")), "{status:#}");
+    assert!(
+        status["error"].as_str().is_some_and(|error| error.contains("space") || error.contains("room")),
+        "{status:#}"
+    );
     // With room again, protection goes on by itself.
     cluster.lab.ok(Host::B, &["mount", "-o", "remount,size=50%", "/dev/shm"]);
     cluster.wait_state(Host::A, "primary", "protected");

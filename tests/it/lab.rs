@@ -147,6 +147,13 @@ impl Lab {
         self.verb(["heal"]);
     }
 
+    /// Pid of a host's init, as this machine sees it.
+    pub(crate) fn pid(&self, host: Host) -> u32 {
+        let file = format!("/run/standin-lab.{}/{host}/pid", self.name);
+        let text = std::fs::read_to_string(&file).expect("the host is up");
+        text.trim().parse().expect("a pid")
+    }
+
     fn script(&self) -> Command {
         let mut command = Command::new(LAB_SCRIPT);
         command.args(["--name", &self.name]);

@@ -1,4 +1,8 @@
 //! Integration tests: one binary, so that it links once and `cargo test NAME` finds everything.
 
+mod cluster;
+mod failover;
+mod handoff;
 mod lab;
 mod lab_itself;
+mod redis;

@@ -61,7 +61,10 @@ impl Redis {
 }
 
 /// Runs `work` in a thread inside a network namespace.
-pub(crate) fn inside<T: Send + 'static>(netns: File, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+pub(crate) fn inside<T: Send + 'static>(
+    netns: File,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
     std::thread::spawn(move || {
         setns(&netns, CloneFlags::CLONE_NEWNET).expect("the client's network namespace can be entered");
         work()
