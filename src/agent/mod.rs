@@ -48,11 +48,11 @@ use self::{
     durable::Durable,
     home::Home,
     links::Links,
-    owner::{Msg, Owner, QUEUE_MAX},
+    owner::{Msg, Offer, Owner, QUEUE_MAX},
 };
 use crate::{
     config::Config,
-    criu::Install,
+    criu::{Install, bridge::Bridge, spawn::Spawn, swrk::Swrk},
     ha::{Message, Standing},
     model::{Name, Term},
     transport::{
@@ -95,6 +95,7 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
     let install = Install::find(config.criu.as_deref())?;
     let program = std::env::current_exe().context("cannot find this executable")?;
     tracing::info!(name = config.name, listen = %config.listen, criu = %install.version, "the agent starts");
+    warm_criu(&config, &install);
     let agent = Arc::new(Agent {
         config,
         endpoint,
@@ -184,7 +185,7 @@ impl Agent {
             self.own(Durable { spec: spec.clone(), peer: None, record: None, bare: false }, None)
         });
         let (answer, answered) = oneshot::channel();
-        let offer = Msg::Offer { peer: peer.to_string(), spec, term, bytes, answer };
+        let offer = Msg::Offer(Offer { peer: peer.to_string(), spec, term, bytes, answer });
         if owner.send(offer).await.is_ok()
             && let Ok(reply) = answered.await
         {
@@ -439,6 +440,20 @@ fn peer_info(peer: &crate::transport::Peer) -> PeerInfo {
         name: peer.name.to_string(),
         addr: peer.addr.to_string(),
         fingerprint: peer.fingerprint.to_string(),
+    }
+}
+
+/// The first CRIU of a boot spends some 60 ms on finding out what the kernel can do: here, and not in a takeover.
+fn warm_criu(config: &Config, install: &Install) {
+    let features =
+        Bridge::new(&config.work_dir, install.version).map_err(anyhow::Error::from).and_then(|bridge| {
+            let images = fs::File::open(&config.work_dir)?;
+            let spawn = Spawn { bridge: Some(&bridge), ..Spawn::new(std::os::fd::AsFd::as_fd(&images)) };
+            Ok(Swrk::spawn(install, &spawn)?.ask_features()?)
+        });
+    match features {
+        Ok(features) => tracing::debug!(?features, "CRIU"),
+        Err(error) => tracing::warn!(%error, "CRIU does not say what it can do; see `standin doctor`"),
     }
 }
 

@@ -89,13 +89,7 @@ pub(super) enum Msg {
         via: Connection,
     },
     /// A primary asks this host to be its standby.
-    Offer {
-        peer: String,
-        spec: WorkloadSpec,
-        term: Term,
-        bytes: u64,
-        answer: oneshot::Sender<Reply>,
-    },
+    Offer(Offer),
     /// A whole epoch was received and waits to be committed.
     Received {
         received: Received,
@@ -128,6 +122,16 @@ pub(super) enum Msg {
     PagesServed,
     /// It cannot: the restored tree must not go on.
     PagesFailed(String),
+}
+
+/// A primary asks this host to be its standby.
+pub(super) struct Offer {
+    pub(super) peer: String,
+    pub(super) spec: WorkloadSpec,
+    pub(super) term: Term,
+    /// Memory that the image will need at least.
+    pub(super) bytes: u64,
+    pub(super) answer: oneshot::Sender<Reply>,
 }
 
 /// A handoff under way.
@@ -192,6 +196,8 @@ pub(super) struct Owner {
     /// When the addresses were announced first, and the next round.
     pub(super) announced: Option<(Instant, usize)>,
     pub(super) may_capture: watch::Sender<bool>,
+    /// An offer that is answered when this host has become a standby.
+    pub(super) waiting_offer: Option<Offer>,
 }
 
 impl Owner {
@@ -233,6 +239,7 @@ impl Owner {
             taken_over: None,
             announced: None,
             may_capture: watch::Sender::new(false),
+            waiting_offer: None,
         }
     }
 
@@ -302,10 +309,7 @@ impl Owner {
                 self.via = Some(via);
                 self.feed(Input::Message(message));
             }
-            Msg::Offer { peer, spec, term, bytes, answer } => {
-                let reply = self.offered(&peer, spec, term, bytes);
-                let _ = answer.send(reply);
-            }
+            Msg::Offer(offer) => self.answer_offer(offer),
             Msg::StandbyOf { answer } => {
                 let standing = self.standing();
                 let standby = self.standby.clone().filter(|_| standing == Some(Standing::Standby));

@@ -8,7 +8,7 @@ use super::{
     api::{ApiError, ProtectRequest, Role, Source, WorkloadStatus},
     home::Home,
     links::Link,
-    owner::{Answer, Msg, Owner, Promotion, Running, boot_now},
+    owner::{Answer, Msg, Offer, Owner, Promotion, Running, boot_now},
     session::Session,
     standby::{RestorePlan, Standby},
 };
@@ -20,7 +20,7 @@ use crate::{
     wire::message::Reply,
     workload::{
         guard::GuardState,
-        spec::{Net, Vip, WorkloadSpec},
+        spec::{Net, Vip},
     },
 };
 
@@ -262,67 +262,82 @@ impl Owner {
 
     // Standby.
 
-    /// A primary asks this host to be its standby.
-    pub(super) fn offered(&mut self, peer: &str, spec: WorkloadSpec, term: Term, bytes: u64) -> Reply {
+    /// A primary asks this host to be its standby. An offer of a newer term is answered when this host has found out
+    /// what that means for its own copy.
+    pub(super) fn answer_offer(&mut self, offer: Offer) {
         let own = self.durable.record.map_or(Term(0), |record| record.term);
-        let refused = |reason: String| Reply::Refused { term: own, reason };
+        let peer_is_ours = self.durable.peer.as_deref() == Some(&offer.peer);
+        if self.standing().is_some() && peer_is_ours && (offer.term > own || self.demoting) {
+            let (term, spec) = (offer.term, offer.spec.clone());
+            self.waiting_offer = Some(offer);
+            if !self.demoting {
+                self.durable.spec = spec;
+                self.feed(Input::Message(Message::Known { term, standing: Standing::Primary, held: None }));
+            }
+            return;
+        }
+        let reply = self.judge_offer(&offer).unwrap_or_else(|reason| Reply::Refused { term: own, reason });
+        // A primary that has gone away asks again.
+        let _ = offer.answer.send(reply);
+    }
+
+    fn judge_offer(&mut self, offer: &Offer) -> Result<Reply, String> {
+        let own = self.durable.record.map_or(Term(0), |record| record.term);
         match self.standing() {
             None if self.home.is_some() => {
-                return refused(format!(
+                return Err(format!(
                     "a workload named {} runs there, unprotected: remove or rename one of them",
                     self.name
                 ));
             }
-            None => {}
-            Some(_) if self.durable.peer.as_deref() != Some(peer) => {
-                return refused(format!(
-                    "a workload named {} is protected there with another host",
-                    self.name
-                ));
+            None => self.begin_standby(offer)?,
+            Some(_) if self.durable.peer.as_deref() != Some(&offer.peer) => {
+                return Err(format!("a workload named {} is protected there with another host", self.name));
             }
-            Some(Standing::Standby) if term == own => {}
-            Some(_) if term > own => {
-                // The core finds out by itself what that means, durably, and the primary asks again.
-                self.durable.spec = spec;
-                self.feed(Input::Message(Message::Known { term, standing: Standing::Primary, held: None }));
-                return refused("it is becoming the standby".into());
+            Some(Standing::Standby) if offer.term == own => {
+                if self.durable.spec != offer.spec {
+                    self.durable.spec = offer.spec.clone();
+                    block_in_place(|| self.place.write(&self.durable))
+                        .map_err(|error| format!("its state cannot be written there: {error}"))?;
+                }
             }
             Some(standing) => {
-                return refused(format!("{} is {standing:?} there under term {own}", self.name));
+                return Err(format!("{} stands as {standing:?} there, under term {own}", self.name));
             }
         }
-        if self.standing().is_none() {
-            self.durable.spec = spec;
-            self.durable.peer = Some(peer.to_owned());
-            self.durable.record = Some(Record::standby(term));
-            if let Err(error) = block_in_place(|| self.place.write(&self.durable)) {
-                self.gone = true;
-                return refused(format!("its state cannot be written there: {error}"));
-            }
-            if let Err(error) = self.open_standby() {
-                self.gone = true;
-                let _ = self.place.forget();
-                return refused(format!("{error:#}"));
-            }
-            self.start_core(Record::standby(term), Copy::Gone, None);
-            self.event("became-standby", &format!("of {peer}"), None);
-        } else if self.durable.spec != spec {
-            self.durable.spec = spec;
-            if let Err(error) = block_in_place(|| self.place.write(&self.durable)) {
-                return refused(format!("its state cannot be written there: {error}"));
-            }
-        }
-        if let Err(error) = self.warm_sandbox() {
-            return refused(format!("its sandbox cannot be made there: {error:#}"));
-        }
-        let Some(standby) = &self.standby else { return refused("its image is gone there".into()) };
+        self.warm_sandbox().map_err(|error| format!("its sandbox cannot be made there: {error:#}"))?;
+        let standby = self.standby.as_ref().ok_or("its image is gone there")?;
         let held = standby.held();
-        if held.is_none()
-            && let Err(reason) = standby.ensure_room(bytes)
-        {
-            return refused(reason);
+        if held.is_none() {
+            standby.ensure_room(offer.bytes)?;
         }
-        Reply::Accepted { held }
+        Ok(Reply::Accepted { held })
+    }
+
+    /// A workload that is new on this host.
+    fn begin_standby(&mut self, offer: &Offer) -> Result<(), String> {
+        let record = Record::standby(offer.term);
+        self.durable.spec = offer.spec.clone();
+        self.durable.peer = Some(offer.peer.clone());
+        self.durable.record = Some(record);
+        let begun = block_in_place(|| self.place.write(&self.durable))
+            .map_err(anyhow::Error::from)
+            .and_then(|()| self.open_standby());
+        if let Err(error) = begun {
+            self.gone = true;
+            // Nothing depends on it yet; a record that stays is found by the next agent and offered to again.
+            let _ = self.place.forget();
+            return Err(format!("its image cannot be kept there: {error:#}"));
+        }
+        self.start_core(record, Copy::Gone, None);
+        self.event("became-standby", &format!("of {}", offer.peer), None);
+        Ok(())
+    }
+
+    fn answer_waiting_offer(&mut self) {
+        if let Some(offer) = self.waiting_offer.take() {
+            self.answer_offer(offer);
+        }
     }
 
     fn open_standby(&mut self) -> anyhow::Result<()> {
@@ -379,6 +394,7 @@ impl Owner {
         if let Err(error) = opened {
             self.error = Some(format!("this host cannot be the standby: {error:#}"));
         }
+        self.answer_waiting_offer();
     }
 
     // Promotion.

@@ -26,6 +26,7 @@ use crate::{
     capture::Note,
     config::StoreKind,
     criu::{
+        bridge::Bridge,
         images,
         lazy::{LazyServer, PageSource},
         spawn::{Place, Spawn},
@@ -50,8 +51,10 @@ pub(super) struct Standby {
     ready_root: PathBuf,
     mark: PathBuf,
     newest: Mutex<Option<(EpochId, Note)>>,
-    /// Serialises folding and making ready.
-    warming: Mutex<()>,
+    /// One fold at a time.
+    folding: Mutex<()>,
+    /// One directory is made ready at a time.
+    readying: Mutex<()>,
 }
 
 impl Standby {
@@ -69,7 +72,8 @@ impl Standby {
             ready_root: agent.config.store_dir.join("ready").join(name.as_str()),
             mark: durable::Place::of(&agent.config.state_dir, name).lazy_mark(),
             newest: Mutex::new(newest),
-            warming: Mutex::new(()),
+            folding: Mutex::new(()),
+            readying: Mutex::new(()),
         })
     }
 
@@ -97,22 +101,28 @@ impl Standby {
     }
 
     fn warm(&self, id: EpochId) {
-        let _one_at_a_time = self.warming.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.store.held() != Some(id) {
-            // A newer one is on its way here and does both.
-            return;
-        }
-        if let Err(error) = self.store.fold() {
-            tracing::warn!(%error, "what is held is whole, but not folded yet");
-        }
-        if let Some(view) = self.store.view().filter(|view| view.id() == id)
-            && let Err(error) = self.make_ready(&view, Mode::Lazy)
+        // A newer one on its way here does all of this too.
+        let newest = || self.store.held() == Some(id);
+        if newest()
+            && let Some(view) = self.store.view()
+            && let Err(error) = self.ready(&view, Mode::Lazy)
         {
             tracing::warn!(%error, "the restore is not prepared ahead");
         }
+        let _one_at_a_time = self.folding.lock().unwrap_or_else(PoisonError::into_inner);
+        if newest()
+            && let Err(error) = self.store.fold()
+        {
+            tracing::debug!(%error, "what is held is whole, but not folded yet");
+        }
     }
 
-    fn make_ready(&self, view: &View, mode: Mode) -> anyhow::Result<PathBuf> {
+    /// The directory from which CRIU restores the view's epoch, made unless it is there.
+    fn ready(&self, view: &View, mode: Mode) -> anyhow::Result<PathBuf> {
+        let _one_at_a_time = self.readying.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(dir) = restore::ready_dir(&self.ready_root, view.id(), mode) {
+            return Ok(dir);
+        }
         let dir = view.criu_dir();
         let lazy = |space: Space| lazy_extents(&dir, space).unwrap_or_default();
         let ready = restore::materialise(view, &self.ready_root, mode, lazy)?;
@@ -314,10 +324,7 @@ impl Standby {
         let view = self.store.freeze_for_restore()?;
         anyhow::ensure!(view.id() == plan.epoch, "the store holds epoch {}, not {}", view.id(), plan.epoch);
         let mode = if plan.eager { Mode::Eager } else { Mode::Lazy };
-        let dir = match restore::ready_dir(&self.ready_root, plan.epoch, mode) {
-            Some(dir) => dir,
-            None => self.make_ready(&view, mode)?,
-        };
+        let dir = self.ready(&view, mode)?;
         let note = Note::read(&dir)?;
         let tasks = images::pstree(&images::read(&dir, "pstree.img")?)?;
         let highest = tasks.iter().flat_map(|task| &task.threads).copied().max().unwrap_or(1);
@@ -330,8 +337,10 @@ impl Standby {
             .collect();
         let init = sandbox.keeper().pidfd()?;
         let images_dir = fs::File::open(&dir)?;
+        let bridge = Bridge::new(&agent.config.work_dir, agent.install.version)?;
         let spawn = Spawn {
             place: Place::Inside { init: init.as_fd(), cgroup: false },
+            bridge: Some(&bridge),
             cgroups: vec![sandbox.keeper().cgroup().work()],
             pids_above: Some(highest),
             inherit,
