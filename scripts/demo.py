@@ -146,7 +146,7 @@ class Counter(threading.Thread):
         while not self.done.is_set():
             try:
                 if redis is None:
-                    redis = Redis(0.25)
+                    redis = Redis(0.1)
                     redis.call("SELECT", 1)
                 sent = now_ms()
                 value = redis.call("INCR", self.key)
