@@ -7,7 +7,7 @@ use super::Agent;
 use crate::{
     capture,
     criu::bridge::Bridge,
-    model::Name,
+    model::{Name, PAGE_SIZE},
     takeover::{self, address::Addresses},
     workload::{
         bare::BareTree,
@@ -105,6 +105,16 @@ impl Home {
         })
     }
 
+    /// Memory that the tree's processes have resident: about what its image will hold (shared pages count repeatedly).
+    pub(super) fn resident_bytes(&self) -> u64 {
+        let pids = self.keeper().cgroup().pids().unwrap_or_default();
+        let pages = pids.iter().filter_map(|pid| {
+            let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+            statm.split(' ').nth(1)?.parse::<u64>().ok()
+        });
+        pages.sum::<u64>() * PAGE_SIZE
+    }
+
     /// Looks the addresses up and tells the guard what to silence. Must come before anything opens.
     pub(super) fn prepare(&mut self, vips: &[Vip]) -> Result<()> {
         let addresses = Addresses::prepare(&self.net(), vips)?;
@@ -146,7 +156,7 @@ impl Home {
     }
 
     /// This host answers no more for the addresses; the workload itself may run on.
-    pub(super) fn close_vips(&self, _vips: &[Vip]) -> Result<()> {
+    pub(super) fn close_vips(&self) -> Result<()> {
         Ok(self.addresses.as_ref().map_or(Ok(()), Addresses::down)?)
     }
 

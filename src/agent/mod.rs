@@ -185,7 +185,7 @@ impl Agent {
             self.own(Durable { spec: spec.clone(), peer: None, record: None, bare: false }, None)
         });
         let (answer, answered) = oneshot::channel();
-        let offer = Msg::Offer(Offer { peer: peer.to_string(), spec, term, bytes, answer });
+        let offer = Msg::Offer(Box::new(Offer { peer: peer.to_string(), spec, term, bytes, answer }));
         if owner.send(offer).await.is_ok()
             && let Ok(reply) = answered.await
         {
@@ -367,7 +367,7 @@ impl Agent {
                 self.own(Durable { spec, peer: None, record: None, bare: true }, Some(home));
             }
         }
-        self.ask(&name, |answer| Msg::Protect { request, answer }).await?
+        self.ask(&name, |answer| Msg::Protect { request: Box::new(request), answer }).await?
     }
 
     /// Another workload's process cannot be protected under a second name.
@@ -403,7 +403,7 @@ impl Agent {
         Ok(serde_json::json!({}))
     }
 
-    async fn pair_listen(self: &Arc<Self>) -> Result<PairCode, ApiError> {
+    fn pair_listen(&self) -> Result<PairCode, ApiError> {
         let listener = self.endpoint.open_pairing(self.card()?, PAIRING_VALID).map_err(ApiError::refused)?;
         let code = listener.code().to_string();
         tokio::spawn(async move {

@@ -9,13 +9,13 @@ use super::{
     home::Home,
     links::Link,
     owner::{Answer, Msg, Offer, Owner, Promotion, Running, boot_now},
-    session::Session,
+    session::{Permit, Session},
     standby::{RestorePlan, Standby},
 };
 use crate::{
     capture::Capturer,
     ha::{self, Copy, Core, Input, Message, Record, Standing, Start},
-    model::{EpochId, Term},
+    model::{Epoch, EpochId, Term},
     takeover::{announce::SCHEDULE, check::check_vip},
     wire::message::Reply,
     workload::{
@@ -105,12 +105,12 @@ impl Owner {
 
     // Protecting.
 
-    pub(super) async fn protect(&mut self, request: ProtectRequest, answer: Answer<WorkloadStatus>) {
-        if let Err(error) = self.check_protect(&request) {
+    pub(super) fn protect(&mut self, request: &ProtectRequest, answer: Answer<WorkloadStatus>) {
+        if let Err(error) = self.check_protect(request) {
             let _ = answer.send(Err(error));
             return;
         }
-        let begun = self.begin_protection(&request).await;
+        let begun = self.begin_protection(request);
         match begun {
             Ok(()) => self.protecting = Some(answer),
             Err(error) => {
@@ -164,7 +164,7 @@ impl Owner {
         Ok(())
     }
 
-    async fn begin_protection(&mut self, request: &ProtectRequest) -> Result<(), ApiError> {
+    fn begin_protection(&mut self, request: &ProtectRequest) -> Result<(), ApiError> {
         let home = self.home.as_mut().ok_or_else(|| ApiError::failed("the workload's place is gone"))?;
         match home.root() {
             Ok(Some(_)) => {}
@@ -189,7 +189,7 @@ impl Owner {
         self.durable = durable;
         self.event("protecting", &format!("{} is to be the standby", request.to), None);
         self.start_core(Record::primary(term), Copy::Running, None);
-        self.announce_addresses();
+        self.speak();
         Ok(())
     }
 
@@ -197,41 +197,49 @@ impl Owner {
 
     /// Keeps a session running exactly while this host is the primary.
     pub(super) fn drive_session(&mut self) {
-        let standing = self.standing();
-        let primary = standing == Some(Standing::Primary) && self.stopping.is_none();
-        let _ = self.may_capture.send_replace(primary && !self.holding);
+        let term = self.durable.record.map_or(Term(0), |record| record.term);
+        let primary = self.standing() == Some(Standing::Primary) && self.stopping.is_none();
+        let first_epoch = self.core.as_ref().map_or(Epoch(1), Core::first_epoch);
+        let permit = Permit { may_capture: primary && !self.holding, first_epoch };
+        self.permit_epochs.send_if_modified(|current| std::mem::replace(current, permit) != permit);
         if let Some(session) = &self.session {
             if session.task.is_finished() {
                 self.session = None;
+            } else if session.term != term {
+                self.end_session();
             }
             return;
         }
-        if !primary || self.demoting || self.lazy_pages || self.protection_ending() {
+        if !primary
+            || self.demoting
+            || self.lazy_pages
+            || self.unprotecting.is_some()
+            || self.error_is_final()
+        {
             return;
         }
-        let (Some(core), Some(link), Some(home)) = (&self.core, self.link(), &self.home) else { return };
+        let (Some(link), Some(home)) = (self.link(), &self.home) else { return };
         let source = match home.source(&self.agent, &self.durable.spec) {
             Ok(source) => source,
             Err(error) => {
-                let text = format!("{error:#}");
-                if self.error.as_ref() != Some(&text) {
-                    self.event("workload-ended", &text, None);
-                    self.error = Some(text);
-                    self.feed(Input::Withdraw);
+                tracing::debug!(%error, "no session yet");
+                if matches!(home.root(), Ok(None)) {
+                    self.workload_ended();
                 }
                 return;
             }
         };
+        let resident_bytes = home.resident_bytes();
         let (orders_tx, orders) = mpsc::channel(ORDERS_MAX);
         let session = Session {
             name: self.name.clone(),
             spec: self.durable.spec.clone(),
-            term: core.record().term,
+            term,
             link,
             owner: self.to_self.clone(),
             orders,
-            first_epoch: core.first_epoch(),
-            may_capture: self.may_capture.subscribe(),
+            resident_bytes,
+            permit: self.permit_epochs.subscribe(),
         };
         let owner = self.to_self.clone();
         let task = tokio::spawn(async move {
@@ -245,11 +253,12 @@ impl Owner {
                 Err(error) => tracing::error!(%error, "the thread that was to track the workload"),
             }
         });
-        self.session = Some(Running { task, orders: orders_tx });
+        self.session = Some(Running { term, task, orders: orders_tx });
     }
 
-    fn protection_ending(&self) -> bool {
-        self.unprotecting.is_some()
+    /// Protection is being given up because the workload has ended, or could not be begun.
+    fn error_is_final(&self) -> bool {
+        self.core.as_ref().is_some_and(Core::is_ending)
     }
 
     /// No more epochs; one that is under way ends by itself.
@@ -454,33 +463,24 @@ impl Owner {
     }
 
     pub(super) fn announce(&mut self, term: Term) {
+        self.error = None;
         let opening = Instant::now();
-        let opened = self.home.as_ref().map(|home| block_in_place(|| home.open_up()));
-        if let Some(Err(error)) = opened {
-            self.error = Some(format!("the restored workload cannot be heard: {error:#}"));
-        }
-        self.announce_addresses();
+        self.speak();
         let Some(mut promotion) = self.promotion.take() else { return };
         promotion.phases.insert("network".into(), opening.elapsed().as_secs_f64() * 1e3);
         let detail = format!("{}; epoch {} runs here under term {term}", promotion.cause, promotion.epoch);
         self.event_with("promoted", &detail, Some(promotion.epoch), promotion.phases);
-        self.error = self.error.take().filter(|error| error.starts_with("the restored"));
         self.last_committed = None;
         if !self.lazy_pages {
             self.pages_served();
         }
     }
 
-    /// The first announcement now, the others by the schedule.
-    fn announce_addresses(&mut self) {
+    /// Lets the workload be heard, and tells the network where it is: now, and again by the schedule.
+    fn speak(&mut self) {
         let Some(home) = &self.home else { return };
-        if self.durable.spec.vips.is_empty() {
-            return;
-        }
-        if self.standing() == Some(Standing::Primary)
-            && let Err(error) = block_in_place(|| home.open_up().and_then(|()| home.announce()))
-        {
-            tracing::warn!(%error, "announcing the address");
+        if let Err(error) = block_in_place(|| home.open_up().and_then(|()| home.announce())) {
+            self.error = Some(format!("the workload cannot be heard: {error:#}"));
         }
         self.announced = Some((Instant::now(), 1));
     }
@@ -570,13 +570,14 @@ impl Owner {
         let held = self.standby.as_ref().and_then(|standby| standby.held());
         let connected = self.link().is_some_and(|link| link.lease().is_some());
         let state = match standing {
+            None if self.home.as_ref().is_some_and(|home| matches!(home.root(), Ok(None))) => "ended",
             None => "running",
             Some(Standing::Primary) if self.handoff.is_some() => "handing-off",
             Some(Standing::Primary) if self.last_committed.is_some() && self.error.is_none() => "protected",
             Some(Standing::Primary) if self.last_committed.is_some() => "lagging",
             Some(Standing::Primary) if connected => "syncing",
             Some(Standing::Primary) => "alone",
-            Some(Standing::Standby) if held.is_some() => "ready",
+            Some(Standing::Standby) if self.core.as_ref().is_some_and(Core::armed) => "ready",
             Some(Standing::Standby) => "syncing",
             Some(Standing::Promoting) => "promoting",
             Some(Standing::Stuck) => "stuck",

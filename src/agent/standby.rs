@@ -206,7 +206,7 @@ pub(super) async fn receive(agent: &Arc<Agent>, mut receiver: EpochReceiver) -> 
     let answer = match stage(&standby, id, base, &mut receiver).await? {
         Ok(received) => {
             let (answer, answered) = oneshot::channel();
-            owner.send(Msg::Received { received, answer }).await?;
+            owner.send(Msg::Received { received: Box::new(received), answer }).await?;
             answered.await?
         }
         Err(answer) => answer,
