@@ -52,6 +52,7 @@ pub mod cli;
 pub mod config;
 pub mod criu;
 pub mod delta;
+pub mod doctor;
 pub mod extents;
 pub mod files;
 pub mod ha;

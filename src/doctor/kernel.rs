@@ -1,0 +1,95 @@
+//! The kernel's part in tracking memory.
+
+use std::{fs, path::Path};
+
+use super::{Check, DirtyTracker, Group};
+use crate::criu::probe::Kernel;
+
+const NEWER: &str = "boot a kernel of 6.7 or newer with CONFIG_USERFAULTFD and CONFIG_PROC_PAGE_MONITOR";
+/// Nobody may attach to anybody, and no privilege helps (Documentation/admin-guide/LSM/Yama.rst).
+const YAMA_NO_ATTACH: &str = "3";
+
+pub(super) fn check(launcher: &Path) -> (Vec<Check>, Option<DirtyTracker>) {
+    match Kernel::probe(launcher) {
+        Ok(kernel) => {
+            judge(&kernel, fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok().as_deref())
+        }
+        Err(error) => {
+            let found = format!("cannot be tried: {error}");
+            let remedy = "see that /proc is mounted and processes can be started, and run it as root";
+            (vec![Check::fail(Group::Kernel, "dirty-tracker", found, remedy)], None)
+        }
+    }
+}
+
+fn judge(kernel: &Kernel, yama: Option<&str>) -> (Vec<Check>, Option<DirtyTracker>) {
+    let feature = |id, has: bool, remedy: &str| {
+        if has {
+            Check::ok(Group::Kernel, id, "works")
+        } else {
+            Check::fail(Group::Kernel, id, "does not work", remedy)
+        }
+    };
+    let attach = if yama.map(str::trim) == Some(YAMA_NO_ATTACH) {
+        "set kernel.yama.ptrace_scope to 2 or less in /etc/sysctl.d and reboot: 3 cannot be left otherwise"
+    } else {
+        "let root attach: CAP_SYS_PTRACE, and no seccomp filter or security module that forbids ptrace"
+    };
+    let soft_dirty = if kernel.soft_dirty { "there, and not needed" } else { "absent, and not needed" };
+    // The tracker opens each userfaultfd with UFFD_USER_MODE_ONLY, inside the task that it tracks.
+    let mut checks = vec![
+        feature("pagemap-scan", kernel.pagemap_scan, NEWER),
+        feature("userfaultfd-wp-async", kernel.uffd_user_mode_only, NEWER),
+        feature("ptrace", kernel.ptrace, attach),
+        feature("pidfd-getfd", kernel.pidfd_getfd, attach),
+        Check::ok(Group::Kernel, "soft-dirty", soft_dirty),
+    ];
+    let works = kernel.pagemap_scan && kernel.uffd_user_mode_only && kernel.ptrace && kernel.pidfd_getfd;
+    let tracker = works.then_some(DirtyTracker::UffdWp);
+    checks.push(match tracker {
+        Some(tracker) => Check::ok(Group::Kernel, "dirty-tracker", tracker.name()),
+        None => {
+            let found = "none: userfaultfd write protection needs all of the above but soft-dirty";
+            Check::fail(Group::Kernel, "dirty-tracker", found, "remedy what failed above")
+        }
+    });
+    (checks, tracker)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::State;
+
+    const ALL: Kernel = Kernel {
+        pagemap_scan: true,
+        uffd_wp_async: true,
+        uffd_user_mode_only: true,
+        ptrace: true,
+        pidfd_getfd: true,
+        soft_dirty: true,
+    };
+
+    #[test]
+    fn soft_dirty_is_not_missed() {
+        let (checks, tracker) = judge(&Kernel { soft_dirty: false, ..ALL }, None);
+        assert_eq!(tracker, Some(DirtyTracker::UffdWp));
+        assert!(checks.iter().all(|check| check.state == State::Ok));
+    }
+
+    #[test]
+    fn without_write_protection_nothing_is_promised() {
+        let kernel = Kernel { pagemap_scan: false, uffd_wp_async: false, uffd_user_mode_only: false, ..ALL };
+        let (checks, tracker) = judge(&kernel, None);
+        assert_eq!(tracker, None);
+        let failed: Vec<_> = checks.iter().filter(|c| c.state == State::Fail).map(|c| c.id).collect();
+        assert_eq!(failed, ["pagemap-scan", "userfaultfd-wp-async", "dirty-tracker"]);
+    }
+
+    #[test]
+    fn yama_is_named_when_it_forbids_tracing() {
+        let (checks, _) = judge(&Kernel { ptrace: false, pidfd_getfd: false, ..ALL }, Some("3\n"));
+        let ptrace = checks.iter().find(|check| check.id == "ptrace").unwrap();
+        assert!(ptrace.remedy.as_ref().unwrap().contains("ptrace_scope"), "{ptrace:?}");
+    }
+}
