@@ -206,7 +206,8 @@ impl Session {
             return Err(SessionError::NoConnection);
         }
         let lease = self.link.lease().ok_or(SessionError::NoConnection)?;
-        let request = Request::Offer { spec: self.spec.clone(), term: self.term, resident_bytes: 0 };
+        let resident_bytes = tokio::task::block_in_place(|| progress.capturer.resident_bytes())?;
+        let request = Request::Offer { spec: self.spec.clone(), term: self.term, resident_bytes };
         let held = match lease.request(&request, OFFER_TIMEOUT).await? {
             Reply::Accepted { held } => held,
             Reply::Refused { reason, .. } => return Err(SessionError::Refused(reason)),
