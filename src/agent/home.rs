@@ -7,7 +7,7 @@ use super::Agent;
 use crate::{
     capture,
     criu::bridge::Bridge,
-    model::{Name, PAGE_SIZE},
+    model::Name,
     takeover::{self, address::Addresses},
     workload::{
         bare::BareTree,
@@ -103,16 +103,6 @@ impl Home {
             Place::Sandbox(sandbox) => sandbox.workload_pid()?.map(|(host, inside)| Root { host, inside }),
             Place::Bare(tree) => tree.is_alive().then(|| Root { host: tree.pid(), inside: tree.pid() }),
         })
-    }
-
-    /// Memory that the tree's processes have resident: about what its image will hold (shared pages count repeatedly).
-    pub(super) fn resident_bytes(&self) -> u64 {
-        let pids = self.keeper().cgroup().pids().unwrap_or_default();
-        let pages = pids.iter().filter_map(|pid| {
-            let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
-            statm.split(' ').nth(1)?.parse::<u64>().ok()
-        });
-        pages.sum::<u64>() * PAGE_SIZE
     }
 
     /// Looks the addresses up and tells the guard what to silence. Must come before anything opens.

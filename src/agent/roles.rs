@@ -229,7 +229,6 @@ impl Owner {
                 return;
             }
         };
-        let resident_bytes = home.resident_bytes();
         let (orders_tx, orders) = mpsc::channel(ORDERS_MAX);
         let session = Session {
             name: self.name.clone(),
@@ -238,7 +237,6 @@ impl Owner {
             link,
             owner: self.to_self.clone(),
             orders,
-            resident_bytes,
             permit: self.permit_epochs.subscribe(),
         };
         let owner = self.to_self.clone();

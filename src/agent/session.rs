@@ -118,8 +118,6 @@ pub(super) struct Session {
     pub(super) link: Link,
     pub(super) owner: mpsc::Sender<Msg>,
     pub(super) orders: mpsc::Receiver<Order>,
-    /// Memory of the tree when the session began.
-    pub(super) resident_bytes: u64,
     pub(super) permit: watch::Receiver<Permit>,
 }
 
@@ -226,8 +224,8 @@ impl Session {
             return Err(SessionError::NoConnection);
         }
         let lease = self.link.lease().ok_or(SessionError::NoConnection)?;
-        let request =
-            Request::Offer { spec: self.spec.clone(), term: self.term, resident_bytes: self.resident_bytes };
+        let resident_bytes = tokio::task::block_in_place(|| progress.capturer.resident_bytes())?;
+        let request = Request::Offer { spec: self.spec.clone(), term: self.term, resident_bytes };
         let held = match lease.request(&request, OFFER_TIMEOUT).await? {
             Reply::Accepted { held } => held,
             Reply::Refused { reason, .. } => return Err(SessionError::Refused(reason)),

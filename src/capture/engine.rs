@@ -153,6 +153,11 @@ impl Capturer {
         Ok(capturer)
     }
 
+    /// What a standby must have room for; see [`memory::resident_bytes`].
+    pub fn resident_bytes(&self) -> Result<u64, CaptureError> {
+        Ok(memory::resident_bytes(self.source.root)?)
+    }
+
     /// Captures one epoch. `base` is the epoch that the standby holds, `None` if it holds nothing usable.
     ///
     /// On an error the epoch has failed; call [`failed`](Self::failed) before the next one. After success call

@@ -87,6 +87,8 @@ pub(super) struct Options {
     pub(super) external: Vec<String>,
     #[prost(uint32, optional, tag = "45")]
     pub(super) timeout: Option<u32>,
+    #[prost(bool, optional, tag = "46")]
+    pub(super) tcp_skip_in_flight: Option<bool>,
     #[prost(bool, optional, tag = "48")]
     pub(super) lazy_pages: Option<bool>,
     #[prost(int32, optional, tag = "64")]

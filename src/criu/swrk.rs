@@ -199,6 +199,9 @@ impl Swrk {
         wanted.link_remap = Some(true);
         wanted.ghost_limit = Some(options.ghost_bytes_max);
         wanted.track_mem = Some(options.parent.is_some());
+        // A client whose connection nobody has accepted yet is no reason to fail: it is not in the image, and should the
+        // image be restored the client is told by a reset when it speaks.
+        wanted.tcp_skip_in_flight = Some(true);
         wanted.parent_img.clone_from(&options.parent);
         wanted.ps = self.has_pages.then_some(rpc::PageServerInfo { fd: Some(slot::PAGES) });
         self.run("dump", Kind::Dump, wanted, options.silence_max, DUMP_LOG, notify)?;

@@ -34,4 +34,4 @@ pub use inject::AttachError;
 pub use maps::{Mapping, MappingKind, MapsError, TASK_END};
 pub use read::{Memory, Pages, ReadError};
 pub use tracker::{Pass, TrackError, Tracker};
-pub use tree::{TASKS_MAX, Task, TreeError, is_kernel_thread, tasks_of};
+pub use tree::{TASKS_MAX, Task, TreeError, is_kernel_thread, resident_bytes, tasks_of};

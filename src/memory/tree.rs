@@ -70,6 +70,23 @@ pub fn tasks_of(root: i32) -> Result<Vec<Task>, TreeError> {
     if tasks.is_empty() { Err(TreeError::Gone(root)) } else { Ok(tasks) }
 }
 
+/// Memory that an image of the tree would hold, as far as the kernel's counters tell: what each process has for itself,
+/// and the shared memory of the one that has touched most of it (how much of it is the same they do not tell).
+pub fn resident_bytes(root: i32) -> Result<u64, TreeError> {
+    let (mut private_kib, mut shared_kib) = (0, 0);
+    for task in tasks_of(root)? {
+        let Some(status) = absent_is_none(read(format!("/proc/{}/status", task.pid)))? else { continue };
+        // A zombie has no such lines.
+        let field = |name: &str| {
+            let rest = status.lines().find_map(|line| line.strip_prefix(name));
+            rest.and_then(|rest| rest.split_ascii_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0)
+        };
+        private_kib += field("RssAnon:");
+        shared_kib = field("RssShmem:").max(shared_kib);
+    }
+    Ok((private_kib + shared_kib) * 1024)
+}
+
 /// Whether a process is a thread of the kernel.
 pub fn is_kernel_thread(pid: i32) -> io::Result<bool> {
     let text = String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/stat"))?).into_owned();

@@ -66,7 +66,7 @@ pub enum BindError {
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The name is not in the list.
-    #[error("no peer is named {0}: `standin peer list` shows those that are")]
+    #[error("no peer is named {0}: `standin pair --list` shows those that are")]
     Unknown(PeerName),
     /// Nobody answers.
     #[error(
@@ -82,7 +82,7 @@ pub enum ConnectError {
     /// Somebody else answers.
     #[error(
         "the host at {addr} is not the {peer} that was paired (another identity): if it was set up anew, \
-         `standin peer remove {peer}` and pair again; if not, find out who answers there"
+         `standin pair --forget {peer}` and pair again; if not, find out who answers there"
     )]
     WrongIdentity {
         /// The peer.
@@ -150,7 +150,8 @@ impl Endpoint {
         let error = |source| BindError::Socket { addr, source };
         let udp = tuning::socket(addr).map_err(error)?;
         let runtime = Arc::new(TokioRuntime);
-        let socket = quinn::Endpoint::new(tuning::endpoint(), Some(config), udp, runtime).map_err(error)?;
+        let socket =
+            quinn::Endpoint::new(tuning::endpoint(&identity), Some(config), udp, runtime).map_err(error)?;
         let host = Arc::new(Host { identity, peers, gate });
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
         let acceptor = tokio::spawn(accept_all(socket.clone(), host.clone(), sender)).abort_handle();

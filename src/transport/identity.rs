@@ -27,7 +27,7 @@ pub struct Fingerprint([u8; 32]);
 /// Why a text is no fingerprint.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{0:?} is no fingerprint: 64 hexadecimal digits, in groups if you like, as `standin identity` shows them"
+    "{0:?} is no fingerprint: 64 hexadecimal digits, in groups if you like, as `standin pair --list` shows them"
 )]
 pub struct FingerprintError(String);
 
@@ -155,6 +155,11 @@ impl Identity {
 
     pub(super) fn key(&self) -> PrivateKeyDer<'static> {
         PrivateKeyDer::Pkcs8(self.key.clone_key())
+    }
+
+    /// A secret for one purpose that is the same as long as the identity is.
+    pub(super) fn derive_key(&self, purpose: &str) -> [u8; 32] {
+        blake3::derive_key(purpose, self.key.secret_pkcs8_der())
     }
 
     fn generate() -> Result<Self, IdentityError> {

@@ -52,7 +52,7 @@ pub enum PeersError {
     /// The name belongs to another host.
     #[error(
         "a peer named {name} with another identity is paired already: if it was set up anew, \
-         `standin peer remove {name}` here and pair again; if it is another host, give one of them another name"
+         `standin pair --forget {name}` here and pair again; if it is another host, give one of them another name"
     )]
     NameTaken {
         /// The name.
@@ -60,17 +60,17 @@ pub enum PeersError {
     },
     /// The host has another name here.
     #[error(
-        "this host is paired already under the name {old}: `standin peer remove {old}` here, then pair again"
+        "this host is paired already under the name {old}: `standin pair --forget {old}` here, then pair again"
     )]
     Renamed {
         /// The name in the list.
         old: PeerName,
     },
     /// The list is full.
-    #[error("{PEERS_MAX} peers are the most: remove one with `standin peer remove NAME`")]
+    #[error("{PEERS_MAX} peers are the most: remove one with `standin pair --forget NAME`")]
     TooMany,
     /// There is no such peer.
-    #[error("no peer is named {name}: `standin peer list` shows those that are")]
+    #[error("no peer is named {name}: `standin pair --list` shows those that are")]
     Unknown {
         /// The name.
         name: PeerName,
@@ -212,7 +212,7 @@ mod tests {
         peers.add(peer("a", 1)).unwrap();
         let taken = peers.add(peer("a", 2)).unwrap_err();
         assert!(matches!(taken, PeersError::NameTaken { .. }));
-        assert!(taken.to_string().contains("standin peer remove a"));
+        assert!(taken.to_string().contains("standin pair --forget a"));
         assert!(matches!(peers.add(peer("b", 1)), Err(PeersError::Renamed { .. })));
         assert!(matches!(peers.remove(&"b".parse().unwrap()), Err(PeersError::Unknown { .. })));
         for n in 1..PEERS_MAX {

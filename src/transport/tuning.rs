@@ -6,9 +6,11 @@ use nix::sys::socket::{setsockopt, sockopt};
 use quinn::{
     EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt,
     congestion::{ControllerFactory, CubicConfig},
+    crypto::{CryptoError, HmacKey},
 };
+use quinn_proto::HashedConnectionIdGenerator;
 
-use super::Channel;
+use super::{Channel, Identity};
 
 /// Data in flight on a bulk connection, in each direction and in all: 10 Gbit/s for 25 ms.
 const BULK_WINDOW: u32 = 32 << 20;
@@ -97,10 +99,36 @@ fn congestion() -> Arc<dyn ControllerFactory + Send + Sync> {
 }
 
 /// Settings of the UDP port.
-pub(super) fn endpoint() -> EndpointConfig {
-    let mut config = EndpointConfig::default();
+///
+/// The keys come from the identity, so that they outlive a killed agent: the next one answers what the peer still sends
+/// on connections of the dead one with a reset (RFC 9000, 10.3), and the peer dials anew at once. With quinn's random
+/// keys it would talk to nobody until the connection is idle for too long, which costs the lease.
+pub(super) fn endpoint(identity: &Identity) -> EndpointConfig {
+    let reset_key = ResetKey(identity.derive_key("standin 2026 QUIC stateless reset"));
+    let ids = identity.derive_key("standin 2026 QUIC connection ids");
+    let id_key = ids.as_chunks::<8>().0[0];
+    let mut config = EndpointConfig::new(Arc::new(reset_key));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(u64::from_le_bytes(id_key))));
     config.max_udp_payload_size(UDP_PAYLOAD_MAX).expect("the constant is within QUIC's bounds");
     config
+}
+
+/// Makes the tokens by which a peer believes a reset.
+struct ResetKey([u8; 32]);
+
+impl HmacKey for ResetKey {
+    fn sign(&self, data: &[u8], signature_out: &mut [u8]) {
+        signature_out.copy_from_slice(blake3::keyed_hash(&self.0, data).as_bytes());
+    }
+
+    fn signature_len(&self) -> usize {
+        blake3::OUT_LEN
+    }
+
+    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), CryptoError> {
+        // Compares in constant time.
+        if blake3::keyed_hash(&self.0, data) == *signature { Ok(()) } else { Err(CryptoError) }
+    }
 }
 
 /// A bound UDP socket with buffers as large as the system permits.

@@ -32,13 +32,24 @@ impl Cluster {
 
     /// The same, with more flags for both agents.
     pub(crate) fn with(hint: &str, flags: &[&'static str]) -> Self {
+        let cluster = Self::strangers(hint, flags);
+        let code = cluster.pairing_code();
+        cluster.standin(Host::B, &["pair", "10.77.0.1:7400", &code]);
+        cluster
+    }
+
+    /// A lab with an agent on each host that knows nothing of the other.
+    pub(crate) fn strangers(hint: &str, flags: &[&'static str]) -> Self {
         let mut cluster = Self { lab: Lab::up(hint), agents: Vec::new(), flags: flags.to_vec() };
         cluster.start_agent(Host::A);
         cluster.start_agent(Host::B);
-        let code = cluster.json(Host::A, &["pair", "--listen"]);
-        let code = code["code"].as_str().expect("a code").to_owned();
-        cluster.standin(Host::B, &["pair", "10.77.0.1:7400", &code]);
         cluster
+    }
+
+    /// A one-time code that A shows.
+    pub(crate) fn pairing_code(&self) -> String {
+        let code = self.json(Host::A, &["pair", "--listen"]);
+        code["code"].as_str().expect("a code").to_owned()
     }
 
     /// Starts a host's agent and waits until it answers.
@@ -106,11 +117,16 @@ impl Cluster {
         serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
     }
 
-    /// Waits until a workload has this role and state at a host.
+    /// Waits until the redis has this role and state at a host.
     pub(crate) fn wait_state(&self, host: Host, role: &str, state: &str) {
+        self.wait_state_of("redis", host, role, state);
+    }
+
+    /// The same for a workload that is no redis.
+    pub(crate) fn wait_state_of(&self, name: &str, host: Host, role: &str, state: &str) {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let status = self.status(host, "redis");
+            let status = self.status(host, name);
             if status["role"] == role && status["state"] == state {
                 return;
             }
@@ -176,12 +192,10 @@ impl Cluster {
         self.ask_redis(&["DEBUG", "DIGEST"])
     }
 
-    /// How many redis servers a host runs that are not frozen.
+    /// Whether (1) or not (0) a host has a redis that is not frozen.
     pub(crate) fn running_copies(&self, host: Host) -> usize {
-        let script = "n=0; for c in /sys/fs/cgroup/standin/redis/work; do \
-             [ -e $c/cgroup.procs ] || continue; \
-             [ -s $c/cgroup.procs ] && grep -q 'populated 1' $c/cgroup.events && \
-             grep -q 'frozen 0' $c/cgroup.events && n=1; done; echo $n";
+        let script = "e=/sys/fs/cgroup/standin/redis/work/cgroup.events; \
+             [ -e $e ] && grep -q 'populated 1' $e && grep -q 'frozen 0' $e && echo 1 || echo 0";
         self.lab.ok(host, &["sh", "-c", script]).trim().parse().expect("a number")
     }
 

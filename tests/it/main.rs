@@ -6,3 +6,4 @@ mod handoff;
 mod lab;
 mod lab_itself;
 mod redis;
+mod refusals;

@@ -1,7 +1,7 @@
 //! A link that is cut and healed under two hosts that go on living.
 
 use std::{
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -12,12 +12,12 @@ use std::{
 use standin::{
     ha::Message,
     model::Term,
-    transport::{Channel, endpoint::ConnectError},
+    transport::{Channel, Peer, endpoint::ConnectError},
     wire::message::Datagram,
 };
 use tokio::{net::UdpSocket, task::AbortHandle};
 
-use crate::{paired, soon};
+use crate::{Host, bind, paired, rebind, soon};
 
 /// A relay between one dialer and one target that can be made to swallow everything.
 struct Link {
@@ -106,4 +106,37 @@ async fn a_link_that_heals_is_used_at_once() {
         soon(connection.closed()).await;
     }
     assert!(dead.iter().all(|connection| connection.is_closed()));
+}
+
+#[test]
+fn a_peer_that_was_killed_and_is_back_is_noticed_at_once() {
+    let runtime =
+        || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    // A life of its own, as a process has: when it ends, nothing in it says good-bye.
+    let (here, life) = (runtime(), runtime());
+    let dir = tempfile::tempdir().unwrap();
+    let a = here.block_on(async { Host::new() });
+    let (endpoint, addr) = life.block_on(async {
+        let endpoint = bind(dir.path(), (Ipv4Addr::LOCALHOST, 0).into());
+        let addr = endpoint.local_addr().unwrap();
+        (endpoint, addr)
+    });
+    endpoint.peers().add(a.as_peer("a")).unwrap();
+    let b = Peer { name: "b".parse().unwrap(), fingerprint: endpoint.fingerprint(), addr };
+    a.endpoint.peers().add(b.clone()).unwrap();
+    let connect = |channel| here.block_on(soon(a.endpoint.connect(&b.name, channel))).unwrap();
+    let (lease, bulk) = (connect(Channel::Lease), connect(Channel::Bulk));
+    life.shutdown_background();
+    drop(endpoint);
+
+    here.block_on(async {
+        let _back = rebind(dir.path(), addr).await;
+        let back = Instant::now();
+        lease.send_datagram(&heartbeat(1)).unwrap();
+        soon(lease.closed()).await;
+        assert!(back.elapsed() < Duration::from_millis(500), "{:?}", back.elapsed());
+        // Bulk's next packet is a keep-alive.
+        soon(bulk.closed()).await;
+        assert!(back.elapsed() < Duration::from_secs(3), "{:?}", back.elapsed());
+    });
 }

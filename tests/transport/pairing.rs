@@ -162,7 +162,7 @@ async fn a_name_in_use_is_refused_on_either_side_and_neither_trusts() {
         let refused = soon(j.endpoint.join(l.addr(), &code, j.card("j"))).await.unwrap_err();
         let listened = soon(window.wait()).await.unwrap_err();
         for text in [refused.to_string(), listened.to_string()] {
-            assert!(text.contains(&format!("standin peer remove {name}")), "{text}");
+            assert!(text.contains(&format!("standin pair --forget {name}")), "{text}");
         }
         assert!(l.endpoint.peers().by_fingerprint(&j.endpoint.fingerprint()).is_none());
         assert!(j.endpoint.peers().by_fingerprint(&l.endpoint.fingerprint()).is_none());

@@ -18,7 +18,7 @@ pub struct PairingCode([u8; LEN]);
 /// Why a text is no code.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "that is no pairing code: {DIGITS_LEN} letters and digits as `standin pair` shows them on the other host"
+    "that is no pairing code: {DIGITS_LEN} letters and digits as `standin pair --listen` shows them on the other host"
 )]
 pub struct CodeError;
 

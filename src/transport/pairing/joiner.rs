@@ -28,7 +28,7 @@ const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 pub enum JoinError {
     /// Nobody answers.
     #[error(
-        "nobody answers at {0} (UDP): check the address and port, that `standin pair` runs there, and firewalls"
+        "nobody answers at {0} (UDP): check the address and port, that `standin pair --listen` was run there, and firewalls"
     )]
     Unreachable(SocketAddr),
     /// QUIC will not dial that.
@@ -40,11 +40,11 @@ pub enum JoinError {
         source: quinn::ConnectError,
     },
     /// There is no code.
-    #[error("no pairing is open at {0}: run `standin pair` there first")]
+    #[error("no pairing is open at {0}: run `standin pair --listen` there first")]
     NotOpen(SocketAddr),
     /// There was one.
     #[error(
-        "the code at {0} was used, has expired or was tried wrongly too often: run `standin pair` there again"
+        "the code at {0} was used, has expired or was tried wrongly too often: run `standin pair --listen` there again"
     )]
     Spent(SocketAddr),
     /// The code is another one.
