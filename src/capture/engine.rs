@@ -266,10 +266,15 @@ impl Capturer {
                 let (space, known, encoder) = (tracked.space, &mut self.known, &mut self.encoder);
                 let mut read: Vec<Extent> = Vec::new();
                 let at = known.stamp();
-                tracked.tracker.memory().read_in_parts(wanted, PART_PAGES, &mut pages, |part| {
+                let sent = tracked.tracker.memory().read_in_parts(wanted, PART_PAGES, &mut pages, |part| {
                     read.extend_from_slice(part.extents());
                     encode(encoder, known, space, part.extents(), part.data(), at, emit)
-                })?;
+                });
+                match sent {
+                    // It ended meanwhile, as processes do; what was sent of it the manifest will not list.
+                    Ok(()) | Err(CaptureError::Read(ReadError::Gone(_))) => {}
+                    Err(error) => return Err(error),
+                }
                 extents::normalize(&mut read);
                 *wanted = extents::subtract(wanted, &read);
             }
@@ -285,29 +290,29 @@ impl Capturer {
         pending: &mut BTreeMap<Space, Vec<Extent>>,
     ) -> Result<(), CaptureError> {
         let (mut dirty, mut populated) = (Vec::new(), Vec::new());
-        let mut gone = Vec::new();
-        for (pid, tracked) in &mut self.tasks {
-            match tracked.tracker.take_dirty(&mut dirty) {
-                Ok(_) => {}
-                // The next look at the tree finds out what became of it. Without a tracker it is read whole.
-                Err(TrackError::Gone(_) | TrackError::Replaced(_)) => {
-                    gone.push(*pid);
-                    continue;
+        for pid in self.tasks.keys().copied().collect::<Vec<_>>() {
+            let Some(tracked) = self.tasks.get_mut(&pid) else { continue };
+            let space = tracked.space;
+            let mut scanned = tracked.tracker.take_dirty(&mut dirty).map(drop);
+            if scanned.is_ok() {
+                self.known.mark_stale(space, &dirty);
+                figures.dirty_bytes += extents::pages(&dirty) * PAGE_SIZE;
+                let wanted = pending.entry(space).or_default();
+                wanted.extend_from_slice(&dirty);
+                if figures.full || self.unsure {
+                    scanned = tracked.tracker.populated(&mut populated);
+                    wanted.extend_from_slice(&self.known.missing(space, &populated));
                 }
-                Err(error) => return Err(error.into()),
+                extents::normalize(wanted);
             }
-            self.known.mark_stale(tracked.space, &dirty);
-            figures.dirty_bytes += extents::pages(&dirty) * PAGE_SIZE;
-            let wanted = pending.entry(tracked.space).or_default();
-            wanted.extend_from_slice(&dirty);
-            if figures.full || self.unsure {
-                tracked.tracker.populated(&mut populated)?;
-                wanted.extend_from_slice(&self.known.missing(tracked.space, &populated));
+            if let Err(error) = scanned {
+                // Without a tracker it is read whole: the next look at the tree finds out what became of it. Kept, the
+                // tracker of a pass that failed would hide pages that it protected and did not report.
+                self.tasks.remove(&pid);
+                if !matches!(error, TrackError::Gone(_) | TrackError::Replaced(_)) {
+                    return Err(error.into());
+                }
             }
-            extents::normalize(wanted);
-        }
-        for pid in gone {
-            self.tasks.remove(&pid);
         }
         Ok(())
     }

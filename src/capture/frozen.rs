@@ -178,7 +178,7 @@ impl Reader {
         let Ok(Order::Begin) = self.orders.recv() else { return None };
         let mut freeze = Freeze { root: self.root, tasks, known, pending: self.pending };
         let mut frozen = Frozen::default();
-        let first = freeze.first_pass(&mut frozen);
+        let first = freeze.pass(&mut frozen).map(|found| frozen.dirty_pages = found);
         let Ok(Order::Finish { manifest, sent }) = self.orders.recv() else {
             return first.err().map(Err);
         };
@@ -192,19 +192,30 @@ impl Reader {
 impl Freeze<'_> {
     /// Scans every tracked task and reads what was written. What cannot be read stays stale, which matters only if CRIU
     /// lists it.
-    fn first_pass(&mut self, frozen: &mut Frozen) -> Result<(), FrozenError> {
-        let mut dirty = Vec::new();
-        for tracked in self.tasks.values_mut() {
-            tracked.tracker.take_dirty(&mut dirty)?;
+    ///
+    /// A task that ended, or executed another program, between the last look at the tree and the freeze loses its
+    /// tracker: if CRIU lists it, or another under its pid, that one is read whole. So does a task whose pass failed,
+    /// because pages may be protected by then that nobody will report again.
+    fn pass(&mut self, frozen: &mut Frozen) -> Result<u64, FrozenError> {
+        let (mut dirty, mut found) = (Vec::new(), 0);
+        for pid in self.tasks.keys().copied().collect::<Vec<_>>() {
+            let Some(tracked) = self.tasks.get_mut(&pid) else { continue };
+            if let Err(error) = tracked.tracker.take_dirty(&mut dirty) {
+                self.tasks.remove(&pid);
+                match error {
+                    TrackError::Gone(_) | TrackError::Replaced(_) => continue,
+                    error => return Err(error.into()),
+                }
+            }
             self.known.mark_stale(tracked.space, &dirty);
-            frozen.dirty_pages += extents::pages(&dirty);
+            found += extents::pages(&dirty);
             let mut wanted = self.pending.remove(&tracked.space).unwrap_or_default();
             wanted.extend_from_slice(&dirty);
             extents::normalize(&mut wanted);
             let at = self.known.stamp();
             read(tracked.tracker.memory(), tracked.space, &wanted, at, &mut frozen.pieces)?;
         }
-        Ok(())
+        Ok(found)
     }
 
     /// The second pass: pages that CRIU's parasite touched, tasks that were born after the last look, and whatever the
@@ -215,13 +226,7 @@ impl Freeze<'_> {
         manifest: Manifest,
         sent: Vec<Sent>,
     ) -> Result<(), FrozenError> {
-        let mut dirty = Vec::new();
-        for tracked in self.tasks.values_mut() {
-            tracked.tracker.take_dirty(&mut dirty)?;
-            self.known.mark_stale(tracked.space, &dirty);
-            let at = self.known.stamp();
-            read(tracked.tracker.memory(), tracked.space, &dirty, at, &mut frozen.pieces)?;
-        }
+        self.pass(frozen)?;
         // No pass follows: what CRIU sent, and what is read from here on, is of the freeze itself.
         let at = self.known.stamp();
         let sent = sent.into_iter();
