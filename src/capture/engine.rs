@@ -14,8 +14,9 @@ use std::{
 };
 
 use super::{
-    frozen::{self, Frozen, FrozenError, Piece, Tracked},
+    frozen::{self, Frozen, FrozenError, Lent, Piece, Tracked},
     images::{self, Note},
+    tracking::{Dumped, Tracking},
 };
 use crate::{
     criu::{
@@ -73,6 +74,11 @@ pub enum CaptureError {
     /// CRIU answered well and never asked for the memory.
     #[error("CRIU dumped the tree without its memory: is the page server's protocol of another version?")]
     NoMemory,
+    /// Of what the standby holds nothing is known.
+    #[error(
+        "what was written since the last epoch is not known, because that one failed: the next must be a full one"
+    )]
+    NeedsFull,
 }
 
 /// What is captured, and with what.
@@ -85,8 +91,10 @@ pub struct Source {
     pub init: Option<OwnedFd>,
     /// The CRIU.
     pub install: Install,
-    /// The bridge for it.
+    /// The bridge for it; not used with soft-dirty bits, since it hides them.
     pub bridge: Bridge,
+    /// How written pages are found: [`Tracking::choose`].
+    pub tracking: Tracking,
     /// A directory of our own on a tmpfs.
     pub work: PathBuf,
     /// Inodes of the pipes to the workload's log, whose other end is outside the tree.
@@ -120,6 +128,7 @@ pub struct Captured {
 pub struct Capturer {
     source: Source,
     tasks: BTreeMap<i32, Tracked>,
+    dumped: Dumped,
     known: Known,
     encoder: Encoder,
     spare: Option<Spare>,
@@ -142,6 +151,7 @@ impl Capturer {
         let mut capturer = Self {
             source,
             tasks: BTreeMap::new(),
+            dumped: Dumped::default(),
             known: Known::default(),
             encoder: Encoder::default(),
             spare: None,
@@ -155,6 +165,8 @@ impl Capturer {
 
     /// Captures one epoch. `base` is the epoch that the standby holds, `None` if it holds nothing usable.
     ///
+    /// `None` too if [`needs_full`](Self::needs_full) says so.
+    ///
     /// On an error the epoch has failed; call [`failed`](Self::failed) before the next one. After success call
     /// [`committed`](Self::committed) or `failed`.
     pub fn capture(
@@ -164,6 +176,9 @@ impl Capturer {
         emit: &mut Emit<'_>,
     ) -> Result<Captured, CaptureError> {
         let FrameHead::Begin { id, base, .. } = head else { unreachable!("an epoch begins with Begin") };
+        if base.is_some() && self.needs_full() {
+            return Err(CaptureError::NeedsFull);
+        }
         let began = Instant::now();
         self.spawn_ahead()?;
         self.track()?;
@@ -188,6 +203,16 @@ impl Capturer {
     pub fn failed(&mut self) {
         self.known.epoch_failed();
         self.unsure = true;
+        if self.source.tracking == Tracking::SoftDirty {
+            // CRIU resets the bits as it dumps: what was written before the dump that failed nobody can tell any more.
+            self.known.clear();
+            self.dumped.clear();
+        }
+    }
+
+    /// Whether the next epoch must send all memory, whatever the standby holds.
+    pub fn needs_full(&self) -> bool {
+        self.source.tracking == Tracking::SoftDirty && self.unsure
     }
 
     /// Makes sure that a CRIU waits for the next freeze.
@@ -205,7 +230,7 @@ impl Capturer {
         };
         let spawn = Spawn {
             place,
-            bridge: Some(&self.source.bridge),
+            bridge: (self.source.tracking == Tracking::WriteProtect).then_some(&self.source.bridge),
             page_server: true,
             ..Spawn::new(images.as_fd())
         };
@@ -216,6 +241,9 @@ impl Capturer {
 
     /// Attaches trackers to tasks that are new or have executed another program, and drops those of tasks that ended.
     fn track(&mut self) -> Result<(), CaptureError> {
+        if self.source.tracking == Tracking::SoftDirty {
+            return Ok(());
+        }
         let tasks = memory::tasks_of(self.source.root)?;
         self.tasks.retain(|pid, tracked| {
             tasks.iter().any(|task| task.pid == *pid && task.start_ticks == tracked.start_ticks)
@@ -342,7 +370,12 @@ impl Capturer {
         let asked = Instant::now();
         let taken: Mutex<Option<Result<Frozen, FrozenError>>> = Mutex::new(None);
         // Trackers and `Known` go to the reader and come back when it ends, which is before `post-dump`.
-        let lent = Mutex::new((&mut self.tasks, &mut self.known));
+        let lent = Mutex::new(Lent {
+            tracking: self.source.tracking,
+            tasks: &mut self.tasks,
+            dumped: &mut self.dumped,
+            known: &mut self.known,
+        });
         let (encoder, root) = (&mut self.encoder, self.source.root);
         let mut final_error: Option<CaptureError> = None;
         let mut emitted = false;
@@ -351,8 +384,7 @@ impl Capturer {
             let (taken, lent) = (&taken, &lent);
             let reading = scope.spawn(move || {
                 let mut lent = lent.lock().expect("no holder panics");
-                let (tasks, known) = &mut *lent;
-                let result = reader.serve(tasks, known);
+                let result = reader.serve(&mut lent);
                 *taken.lock().expect("no holder panics") = result;
             });
             let mut reading = Some(reading);
@@ -373,7 +405,7 @@ impl Capturer {
                 }
                 let Some(Ok(frozen)) = taken.lock().expect("no holder panics").take() else { return false };
                 let mut lent = lent.lock().expect("no holder panics");
-                match send_frozen(encoder, lent.1, frozen, &dir, &note, figures, emit) {
+                match send_frozen(encoder, lent.known, frozen, &dir, &note, figures, emit) {
                     Ok(manifest) => {
                         emitted = true;
                         conclude(&manifest)
@@ -430,6 +462,12 @@ fn send_frozen(
         let Some(listed) = listed else { continue };
         let Piece { space, extents, data, at } = piece.only(&listed.extents);
         encode(encoder, known, space, &extents, &data, at, emit)?;
+    }
+    for map in &manifest.spaces {
+        let missing = known.missing(map.space, &map.extents);
+        if let Some(&first) = missing.first() {
+            return Err(frozen::unreadable(map.space, first, &missing).into());
+        }
     }
     images::emit::<io::Error>(dir, note, &mut |head, body| emit(head, body))?;
     known.retain(&manifest);
