@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use super::Agent;
 use crate::{
     capture,
-    criu::bridge::Bridge,
+    criu::{bridge::Bridge, probe::Kernel},
     model::Name,
     takeover::{self, address::Addresses},
     workload::{
@@ -164,6 +164,7 @@ impl Home {
             init,
             install: agent.install.clone(),
             bridge: Bridge::new(&agent.config.work_dir, agent.install.version)?,
+            tracking: capture::Tracking::choose(&Kernel::probe(&agent.install)?)?,
             work: agent.config.work_dir.join(format!("dump-{name}")),
             log_pipes,
         })

@@ -302,7 +302,11 @@ impl Session {
     ) -> Option<(Progress, Result<(EpochFigures, bool), SessionError>)> {
         let id = EpochId { term: self.term, epoch: progress.next };
         progress.next = Epoch(progress.next.0 + 1);
-        let head = FrameHead::Begin { name: self.name.clone(), id, base: progress.base };
+        let head = FrameHead::Begin {
+            name: self.name.clone(),
+            id,
+            base: progress.base.filter(|_| !progress.capturer.needs_full()),
+        };
         let (frames_tx, frames) = mpsc::channel::<(FrameHead, Vec<u8>)>(FRAMES_MAX);
         let (verdict, judged) = verdict.unzip();
         let owner = self.owner.clone();
