@@ -32,6 +32,7 @@
 //! | [`store`] | the warm image: staging, atomic commit, fold, recovery |
 //! | [`restore`] | from the image to what CRIU restores |
 //! | [`takeover`] | actuators on the host's network: gate, addresses, announcements |
+//! | [`doctor`] | every prerequisite, tried, with its remedy |
 //! | [`observe`] | history and figures for people |
 //! | [`extents`] | sets of pages as sorted runs |
 //!

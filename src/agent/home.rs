@@ -164,7 +164,7 @@ impl Home {
             init,
             install: agent.install.clone(),
             bridge: Bridge::new(&agent.config.work_dir, agent.install.version)?,
-            tracking: capture::Tracking::choose(&Kernel::probe(&agent.install)?)?,
+            tracking: capture::Tracking::choose(&Kernel::probe(&agent.program)?)?,
             work: agent.config.work_dir.join(format!("dump-{name}")),
             log_pipes,
         })
