@@ -84,6 +84,8 @@ pub struct Agent {
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Workloads run on.
 pub async fn main(config: Config) -> anyhow::Result<()> {
+    // Before anything is made: an agent that cannot work leaves no trace.
+    let install = Install::find(config.criu.as_deref())?;
     for dir in [&config.state_dir, &config.run_dir, &config.store_dir, &config.work_dir] {
         private_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
@@ -92,7 +94,6 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
     let identity = Identity::load_or_create(&config.state_dir)?;
     let peers = Arc::new(Peers::load(&config.state_dir)?);
     let endpoint = Endpoint::bind(config.listen, identity, peers)?;
-    let install = Install::find(config.criu.as_deref())?;
     let program = std::env::current_exe().context("cannot find this executable")?;
     tracing::info!(name = config.name, listen = %config.listen, criu = %install.version, "the agent starts");
     warm_criu(&config, &install);

@@ -8,7 +8,9 @@ use crate::{
     doctor::{self, State},
 };
 
+// The agent's settings are a group of the same name.
 #[derive(clap::Args)]
+#[group(skip)]
 pub(super) struct Args {
     /// Print JSON
     #[arg(long)]

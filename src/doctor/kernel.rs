@@ -46,13 +46,13 @@ fn judge(kernel: &Kernel, yama: Option<&str>) -> (Vec<Check>, Option<DirtyTracke
     ];
     let works = kernel.pagemap_scan && kernel.uffd_user_mode_only && kernel.ptrace && kernel.pidfd_getfd;
     let tracker = works.then_some(DirtyTracker::UffdWp);
-    checks.push(match tracker {
-        Some(tracker) => Check::ok(Group::Kernel, "dirty-tracker", tracker.name()),
-        None => {
+    checks.push(tracker.map_or_else(
+        || {
             let found = "none: userfaultfd write protection needs all of the above but soft-dirty";
             Check::fail(Group::Kernel, "dirty-tracker", found, "remedy what failed above")
-        }
-    });
+        },
+        |tracker| Check::ok(Group::Kernel, "dirty-tracker", tracker.name()),
+    ));
     (checks, tracker)
 }
 
