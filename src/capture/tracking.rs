@@ -10,10 +10,13 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
+
 use crate::{criu::probe::Kernel, memory::Task, model::Space};
 
 /// How written pages are found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Tracking {
     /// By a userfaultfd in each task, with asynchronous write protection; CRIU sees no page as written.
     WriteProtect,
@@ -30,9 +33,18 @@ pub enum Tracking {
 pub struct NoTracking;
 
 impl Tracking {
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::WriteProtect => "userfaultfd write protection",
+            Self::SoftDirty => "soft-dirty bits, by CRIU",
+        }
+    }
+
     /// The better of what a kernel offers.
     pub fn choose(kernel: &Kernel) -> Result<Self, NoTracking> {
-        if kernel.pagemap_scan && kernel.uffd_wp_async && kernel.ptrace && kernel.pidfd_getfd {
+        let protects = kernel.uffd_wp_async && kernel.uffd_user_mode_only;
+        if kernel.pagemap_scan && protects && kernel.ptrace && kernel.pidfd_getfd {
             Ok(Self::WriteProtect)
         } else if kernel.soft_dirty {
             Ok(Self::SoftDirty)

@@ -24,7 +24,7 @@ use std::{panic::resume_unwind, path::Path};
 use serde::Serialize;
 
 pub use self::render::render;
-use crate::config::Config;
+use crate::{capture::Tracking, config::Config};
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -83,29 +83,13 @@ impl Check {
     }
 }
 
-/// How the pages that a workload has written are found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DirtyTracker {
-    /// userfaultfd's asynchronous write protection and PAGEMAP_SCAN.
-    UffdWp,
-}
-
-impl DirtyTracker {
-    fn name(self) -> &'static str {
-        match self {
-            Self::UffdWp => "userfaultfd write protection",
-        }
-    }
-}
-
 /// What was found on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// Whether a workload can be protected: no check has failed.
     pub ok: bool,
     /// The dirty tracker that is used here.
-    pub tracker: Option<DirtyTracker>,
+    pub tracker: Option<Tracking>,
     /// The version of the CRIU that was found, too old or not.
     pub criu_version: Option<String>,
     /// The prerequisites, those of a group together.
@@ -113,7 +97,7 @@ pub struct Report {
 }
 
 impl Report {
-    fn new(tracker: Option<DirtyTracker>, criu_version: Option<String>, checks: Vec<Check>) -> Self {
+    fn new(tracker: Option<Tracking>, criu_version: Option<String>, checks: Vec<Check>) -> Self {
         let ok = checks.iter().all(|check| check.state != State::Fail);
         Self { ok, tracker, criu_version, checks }
     }
@@ -176,9 +160,9 @@ mod tests {
     #[test]
     fn the_report_has_the_documented_shape() {
         let checks = vec![Check::warn(Group::Space, "work-dir", "on disk", "use tmpfs")];
-        let report = Report::new(Some(DirtyTracker::UffdWp), Some("4.2.1".to_owned()), checks);
+        let report = Report::new(Some(Tracking::WriteProtect), Some("4.2.1".to_owned()), checks);
         let expected = serde_json::json!({
-            "ok": true, "tracker": "uffd-wp", "criu_version": "4.2.1",
+            "ok": true, "tracker": "write-protect", "criu_version": "4.2.1",
             "checks": [{"id": "work-dir", "group": "space", "state": "warn", "found": "on disk", "remedy": "use tmpfs"}],
         });
         assert_eq!(serde_json::to_value(&report).unwrap(), expected);
