@@ -156,8 +156,8 @@ impl Primary {
         captured
     }
 
-    /// An epoch into the store, compared with the frozen tree page by page. Returns the number of pages.
-    pub(crate) fn true_epoch(&mut self, kill: bool) -> u64 {
+    /// An epoch into the store, compared with the frozen tree page by page.
+    pub(crate) fn true_epoch(&mut self, kill: bool) -> Truth {
         let (run_dir, name) = (self.home.dir.path().join("run"), self.home.name.clone());
         let sandbox = Sandbox::open(&run_dir, &name).unwrap();
         let mut truth = None;
@@ -176,7 +176,7 @@ impl Primary {
         check("committed");
         self.store.fold().unwrap();
         check("folded");
-        truth.count()
+        truth
     }
 }
 

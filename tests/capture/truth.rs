@@ -1,7 +1,7 @@
 //! What a frozen tree holds, read from it by other means than the capturer's.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     os::unix::fs::FileExt,
 };
@@ -56,7 +56,14 @@ impl Truth {
         Self { pages, uncovered }
     }
 
-    /// Number of pages, and of them those of tasks.
+    /// Number of tasks, and of shared objects.
+    pub(crate) fn spaces(&self) -> (usize, usize) {
+        let spaces: BTreeSet<Space> = self.pages.iter().map(|(space, ..)| *space).collect();
+        let tasks = spaces.iter().filter(|space| matches!(space, Space::Task(_))).count();
+        (tasks, spaces.len() - tasks)
+    }
+
+    /// Number of pages.
     pub(crate) fn count(&self) -> u64 {
         self.pages.iter().map(|(_, extent, _)| extent.pages).sum()
     }
