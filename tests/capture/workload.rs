@@ -147,7 +147,9 @@ impl Churn {
             println!("BROKEN at {}", self.ticks);
         }
         self.ticks += 1;
-        counters.iter().for_each(|counter| counter.write(0, 0, self.ticks));
+        for counter in counters {
+            counter.write(0, 0, self.ticks);
+        }
         if self.ticks.is_multiple_of(8) {
             println!("tick {}", self.ticks);
         }
