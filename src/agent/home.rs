@@ -158,6 +158,7 @@ impl Home {
             Place::Sandbox(sandbox) => (Some(sandbox.keeper().pidfd()?), sandbox.log_pipes()?),
             Place::Bare(_) => (None, Vec::new()),
         };
+        let durable = super::durable::Place::of(&agent.config.state_dir, name);
         Ok(capture::Source {
             root: root.host as i32,
             root_inside: root.inside,
@@ -166,6 +167,7 @@ impl Home {
             bridge: Bridge::new(&agent.config.work_dir, agent.install.version)?,
             work: agent.config.work_dir.join(format!("dump-{name}")),
             log_pipes,
+            trees: super::trees::of(&durable, &spec.sandbox),
         })
     }
 }

@@ -14,6 +14,7 @@ use std::{
 };
 
 use super::{
+    files::{Files, FilesError},
     frozen::{self, Frozen, FrozenError, Piece, Tracked},
     images::{self, Note},
 };
@@ -67,6 +68,9 @@ pub enum CaptureError {
     /// Reading the frozen tree failed.
     #[error(transparent)]
     Frozen(#[from] FrozenError),
+    /// The replicated directories.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// The small images or the frames.
     #[error("writing the epoch failed: {0}")]
     Io(#[from] io::Error),
@@ -91,6 +95,8 @@ pub struct Source {
     pub work: PathBuf,
     /// Inodes of the pipes to the workload's log, whose other end is outside the tree.
     pub log_pipes: Vec<u64>,
+    /// Directories that are replicated with each epoch, as this process sees them.
+    pub trees: Vec<PathBuf>,
 }
 
 /// What becomes of the tree at the end of the freeze.
@@ -120,6 +126,7 @@ pub struct Captured {
 pub struct Capturer {
     source: Source,
     tasks: BTreeMap<i32, Tracked>,
+    files: Option<Files>,
     known: Known,
     encoder: Encoder,
     spare: Option<Spare>,
@@ -140,6 +147,7 @@ impl Capturer {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&source.work)?;
         parent::create(&source.work.join(parent::DIRECTORY))?;
         let mut capturer = Self {
+            files: Files::new(source.root, &source.trees),
             source,
             tasks: BTreeMap::new(),
             known: Known::default(),
@@ -169,10 +177,14 @@ impl Capturer {
         self.track()?;
         if base.is_none() {
             self.known.clear();
+            self.files.iter_mut().for_each(Files::reset);
         }
         self.known.begin_epoch();
         emit(head, Vec::new())?;
         let mut figures = EpochFigures { id, full: base.is_none(), ..EpochFigures::default() };
+        if let Some(files) = &mut self.files {
+            files.send_ahead(emit)?;
+        }
         let pending = self.precopy(&mut figures, emit)?;
         let killed = self.freeze(began, pending, finish, &mut figures, emit)?;
         Ok(Captured { figures, killed })
@@ -187,6 +199,7 @@ impl Capturer {
     /// The standby may hold any part of the epoch.
     pub fn failed(&mut self) {
         self.known.epoch_failed();
+        self.files.iter_mut().for_each(Files::reset);
         self.unsure = true;
     }
 
@@ -336,8 +349,8 @@ impl Capturer {
         };
         let asked = Instant::now();
         let taken: Mutex<Option<Result<Frozen, FrozenError>>> = Mutex::new(None);
-        // Trackers and `Known` go to the reader and come back when it ends, which is before `post-dump`.
-        let lent = Mutex::new((&mut self.tasks, &mut self.known));
+        // Trackers, files and `Known` go to the reader and come back when it ends, which is before `post-dump`.
+        let lent = Mutex::new((&mut self.tasks, &mut self.known, &mut self.files));
         let (encoder, root) = (&mut self.encoder, self.source.root);
         let mut final_error: Option<CaptureError> = None;
         let mut emitted = false;
@@ -346,8 +359,8 @@ impl Capturer {
             let (taken, lent) = (&taken, &lent);
             let reading = scope.spawn(move || {
                 let mut lent = lent.lock().expect("no holder panics");
-                let (tasks, known) = &mut *lent;
-                let result = reader.serve(tasks, known);
+                let (tasks, known, files) = &mut *lent;
+                let result = reader.serve(tasks, known, files.as_mut());
                 *taken.lock().expect("no holder panics") = result;
             });
             let mut reading = Some(reading);
@@ -425,6 +438,9 @@ fn send_frozen(
         let Some(listed) = listed else { continue };
         let Piece { space, extents, data, at } = piece.only(&listed.extents);
         encode(encoder, known, space, &extents, &data, at, emit)?;
+    }
+    for (record, body) in frozen.files {
+        emit(FrameHead::File(record), body)?;
     }
     images::emit::<io::Error>(dir, note, &mut |head, body| emit(head, body))?;
     known.retain(&manifest);

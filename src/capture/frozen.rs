@@ -9,6 +9,7 @@ use std::{
     sync::mpsc::{Receiver, Sender, channel},
 };
 
+use super::files::{Change, Files, FilesError};
 use crate::{
     criu::page_server,
     delta::{Known, ReadStamp},
@@ -30,6 +31,9 @@ pub enum FrozenError {
     /// The tree could not be listed.
     #[error(transparent)]
     Tree(#[from] TreeError),
+    /// The replicated directories could not be read.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// CRIU lists a task that we cannot find.
     #[error("CRIU dumps a task with pid {0} inside, which is not in the tree")]
     Stranger(u32),
@@ -76,6 +80,8 @@ pub(super) struct Sent {
 pub(super) struct Frozen {
     pub(super) pieces: Vec<Piece>,
     pub(super) manifest: Manifest,
+    /// What changed in the replicated directories since they were sent ahead.
+    pub(super) files: Vec<Change>,
     /// Private pages found written in the freeze.
     pub(super) dirty_pages: u64,
 }
@@ -174,18 +180,36 @@ impl Reader {
         self,
         tasks: &mut BTreeMap<i32, Tracked>,
         known: &mut Known,
+        mut files: Option<&mut Files>,
     ) -> Option<Result<Frozen, FrozenError>> {
         let Ok(Order::Begin) = self.orders.recv() else { return None };
         let mut freeze = Freeze { root: self.root, tasks, known, pending: self.pending };
         let mut frozen = Frozen::default();
-        let first = freeze.first_pass(&mut frozen);
+        let mut first = freeze.first_pass(&mut frozen);
+        // For a file that is open and has lost this name CRIU makes another one, which the restore needs: when it dumps
+        // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
+        // run beside CRIU's work.
+        if first.is_ok() && memory::tasks_of(freeze.root).is_ok_and(|tasks| tasks.len() == 1) {
+            first = frozen.scan_files(files.take());
+        }
         let Ok(Order::Finish { manifest, sent }) = self.orders.recv() else {
             return first.err().map(Err);
         };
-        let result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
+        let result = first
+            .and_then(|()| freeze.finish(&mut frozen, manifest, sent))
+            .and_then(|()| frozen.scan_files(files));
         // CRIU that is gone by now rolls back by itself.
         let _ = self.verdict.send(result.is_ok());
         Some(result.map(|()| frozen))
+    }
+}
+
+impl Frozen {
+    fn scan_files(&mut self, files: Option<&mut Files>) -> Result<(), FrozenError> {
+        if let Some(files) = files {
+            self.files = files.frozen()?;
+        }
+        Ok(())
     }
 }
 

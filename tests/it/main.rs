@@ -5,4 +5,5 @@ mod failover;
 mod handoff;
 mod lab;
 mod lab_itself;
+mod paths;
 mod redis;
