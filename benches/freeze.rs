@@ -235,10 +235,11 @@ impl Subject {
             root_inside: self.pids.1,
             init: Some(self.sandbox.keeper().pidfd()?),
             bridge: Bridge::new(self.ram.path(), self.install.version)?,
-            tracking: Tracking::choose(&Kernel::probe(&self.install)?)?,
+            tracking: Tracking::choose(&Kernel::probe(Path::new(PROGRAM))?)?,
             install: self.install.clone(),
             work: self.ram.path().join("dump"),
             log_pipes: self.sandbox.log_pipes()?,
+            trees: Vec::new(),
         })
     }
 

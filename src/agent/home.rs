@@ -158,6 +158,7 @@ impl Home {
             Place::Sandbox(sandbox) => (Some(sandbox.keeper().pidfd()?), sandbox.log_pipes()?),
             Place::Bare(_) => (None, Vec::new()),
         };
+        let durable = super::durable::Place::of(&agent.config.state_dir, name);
         Ok(capture::Source {
             root: root.host as i32,
             root_inside: root.inside,
@@ -167,6 +168,7 @@ impl Home {
             tracking: capture::Tracking::choose(&Kernel::probe(&agent.program)?)?,
             work: agent.config.work_dir.join(format!("dump-{name}")),
             log_pipes,
+            trees: super::trees::of(&durable, &spec.sandbox),
         })
     }
 }

@@ -7,6 +7,7 @@
 //! | `session` | the primary's epochs: capture, ship, commit |
 //! | `standby` | the standby's: receive, commit, fold, restore |
 //! | `home` | the workload's place and addresses |
+//! | `trees` | the files of its declared paths |
 //! | `links`, `inbound` | connections to and from peers |
 //! | `durable` | what survives restarts and power cuts |
 //!
@@ -23,6 +24,7 @@ mod owner;
 mod roles;
 mod session;
 mod standby;
+mod trees;
 
 use std::{
     collections::BTreeMap,
@@ -292,8 +294,14 @@ impl Agent {
             hostname: name.to_string(),
         };
         let user = user_named(request.user.as_deref())?;
+        let place = durable::Place::of(&self.config.state_dir, &name);
+        let unseeded =
+            |error| ApiError::failed(format!("the files of {name} cannot be copied to its place: {error}"));
+        let seeds = trees::Seeds::find(&place, &spec).map_err(unseeded)?;
         let home = Home::create(self, &spec).map_err(|error| ApiError::refused(format!("{error:#}")))?;
-        let started = self.start_in(&home, request, user);
+        let seeded = seeds.sow().map_err(unseeded);
+        let started = seeded.and_then(|()| self.start_in(&home, request, user));
+        let started = started.and_then(|pid| seeds.keep().map(|()| pid).map_err(unseeded));
         let pid = started.inspect_err(|_| {
             // The first error is the one to report.
             let _ = Home::destroy(self, &name);
@@ -304,7 +312,6 @@ impl Agent {
             record: None,
             bare: false,
         };
-        let place = durable::Place::of(&self.config.state_dir, &name);
         place.write(&durable).map_err(ApiError::failed)?;
         Ok((durable, home, RunReply { name, pid, log: place.log() }))
     }

@@ -21,7 +21,7 @@ use std::{
 use anyhow::Context;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Agent, durable, owner::Msg};
+use super::{Agent, durable, owner::Msg, trees};
 use crate::{
     capture::Note,
     config::StoreKind,
@@ -36,7 +36,7 @@ use crate::{
     model::{EpochId, Extent, Name, Space, Term},
     observe::unix_ms,
     restore::{self, Mode},
-    store::{BeginError, CommitError, Durability, Staging, Store, View},
+    store::{BeginError, CommitError, Durability, FileChanges, Staging, Store, View},
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
     workload::sandbox::Sandbox,
@@ -64,13 +64,15 @@ impl Standby {
             StoreKind::Disk => Durability::Disk,
         };
         let root = agent.config.store_dir.join("images");
-        let files = Box::new(|_: &crate::store::FileChanges<'_>| Ok(()));
+        let place = durable::Place::of(&agent.config.state_dir, name);
+        let mark = place.lazy_mark();
+        let files = Box::new(move |changes: &FileChanges<'_>| trees::apply(&place, changes));
         let store = Store::open(&root, name, durability, files)?;
         let newest = store.view().and_then(|view| Some((view.id(), Note::read(&view.criu_dir()).ok()?)));
         Ok(Self {
             store,
             ready_root: agent.config.store_dir.join("ready").join(name.as_str()),
-            mark: durable::Place::of(&agent.config.state_dir, name).lazy_mark(),
+            mark,
             newest: Mutex::new(newest),
             folding: Mutex::new(()),
             readying: Mutex::new(()),

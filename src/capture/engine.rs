@@ -14,6 +14,7 @@ use std::{
 };
 
 use super::{
+    files::{Files, FilesError},
     frozen::{self, Frozen, FrozenError, Lent, Piece, Tracked},
     images::{self, Note},
     tracking::{Dumped, Tracking},
@@ -68,6 +69,9 @@ pub enum CaptureError {
     /// Reading the frozen tree failed.
     #[error(transparent)]
     Frozen(#[from] FrozenError),
+    /// The replicated directories.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// The small images or the frames.
     #[error("writing the epoch failed: {0}")]
     Io(#[from] io::Error),
@@ -99,6 +103,8 @@ pub struct Source {
     pub work: PathBuf,
     /// Inodes of the pipes to the workload's log, whose other end is outside the tree.
     pub log_pipes: Vec<u64>,
+    /// Directories that are replicated with each epoch, as this process sees them.
+    pub trees: Vec<PathBuf>,
 }
 
 /// What becomes of the tree at the end of the freeze.
@@ -129,6 +135,7 @@ pub struct Capturer {
     source: Source,
     tasks: BTreeMap<i32, Tracked>,
     dumped: Dumped,
+    files: Option<Files>,
     known: Known,
     encoder: Encoder,
     spare: Option<Spare>,
@@ -149,6 +156,7 @@ impl Capturer {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&source.work)?;
         parent::create(&source.work.join(parent::DIRECTORY))?;
         let mut capturer = Self {
+            files: Files::new(source.root, &source.trees),
             source,
             tasks: BTreeMap::new(),
             dumped: Dumped::default(),
@@ -189,10 +197,14 @@ impl Capturer {
         self.track()?;
         if base.is_none() {
             self.known.clear();
+            self.files.iter_mut().for_each(Files::reset);
         }
         self.known.begin_epoch();
         emit(head, Vec::new())?;
         let mut figures = EpochFigures { id, full: base.is_none(), ..EpochFigures::default() };
+        if let Some(files) = &mut self.files {
+            files.send_ahead(emit)?;
+        }
         let pending = self.precopy(&mut figures, emit)?;
         let killed = self.freeze(began, pending, finish, &mut figures, emit)?;
         Ok(Captured { figures, killed })
@@ -207,6 +219,7 @@ impl Capturer {
     /// The standby may hold any part of the epoch.
     pub fn failed(&mut self) {
         self.known.epoch_failed();
+        self.files.iter_mut().for_each(Files::reset);
         self.unsure = true;
         if self.source.tracking == Tracking::SoftDirty {
             // CRIU resets the bits as it dumps: what was written before the dump that failed nobody can tell any more.
@@ -374,12 +387,13 @@ impl Capturer {
         };
         let asked = Instant::now();
         let taken: Mutex<Option<Result<Frozen, FrozenError>>> = Mutex::new(None);
-        // Trackers and `Known` go to the reader and come back when it ends, which is before `post-dump`.
+        // Trackers, files and `Known` go to the reader and come back when it ends, which is before `post-dump`.
         let lent = Mutex::new(Lent {
             tracking: self.source.tracking,
             tasks: &mut self.tasks,
             dumped: &mut self.dumped,
             known: &mut self.known,
+            files: &mut self.files,
         });
         let (encoder, root) = (&mut self.encoder, self.source.root);
         let mut final_error: Option<CaptureError> = None;
@@ -473,6 +487,9 @@ fn send_frozen(
         if let Some(&first) = missing.first() {
             return Err(frozen::unreadable(map.space, first, &missing).into());
         }
+    }
+    for (record, body) in frozen.files {
+        emit(FrameHead::File(record), body)?;
     }
     images::emit::<io::Error>(dir, note, &mut |head, body| emit(head, body))?;
     known.retain(&manifest);

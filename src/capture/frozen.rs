@@ -9,7 +9,10 @@ use std::{
     sync::mpsc::{Receiver, Sender, channel},
 };
 
-use super::tracking::{Dumped, Tracking};
+use super::{
+    files::{Change, Files, FilesError},
+    tracking::{Dumped, Tracking},
+};
 use crate::{
     criu::page_server,
     delta::{Known, ReadStamp},
@@ -31,6 +34,9 @@ pub enum FrozenError {
     /// The tree could not be listed.
     #[error(transparent)]
     Tree(#[from] TreeError),
+    /// The replicated directories could not be read.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// CRIU lists a task that we cannot find.
     #[error("CRIU dumps a task with pid {0} inside, which is not in the tree")]
     Stranger(u32),
@@ -77,6 +83,8 @@ pub(super) struct Sent {
 pub(super) struct Frozen {
     pub(super) pieces: Vec<Piece>,
     pub(super) manifest: Manifest,
+    /// What changed in the replicated directories since they were sent ahead.
+    pub(super) files: Vec<Change>,
     /// Private pages found written in the freeze.
     pub(super) dirty_pages: u64,
 }
@@ -112,6 +120,7 @@ pub(super) struct Lent<'a> {
     pub(super) tasks: &'a mut BTreeMap<i32, Tracked>,
     pub(super) dumped: &'a mut Dumped,
     pub(super) known: &'a mut Known,
+    pub(super) files: &'a mut Option<Files>,
 }
 
 /// Makes the two sides.
@@ -183,14 +192,33 @@ impl Reader {
         let Ok(Order::Begin) = self.orders.recv() else { return None };
         let mut freeze = Freeze { root: self.root, lent, pending: self.pending };
         let mut frozen = Frozen::default();
-        let first = freeze.pass(&mut frozen).map(|found| frozen.dirty_pages = found);
+        let mut first = freeze.pass(&mut frozen).map(|found| frozen.dirty_pages = found);
+        // For a file that is open and has lost this name CRIU makes another one, which the restore needs: when it dumps
+        // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
+        // run beside CRIU's work.
+        let early = memory::tasks_of(freeze.root).is_ok_and(|tasks| tasks.len() == 1);
+        if first.is_ok() && early {
+            first = frozen.scan_files(freeze.lent.files.as_mut());
+        }
         let Ok(Order::Finish { manifest, sent }) = self.orders.recv() else {
             return first.err().map(Err);
         };
-        let result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
+        let mut result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
+        if result.is_ok() && !early {
+            result = frozen.scan_files(freeze.lent.files.as_mut());
+        }
         // CRIU that is gone by now rolls back by itself.
         let _ = self.verdict.send(result.is_ok());
         Some(result.map(|()| frozen))
+    }
+}
+
+impl Frozen {
+    fn scan_files(&mut self, files: Option<&mut Files>) -> Result<(), FrozenError> {
+        if let Some(files) = files {
+            self.files = files.frozen()?;
+        }
+        Ok(())
     }
 }
 

@@ -83,7 +83,7 @@ fn a_handoff_that_is_called_off_leaves_the_tree_running() {
 /// This kernel may have no soft-dirty bits: then CRIU must say so, and not take every page for unwritten.
 #[test]
 fn soft_dirty_tracking_serves_or_says_why_not() {
-    let has_bits = standin::criu::probe::Kernel::probe(&crate::host::install()).unwrap().soft_dirty;
+    let has_bits = standin::criu::probe::Kernel::probe(crate::host::PROGRAM.as_ref()).unwrap().soft_dirty;
     let mut primary = Primary::start("churn", Tracking::SoftDirty);
     if has_bits {
         for _ in 0..5 {

@@ -33,7 +33,7 @@ use standin::{
 
 use crate::{truth::Truth, workload};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_standin");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_standin");
 
 /// The CRIU, started by the built `standin`.
 pub(crate) fn install() -> Install {
@@ -192,6 +192,7 @@ fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
         install,
         work: ram.join("dump"),
         log_pipes: home.sandbox.log_pipes().unwrap(),
+        trees: Vec::new(),
     }
 }
 
