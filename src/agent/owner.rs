@@ -182,6 +182,8 @@ pub(super) struct Owner {
     pub(super) protecting: Option<Answer<WorkloadStatus>>,
     pub(super) unprotecting: Option<Answer<WorkloadStatus>>,
     pub(super) stopping: Option<oneshot::Sender<()>>,
+    /// The newest message that is on its way to the peer.
+    telling: Option<tokio::task::JoinHandle<()>>,
     pub(super) last_committed: Option<(EpochFigures, Instant)>,
     pub(super) lease_renewed: Option<Instant>,
     pub(super) error: Option<String>,
@@ -228,6 +230,7 @@ impl Owner {
             protecting: None,
             unprotecting: None,
             stopping: None,
+            telling: None,
             last_committed: None,
             lease_renewed: None,
             error: None,
@@ -305,7 +308,12 @@ impl Owner {
                     self.taken_over = Some(epoch);
                 }
                 self.via = Some(via);
-                self.feed(Input::Message(message));
+                if self.core.is_some() {
+                    self.feed(Input::Message(message));
+                } else if let Reply::Said(message) = self.agent.unknown(&self.name, message) {
+                    // Of another workload by that name, which is not protected here.
+                    self.tell(message);
+                }
             }
             Msg::Offer(offer) => self.answer_offer(*offer),
             Msg::StandbyOf { answer } => {
@@ -388,7 +396,14 @@ impl Owner {
             Action::BecomeStandby { term } => self.become_standby(term),
             Action::Suspended => {
                 if let Some(stopping) = self.stopping.take() {
-                    let _ = stopping.send(());
+                    let telling = self.telling.take();
+                    tokio::spawn(async move {
+                        // The peer waits for this word: the endpoint must not close under it.
+                        if let Some(telling) = telling {
+                            let _ = telling.await;
+                        }
+                        let _ = stopping.send(());
+                    });
                 }
             }
             Action::Unprotected => self.unprotected(),
@@ -440,7 +455,7 @@ impl Owner {
         }
         let request = Request::Tell { name: self.name.clone(), message };
         let to_self = self.to_self.clone();
-        tokio::spawn(async move {
+        self.telling = Some(tokio::spawn(async move {
             match via.request(&request, TELL_TIMEOUT).await {
                 Ok(Reply::Said(message)) => {
                     let _ = to_self.send(Msg::Lease { message, via }).await;
@@ -448,7 +463,7 @@ impl Owner {
                 Ok(_) => {}
                 Err(error) => tracing::debug!(%error, "a message did not reach the peer"),
             }
-        });
+        }));
     }
 
     // Guard, gate.

@@ -56,13 +56,12 @@ impl Owner {
             self.error = Some(format!("{error:#}"));
         }
         let copy = self.copy();
+        // Also of a standby's place that waits: what it restores must be reached at once.
+        self.prepare_addresses();
         let guard_until = self.home.as_ref().and_then(|home| match home.keeper().guard().state() {
             GuardState::Armed { deadline_ns } => Some(std::time::Duration::from_nanos(deadline_ns)),
             _ => None,
         });
-        if copy != Copy::Gone {
-            self.prepare_addresses();
-        }
         self.start_core(record, copy, guard_until);
     }
 

@@ -69,7 +69,7 @@ impl Cluster {
 fn what_cannot_be_protected_is_refused_with_the_reason() {
     let cluster = Cluster::up("cannot");
     let sleeper = cluster.run_sandboxed("sleeper", &["sleep", "1000"]);
-    let child = cluster.start_session("sleep 1000 & echo $! >&3; exec 3>&-; wait");
+    let child = cluster.start_session("sleep 1000 3>&- & echo $! >&3; exec 3>&-; wait");
     let contained = cluster.start_session(
         "unshare --pid --fork setsid sleep 1000 3>&- & sleep 0.2; pgrep -nx sleep >&3; exec 3>&-; wait",
     );
@@ -193,9 +193,9 @@ fn undumpable_on_demand() -> String {
 #[test]
 fn a_process_that_criu_cannot_dump_runs_on_unprotected_and_the_reason_is_told() {
     let cluster = Cluster::up("undumpable");
-    let uffd = format!("syscall({SYS_USERFAULTFD}, {UFFD_FLAGS}) >= 0 or die; sleep 1000");
+    let uffd = format!("syscall({SYS_USERFAULTFD}, {UFFD_FLAGS}) >= 0 or die; sleep 1000 while 1");
     let params = "my $p = chr(0) x 120;";
-    let uring = format!("{params} syscall({SYS_IO_URING_SETUP}, 8, $p) >= 0 or die; sleep 1000");
+    let uring = format!("{params} syscall({SYS_IO_URING_SETUP}, 8, $p) >= 0 or die; sleep 1000 while 1");
     for (name, program, reason) in [("uffd", &uffd, "userfaultfd"), ("uring", &uring, "io_uring")] {
         let pid = cluster.run_sandboxed(name, &["perl", "-e", program]);
         wait_for("it to open its descriptor", || {
