@@ -271,7 +271,7 @@ impl Owner {
     /// A primary asks this host to be its standby. An offer of a newer term is answered when this host has found out
     /// what that means for its own copy.
     pub(super) fn answer_offer(&mut self, offer: Offer) {
-        let own = self.durable.record.map_or(Term(0), |record| record.term);
+        let own = self.term();
         let peer_is_ours = self.durable.peer.as_deref() == Some(&offer.peer);
         if self.standing().is_some() && peer_is_ours && (offer.term > own || self.demoting) {
             let (term, spec) = (offer.term, offer.spec.clone());
@@ -287,8 +287,13 @@ impl Owner {
         let _ = offer.answer.send(reply);
     }
 
+    /// The term that is on disk here.
+    fn term(&self) -> Term {
+        self.core.as_ref().map_or(Term(0), |core| core.record().term)
+    }
+
     fn judge_offer(&mut self, offer: &Offer) -> Result<Reply, String> {
-        let own = self.durable.record.map_or(Term(0), |record| record.term);
+        let own = self.term();
         match self.standing() {
             None if self.home.is_some() => {
                 return Err(format!(
@@ -312,7 +317,8 @@ impl Owner {
             }
         }
         self.warm_sandbox().map_err(|error| format!("its sandbox cannot be made there: {error:#}"))?;
-        let standby = self.standby.as_ref().ok_or("its image is gone there")?;
+        self.open_standby().map_err(|error| format!("its image cannot be kept there: {error:#}"))?;
+        let standby = self.standby.as_ref().ok_or("its image cannot be kept there")?;
         let held = standby.held();
         if held.is_none() {
             standby.ensure_room(offer.bytes)?;
@@ -432,6 +438,9 @@ impl Owner {
             return;
         }
         let Some(home) = self.home.take() else { return };
+        // Should the agent die while pages are on their way, memory is restored anew from the same epoch; files that the
+        // workload has written meanwhile would not be of it. So with files of its own it gets all pages at once.
+        let eager = eager || !self.durable.spec.sandbox.paths.is_empty();
         let (agent, plan) = (Arc::clone(&self.agent), RestorePlan { epoch, eager, owner: to_self.clone() });
         self.lazy_pages = !eager;
         tokio::task::spawn_blocking(move || {
@@ -603,7 +612,7 @@ impl Owner {
             vips: self.durable.spec.vips.clone(),
             last: self.last_committed.as_ref().map(|(figures, _)| figures.clone()),
             summary: self.last_committed.as_ref().and_then(|_| self.history.summary()),
-            error: self.error.clone(),
+            error: self.error.clone().or_else(|| self.standby.as_ref().and_then(|standby| standby.trouble())),
         }
     }
 }

@@ -51,8 +51,8 @@ pub(super) struct Standby {
     ready_root: PathBuf,
     mark: PathBuf,
     newest: Mutex<Option<(EpochId, Note)>>,
-    /// One fold at a time.
-    folding: Mutex<()>,
+    /// One fold at a time; why the last one failed, if it did. What is held is whole all the same.
+    folding: Mutex<Option<String>>,
     /// One directory is made ready at a time.
     readying: Mutex<()>,
 }
@@ -74,7 +74,7 @@ impl Standby {
             ready_root: agent.config.store_dir.join("ready").join(name.as_str()),
             mark,
             newest: Mutex::new(newest),
-            folding: Mutex::new(()),
+            folding: Mutex::new(None),
             readying: Mutex::new(()),
         })
     }
@@ -111,12 +111,28 @@ impl Standby {
         {
             tracing::warn!(%error, "the restore is not prepared ahead");
         }
-        let _one_at_a_time = self.folding.lock().unwrap_or_else(PoisonError::into_inner);
-        if newest()
-            && let Err(error) = self.store.fold()
-        {
-            tracing::debug!(%error, "what is held is whole, but not folded yet");
+        let mut trouble = self.folding.lock().unwrap_or_else(PoisonError::into_inner);
+        if newest() {
+            *trouble = match self.store.fold() {
+                // A reader (a restore) is in the way; the next epoch's fold makes up for it.
+                Ok(_) | Err(FoldError::InUse { .. }) => None,
+                Err(error) => Some(error.to_string()),
+            };
         }
+    }
+
+    /// Why the newest epoch could not be folded, if so: the next one may not fit, so none is taken before it is mended.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.folding.try_lock().ok().and_then(|trouble| trouble.clone())
+    }
+
+    /// Tries again what failed.
+    fn mend(&self) -> Result<(), String> {
+        let mut trouble = self.folding.lock().unwrap_or_else(PoisonError::into_inner);
+        if trouble.is_some() {
+            *trouble = self.store.fold().err().map(|error| error.to_string());
+        }
+        trouble.clone().map_or(Ok(()), Err)
     }
 
     /// The directory from which CRIU restores the view's epoch, made unless it is there.
@@ -226,7 +242,11 @@ async fn stage(
 ) -> anyhow::Result<Result<Received, EpochAnswer>> {
     let (frames_tx, frames) = mpsc::channel::<(FrameHead, Vec<u8>)>(FRAMES_MAX);
     let store = standby.store.clone();
-    let staging = tokio::task::spawn_blocking(move || stage_frames(&store, id, base, frames));
+    let warm = Arc::clone(standby);
+    let staging = tokio::task::spawn_blocking(move || {
+        warm.mend().map_err(refused)?;
+        stage_frames(&store, id, base, frames)
+    });
     let mut whole = Ok(());
     loop {
         match receiver.next_frame().await {
@@ -383,17 +403,25 @@ impl Standby {
         owner: mpsc::Sender<Msg>,
     ) -> std::thread::JoinHandle<()> {
         let standby = Arc::clone(self);
-        std::thread::spawn(move || match server.serve(&Pages(view), &mut || {}) {
-            Ok(summary) => {
-                tracing::info!(?summary, "every page is in the restored workload");
-                let _ = fs::remove_file(&standby.mark);
-                let _ = owner.blocking_send(Msg::PagesServed);
-            }
-            Err(failure) => {
-                tracing::error!(%failure, "pages could not be served to the restored workload");
-                // A task that touches a missing page waits, and never runs on with zeros; the owner kills the tree.
-                let _ = owner.blocking_send(Msg::PagesFailed(failure.to_string()));
-            }
+        std::thread::spawn(move || {
+            let pages = Pages(view);
+            let served = server.serve(&pages, &mut || {});
+            // Before anybody hears of it: a store that is being read cannot be removed.
+            drop(pages);
+            let message = match served {
+                Ok(summary) => {
+                    tracing::info!(?summary, "every page is in the restored workload");
+                    let _ = fs::remove_file(&standby.mark);
+                    Msg::PagesServed
+                }
+                Err(failure) => {
+                    tracing::error!(%failure, "pages could not be served to the restored workload");
+                    // A task that touches a missing page waits, and never runs on with zeros; the owner kills the tree.
+                    Msg::PagesFailed(failure.to_string())
+                }
+            };
+            drop(standby);
+            let _ = owner.blocking_send(message);
         })
     }
 }
