@@ -36,7 +36,7 @@ use crate::{
     model::{EpochId, Extent, Name, Space, Term},
     observe::unix_ms,
     restore::{self, Mode},
-    store::{BeginError, CommitError, Durability, FileChanges, Staging, Store, View},
+    store::{BeginError, CommitError, Durability, FileChanges, FoldError, Staging, Store, View},
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
     workload::sandbox::Sandbox,
