@@ -17,6 +17,7 @@
 //!   pages it sent unknown. So the next one sends them again.
 //! - A failed capture leaves the tree running: CRIU rolls back whenever we do not say yes.
 
+mod blame;
 mod engine;
 mod frozen;
 mod images;
