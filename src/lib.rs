@@ -1,4 +1,51 @@
 //! Standin: continuous-checkpoint failover for running Linux workloads.
+//!
+//! A primary takes an incremental checkpoint of a workload every *epoch* and ships the delta to a standby, which keeps one
+//! flat *warm image* and restores it when the primary's *lease* runs out, under a new *term*.
+//!
+//! ```text
+//!  workload ──► capture ──► delta ──► wire ──► transport ─ ─QUIC─ ─► store ──► restore ──► workload
+//!  (frozen for    CRIU +      zero,     frames   bulk streams +        flat warm   lazy, from RAM
+//!   ~ms)          uffd-wp     LZ4       + term   lease connection      image
+//!                                ▲                                        │
+//!                                └────────── ack(term, epoch) ────────────┘
+//!  ha/ (no IO): terms, leases, promote, fence, handoff.   agent/ executes what ha/ decides.
+//! ```
+//!
+//! # Map
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`cli`] | one file a verb; thin: parse, call the agent's control socket, print |
+//! | [`config`] | flags and TOML into one validated value |
+//! | [`model`] | the words that all share: names, terms, epochs, pages, an epoch's figures |
+//! | [`ha`] | pure: terms, leases, roles, decisions; simulated |
+//! | [`agent`] | the daemon: one task owns each workload; control socket; durable record |
+//! | [`workload`] | the place of a workload: sandbox with its init and guard, bare tree, cgroup, network |
+//! | [`criu`] | CRIU as a part: start, RPC, page server, preload bridge, lazy pages, images, probe |
+//! | [`memory`] | dirty tracking (userfaultfd write protection) and batched reads of other processes |
+//! | [`capture`] | an epoch: spawn-ahead, pre-copy, freeze, read, thaw; the pace of epochs |
+//! | [`delta`] | pure: what the standby is known to hold, zero and unchanged pages, packing |
+//! | [`files`] | replicated directory trees, consistent with the epoch |
+//! | [`wire`] | pure: frames, messages, limits (bincode only here) |
+//! | [`transport`] | QUIC: identities, pairing, lease and bulk connections |
+//! | [`store`] | the warm image: staging, atomic commit, fold, recovery |
+//! | [`restore`] | from the image to what CRIU restores |
+//! | [`takeover`] | actuators on the host's network: gate, addresses, announcements |
+//! | [`doctor`] | every prerequisite, tried, with its remedy |
+//! | [`observe`] | history and figures for people |
+//! | [`extents`] | sets of pages as sorted runs |
+//!
+//! # Architecture invariants
+//!
+//! - **One runs.** Only [`ha`] decides who may run a workload; only its owner in [`agent`] acts on it; the guard in
+//!   [`workload`] enforces the lease without the agent.
+//! - **Only whole epochs.** [`store`] makes an epoch visible by one rename, after the whole was verified.
+//! - **No dirty page is lost.** The list of pages comes from CRIU, the content from [`memory`]; [`delta`] remembers what
+//!   the standby holds and forgets it at the first doubt.
+//! - **The workload outlives us.** Nothing in [`capture`] ends a workload but the confirmed handoff.
+//! - **Nobody else.** Lengths from the network are capped in [`wire`]; both ends prove a pinned identity in [`transport`].
+//! - Data flows one way, in the order of the drawing; [`ha`], [`delta`] and [`wire`] do no IO.
 
 pub mod agent;
 pub mod capture;
@@ -6,6 +53,7 @@ pub mod cli;
 pub mod config;
 pub mod criu;
 pub mod delta;
+pub mod doctor;
 pub mod extents;
 pub mod files;
 pub mod ha;

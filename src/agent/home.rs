@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use super::Agent;
 use crate::{
     capture,
-    criu::bridge::Bridge,
+    criu::{bridge::Bridge, probe::Kernel},
     model::Name,
     takeover::{self, address::Addresses},
     workload::{
@@ -146,7 +146,7 @@ impl Home {
     }
 
     /// This host answers no more for the addresses; the workload itself may run on.
-    pub(super) fn close_vips(&self, _vips: &[Vip]) -> Result<()> {
+    pub(super) fn close_vips(&self) -> Result<()> {
         Ok(self.addresses.as_ref().map_or(Ok(()), Addresses::down)?)
     }
 
@@ -158,14 +158,17 @@ impl Home {
             Place::Sandbox(sandbox) => (Some(sandbox.keeper().pidfd()?), sandbox.log_pipes()?),
             Place::Bare(_) => (None, Vec::new()),
         };
+        let durable = super::durable::Place::of(&agent.config.state_dir, name);
         Ok(capture::Source {
             root: root.host as i32,
             root_inside: root.inside,
             init,
             install: agent.install.clone(),
             bridge: Bridge::new(&agent.config.work_dir, agent.install.version)?,
+            tracking: capture::Tracking::choose(&Kernel::probe(&agent.program)?)?,
             work: agent.config.work_dir.join(format!("dump-{name}")),
             log_pipes,
+            trees: super::trees::of(&durable, &spec.sandbox),
         })
     }
 }

@@ -91,7 +91,7 @@ async fn route(agent: &Arc<Agent>, request: Request<Incoming>) -> Result<Vec<u8>
         ["v1", "status"] if get => json(&agent.status().await),
         ["v1", "peers"] if get => json(&agent.peers()),
         ["v1", "peers", name] if method == Method::DELETE => json(&agent.forget_peer(name).await?),
-        ["v1", "pair", "listen"] if post => json(&agent.pair_listen().await?),
+        ["v1", "pair", "listen"] if post => json(&agent.pair_listen()?),
         ["v1", "pair", "join"] if post => json(&agent.pair_join(body(request).await?).await?),
         ["v1", "run"] if post => json(&agent.run(body(request).await?).await?),
         ["v1", "protect"] if post => json(&agent.protect(body(request).await?).await?),

@@ -11,43 +11,41 @@ use std::{
 use tokio::sync::watch;
 
 use super::Agent;
-use crate::transport::{Channel, Connection, PeerName};
+use crate::transport::{Channel, Connection, PeerName, endpoint::ConnectError};
 
 /// Time between two attempts to reach a peer.
 const REDIAL_INTERVAL: Duration = Duration::from_millis(100);
-/// A lease connection on which nothing arrived for so long is dialled anew.
-const STALE_AFTER: Duration = Duration::from_secs(1);
+/// A lease connection on which nothing arrived in two such intervals is dialled anew, and the bulk connection with it.
+const STALE_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The two connections to a peer.
+#[derive(Clone)]
+struct Ways {
+    lease: Connection,
+    bulk: Connection,
+}
 
 /// The way to one peer.
 #[derive(Clone)]
 pub(super) struct Link {
-    lease: watch::Receiver<Option<Connection>>,
-    bulk: watch::Receiver<Option<Connection>>,
+    ways: watch::Receiver<Option<Ways>>,
 }
 
 impl Link {
     /// The lease connection, if it stands.
     pub(super) fn lease(&self) -> Option<Connection> {
-        self.lease.borrow().clone().filter(|connection| !connection.is_closed())
+        self.ways.borrow().as_ref().map(|ways| ways.lease.clone()).filter(|lease| !lease.is_closed())
     }
 
     /// The bulk connection, if it stands.
     pub(super) fn bulk(&self) -> Option<Connection> {
-        self.bulk.borrow().clone().filter(|connection| !connection.is_closed())
+        self.ways.borrow().as_ref().map(|ways| ways.bulk.clone()).filter(|bulk| !bulk.is_closed())
     }
 
     /// Waits until both stand.
     pub(super) async fn up(&mut self) {
-        loop {
-            if self.lease().is_some() && self.bulk().is_some() {
-                return;
-            }
-            // The dialling task lives as long as the agent.
-            let _ = tokio::time::timeout(REDIAL_INTERVAL, async {
-                tokio::select! { _ = self.lease.changed() => {}, _ = self.bulk.changed() => {} }
-            })
-            .await;
-        }
+        // The dialling task, and with it the sender, lives as long as the agent.
+        let _ = self.ways.wait_for(Option::is_some).await;
     }
 }
 
@@ -64,42 +62,35 @@ impl Links {
         if let Some(link) = links.get(peer) {
             return link.clone();
         }
-        let (lease_tx, lease) = watch::channel(None);
-        let (bulk_tx, bulk) = watch::channel(None);
-        tokio::spawn(keep(Arc::clone(agent), peer.clone(), Channel::Lease, lease_tx));
-        tokio::spawn(keep(Arc::clone(agent), peer.clone(), Channel::Bulk, bulk_tx));
-        let link = Link { lease, bulk };
+        let (publish, ways) = watch::channel(None);
+        tokio::spawn(keep(Arc::clone(agent), peer.clone(), publish));
+        let link = Link { ways };
         links.insert(peer.clone(), link.clone());
         link
     }
 }
 
-/// Keeps one connection dialled.
-async fn keep(
-    agent: Arc<Agent>,
-    peer: PeerName,
-    channel: Channel,
-    publish: watch::Sender<Option<Connection>>,
-) {
+/// Keeps both connections dialled. They live and die together: what ends the one (a host that was cut off or started
+/// again) has ended the other too, and QUIC would take many seconds to notice on a connection that only waits.
+async fn keep(agent: Arc<Agent>, peer: PeerName, publish: watch::Sender<Option<Ways>>) {
     let mut reported = false;
     loop {
-        match agent.endpoint.connect(&peer, channel).await {
-            Ok(connection) => {
-                if channel == Channel::Lease {
-                    tracing::info!(%peer, "connected");
-                }
+        match dial(&agent, &peer).await {
+            Ok(ways) => {
+                tracing::info!(%peer, "connected");
                 reported = false;
-                publish.send_replace(Some(connection.clone()));
-                if channel == Channel::Lease {
-                    let served =
-                        tokio::spawn(super::inbound::serve_lease(Arc::clone(&agent), connection.clone()));
-                    until_dead(&connection).await;
-                    served.abort();
-                } else {
-                    connection.closed().await;
+                let served =
+                    tokio::spawn(super::inbound::serve_lease(Arc::clone(&agent), ways.lease.clone()));
+                publish.send_replace(Some(ways.clone()));
+                tokio::select! {
+                    () = until_dead(&ways.lease) => {}
+                    _ = ways.bulk.closed() => {}
                 }
-                connection.close();
                 publish.send_replace(None);
+                served.abort();
+                ways.lease.close();
+                ways.bulk.close();
+                tracing::info!(%peer, "disconnected");
             }
             Err(error) if !reported => {
                 tracing::warn!(%peer, %error, "the peer cannot be reached");
@@ -111,12 +102,17 @@ async fn keep(
     }
 }
 
+async fn dial(agent: &Agent, peer: &PeerName) -> Result<Ways, ConnectError> {
+    let lease = agent.endpoint.connect(peer, Channel::Lease).await?;
+    let bulk = agent.endpoint.connect(peer, Channel::Bulk).await?;
+    Ok(Ways { lease, bulk })
+}
+
 /// Waits until a connection is closed, or silent for so long that a new one is the better bet: after a cut, QUIC's
-/// back-off can be longer than the cut was.
+/// back-off can be longer than the cut was. A lease connection that lives is never silent: it is kept alive.
 async fn until_dead(connection: &Connection) {
-    let mut ticks = tokio::time::interval(STALE_AFTER);
-    let mut seen = 0;
-    let mut silent = 0;
+    let mut ticks = tokio::time::interval(STALE_INTERVAL);
+    let (mut seen, mut silent) = (0, 0);
     loop {
         tokio::select! {
             _ = connection.closed() => return,
@@ -125,7 +121,7 @@ async fn until_dead(connection: &Connection) {
         let received = connection.received();
         silent = if received == seen { silent + 1 } else { 0 };
         seen = received;
-        if silent >= 2 {
+        if silent > 2 {
             return;
         }
     }

@@ -7,6 +7,7 @@
 //! | `session` | the primary's epochs: capture, ship, commit |
 //! | `standby` | the standby's: receive, commit, fold, restore |
 //! | `home` | the workload's place and addresses |
+//! | `trees` | the files of its declared paths |
 //! | `links`, `inbound` | connections to and from peers |
 //! | `durable` | what survives restarts and power cuts |
 //!
@@ -23,6 +24,7 @@ mod owner;
 mod roles;
 mod session;
 mod standby;
+mod trees;
 
 use std::{
     collections::BTreeMap,
@@ -48,11 +50,11 @@ use self::{
     durable::Durable,
     home::Home,
     links::Links,
-    owner::{Msg, Owner, QUEUE_MAX},
+    owner::{Msg, Offer, Owner, QUEUE_MAX},
 };
 use crate::{
     config::Config,
-    criu::Install,
+    criu::{Install, bridge::Bridge, spawn::Spawn, swrk::Swrk},
     ha::{Message, Standing},
     model::{Name, Term},
     transport::{
@@ -84,6 +86,8 @@ pub struct Agent {
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Workloads run on.
 pub async fn main(config: Config) -> anyhow::Result<()> {
+    // Before anything is made: an agent that cannot work leaves no trace.
+    let install = Install::find(config.criu.as_deref())?;
     for dir in [&config.state_dir, &config.run_dir, &config.store_dir, &config.work_dir] {
         private_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
@@ -92,9 +96,9 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
     let identity = Identity::load_or_create(&config.state_dir)?;
     let peers = Arc::new(Peers::load(&config.state_dir)?);
     let endpoint = Endpoint::bind(config.listen, identity, peers)?;
-    let install = Install::find(config.criu.as_deref())?;
     let program = std::env::current_exe().context("cannot find this executable")?;
     tracing::info!(name = config.name, listen = %config.listen, criu = %install.version, "the agent starts");
+    warm_criu(&config, &install);
     let agent = Arc::new(Agent {
         config,
         endpoint,
@@ -184,7 +188,7 @@ impl Agent {
             self.own(Durable { spec: spec.clone(), peer: None, record: None, bare: false }, None)
         });
         let (answer, answered) = oneshot::channel();
-        let offer = Msg::Offer { peer: peer.to_string(), spec, term, bytes, answer };
+        let offer = Msg::Offer(Box::new(Offer { peer: peer.to_string(), spec, term, bytes, answer }));
         if owner.send(offer).await.is_ok()
             && let Ok(reply) = answered.await
         {
@@ -290,8 +294,14 @@ impl Agent {
             hostname: name.to_string(),
         };
         let user = user_named(request.user.as_deref())?;
+        let place = durable::Place::of(&self.config.state_dir, &name);
+        let unseeded =
+            |error| ApiError::failed(format!("the files of {name} cannot be copied to its place: {error}"));
+        let seeds = trees::Seeds::find(&place, &spec).map_err(unseeded)?;
         let home = Home::create(self, &spec).map_err(|error| ApiError::refused(format!("{error:#}")))?;
-        let started = self.start_in(&home, request, user);
+        let seeded = seeds.sow().map_err(unseeded);
+        let started = seeded.and_then(|()| self.start_in(&home, request, user));
+        let started = started.and_then(|pid| seeds.keep().map(|()| pid).map_err(unseeded));
         let pid = started.inspect_err(|_| {
             // The first error is the one to report.
             let _ = Home::destroy(self, &name);
@@ -302,7 +312,6 @@ impl Agent {
             record: None,
             bare: false,
         };
-        let place = durable::Place::of(&self.config.state_dir, &name);
         place.write(&durable).map_err(ApiError::failed)?;
         Ok((durable, home, RunReply { name, pid, log: place.log() }))
     }
@@ -366,7 +375,7 @@ impl Agent {
                 self.own(Durable { spec, peer: None, record: None, bare: true }, Some(home));
             }
         }
-        self.ask(&name, |answer| Msg::Protect { request, answer }).await?
+        self.ask(&name, |answer| Msg::Protect { request: Box::new(request), answer }).await?
     }
 
     /// Another workload's process cannot be protected under a second name.
@@ -402,7 +411,7 @@ impl Agent {
         Ok(serde_json::json!({}))
     }
 
-    async fn pair_listen(self: &Arc<Self>) -> Result<PairCode, ApiError> {
+    fn pair_listen(&self) -> Result<PairCode, ApiError> {
         let listener = self.endpoint.open_pairing(self.card()?, PAIRING_VALID).map_err(ApiError::refused)?;
         let code = listener.code().to_string();
         tokio::spawn(async move {
@@ -439,6 +448,20 @@ fn peer_info(peer: &crate::transport::Peer) -> PeerInfo {
         name: peer.name.to_string(),
         addr: peer.addr.to_string(),
         fingerprint: peer.fingerprint.to_string(),
+    }
+}
+
+/// The first CRIU of a boot spends some 60 ms on finding out what the kernel can do: here, and not in a takeover.
+fn warm_criu(config: &Config, install: &Install) {
+    let features =
+        Bridge::new(&config.work_dir, install.version).map_err(anyhow::Error::from).and_then(|bridge| {
+            let images = fs::File::open(&config.work_dir)?;
+            let spawn = Spawn { bridge: Some(&bridge), ..Spawn::new(std::os::fd::AsFd::as_fd(&images)) };
+            Ok(Swrk::spawn(install, &spawn)?.ask_features()?)
+        });
+    match features {
+        Ok(features) => tracing::debug!(?features, "CRIU"),
+        Err(error) => tracing::warn!(%error, "CRIU does not say what it can do; see `standin doctor`"),
     }
 }
 

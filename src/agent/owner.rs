@@ -33,12 +33,12 @@ use super::{
     },
     durable::{self, Durable},
     home::Home,
-    session::{HandoffDone, Order, SessionError},
+    session::{HandoffDone, Order, Permit, SessionError},
     standby::{Received, Standby},
 };
 use crate::{
     ha::{self, Action, Core, Input, Message, Standing, Ticket},
-    model::{EpochFigures, EpochId, Name, Term},
+    model::{Epoch, EpochFigures, EpochId, Name, Term},
     observe::{HistoryLog, unix_ms},
     transport::Connection,
     wire::message::{EpochAnswer, Reply, Request},
@@ -59,7 +59,7 @@ pub(super) type Answer<T> = oneshot::Sender<Result<T, ApiError>>;
 /// What reaches an owner.
 pub(super) enum Msg {
     Protect {
-        request: ProtectRequest,
+        request: Box<ProtectRequest>,
         answer: Answer<WorkloadStatus>,
     },
     Unprotect {
@@ -89,16 +89,10 @@ pub(super) enum Msg {
         via: Connection,
     },
     /// A primary asks this host to be its standby.
-    Offer {
-        peer: String,
-        spec: WorkloadSpec,
-        term: Term,
-        bytes: u64,
-        answer: oneshot::Sender<Reply>,
-    },
+    Offer(Box<Offer>),
     /// A whole epoch was received and waits to be committed.
     Received {
-        received: Received,
+        received: Box<Received>,
         answer: oneshot::Sender<EpochAnswer>,
     },
     /// The standby for an epoch that begins to arrive.
@@ -130,6 +124,16 @@ pub(super) enum Msg {
     PagesFailed(String),
 }
 
+/// A primary asks this host to be its standby.
+pub(super) struct Offer {
+    pub(super) peer: String,
+    pub(super) spec: WorkloadSpec,
+    pub(super) term: Term,
+    /// Memory that the image will need at least.
+    pub(super) bytes: u64,
+    pub(super) answer: oneshot::Sender<Reply>,
+}
+
 /// A handoff under way.
 pub(super) struct Handoff {
     pub(super) answer: Answer<HandoffReport>,
@@ -145,6 +149,7 @@ pub(super) struct Handoff {
 
 /// The running session of epochs.
 pub(super) struct Running {
+    pub(super) term: Term,
     pub(super) task: tokio::task::JoinHandle<()>,
     pub(super) orders: mpsc::Sender<Order>,
 }
@@ -171,8 +176,6 @@ pub(super) struct Owner {
     pub(super) permit: Option<oneshot::Sender<()>>,
     pub(super) handoff: Option<Handoff>,
     pub(super) holding: bool,
-    /// `Unfence` came while a handoff held the copy.
-    pub(super) deferred_unfence: bool,
     pub(super) promotion: Option<Promotion>,
     pub(super) history: HistoryLog,
     pub(super) via: Option<Connection>,
@@ -193,7 +196,9 @@ pub(super) struct Owner {
     pub(super) taken_over: Option<EpochId>,
     /// When the addresses were announced first, and the next round.
     pub(super) announced: Option<(Instant, usize)>,
-    pub(super) may_capture: watch::Sender<bool>,
+    pub(super) permit_epochs: watch::Sender<Permit>,
+    /// An offer that is answered when this host has become a standby.
+    pub(super) waiting_offer: Option<Offer>,
 }
 
 impl Owner {
@@ -220,7 +225,6 @@ impl Owner {
             permit: None,
             handoff: None,
             holding: false,
-            deferred_unfence: false,
             promotion: None,
             via: None,
             protecting: None,
@@ -235,7 +239,8 @@ impl Owner {
             lazy_pages: false,
             taken_over: None,
             announced: None,
-            may_capture: watch::Sender::new(false),
+            permit_epochs: watch::Sender::new(Permit { may_capture: false, first_epoch: Epoch(1) }),
+            waiting_offer: None,
         }
     }
 
@@ -248,7 +253,7 @@ impl Owner {
             let wake = self.wake();
             tokio::select! {
                 message = self.inbox.recv() => match message {
-                    Some(message) => self.handle(message).await,
+                    Some(message) => self.handle(message),
                     None => return,
                 },
                 () = tokio::time::sleep(wake) => self.tick(),
@@ -275,9 +280,9 @@ impl Owner {
         self.repeat_announcement();
     }
 
-    async fn handle(&mut self, message: Msg) {
+    fn handle(&mut self, message: Msg) {
         match message {
-            Msg::Protect { request, answer } => self.protect(request, answer).await,
+            Msg::Protect { request, answer } => self.protect(&request, answer),
             Msg::Unprotect { request, answer } => self.unprotect(request, answer),
             Msg::Handoff { request, answer } => self.begin_handoff(&request, answer),
             Msg::Remove { answer } => {
@@ -310,17 +315,14 @@ impl Owner {
                     self.tell(message);
                 }
             }
-            Msg::Offer { peer, spec, term, bytes, answer } => {
-                let reply = self.offered(&peer, spec, term, bytes);
-                let _ = answer.send(reply);
-            }
+            Msg::Offer(offer) => self.answer_offer(*offer),
             Msg::StandbyOf { answer } => {
                 let standing = self.standing();
                 let standby = self.standby.clone().filter(|_| standing == Some(Standing::Standby));
                 let _ = answer.send(standby);
             }
             Msg::Received { received, answer } => {
-                let reply = self.commit(received);
+                let reply = self.commit(*received);
                 let _ = answer.send(reply);
             }
             Msg::Persisted(ticket) => self.feed(Input::Persisted(ticket)),
@@ -425,7 +427,7 @@ impl Owner {
                     Ok(()) => break,
                     // Nothing that depends on it happens until it is written.
                     Err(error) => {
-                        tracing::error!(%error, "the workload's record cannot be written; make room on the state directory's disk")
+                        tracing::error!(%error, "the workload's record cannot be written: make room on its disk");
                     }
                 }
                 std::thread::sleep(Duration::from_millis(200));
@@ -512,7 +514,7 @@ impl Owner {
 
     fn unfence(&mut self, until: Option<Duration>) -> Option<Input> {
         if self.holding && self.handoff.as_ref().is_some_and(|handoff| handoff.verdict.is_none()) {
-            self.deferred_unfence = true;
+            // Not before the handoff's outcome: see `release_hold`.
             return None;
         }
         let rolled_back = std::mem::take(&mut self.holding);
@@ -521,13 +523,16 @@ impl Owner {
             tracing::warn!(%error, name = %self.name, "letting the workload run again");
             return Some(Input::GuardFired);
         }
-        if rolled_back {
+        let detail = if rolled_back {
             // CRIU lets the tree go when it hears no.
             if let Some(verdict) = self.handoff.as_mut().and_then(|handoff| handoff.verdict.take()) {
                 let _ = verdict.send(false);
             }
-        }
-        self.event("unfenced", "the lease was renewed before anybody took over: the workload runs on", None);
+            "the handoff was called back: the workload runs on here"
+        } else {
+            "the lease was renewed before anybody took over: the workload runs on"
+        };
+        self.event("unfenced", detail, None);
         None
     }
 
@@ -643,8 +648,6 @@ impl Owner {
         if !std::mem::take(&mut self.holding) {
             return;
         }
-        let deferred = std::mem::take(&mut self.deferred_unfence);
-        tracing::debug!(deferred, "the hold is released");
         // For the core the guard has fired just now; the next renewal of the lease lets the copy run.
         self.feed(Input::GuardFired);
     }
@@ -695,7 +698,7 @@ impl Owner {
         self.durable.record = None;
         self.durable.peer = None;
         if let Some(home) = &self.home
-            && let Err(error) = block_in_place(|| home.close_vips(&self.durable.spec.vips))
+            && let Err(error) = block_in_place(|| home.close_vips())
         {
             tracing::warn!(%error, "taking the address down");
         }
@@ -762,19 +765,37 @@ impl Owner {
     }
 
     fn epoch_failed(&mut self, error: &SessionError) {
+        if self.standing() == Some(Standing::Primary) && self.has_ended() {
+            self.workload_ended();
+            return;
+        }
         let text = error.to_string();
         if self.error.as_ref() != Some(&text) {
             self.event("epoch-failed", &text, None);
         }
         self.error = Some(text.clone());
-        if self.protecting.is_some() && (error.is_capture() || matches!(error, SessionError::Refused(_))) {
-            let answer = self.protecting.take();
+        if let Some(answer) = self.protecting.take() {
+            self.end_session();
             self.feed(Input::Withdraw);
-            if let Some(answer) = answer {
-                let message = format!("{} cannot be protected: {text}; it runs on as before", self.name);
-                let _ = answer.send(Err(ApiError::refused(message)));
-            }
+            let message = format!("{} cannot be protected: {text}; it runs on as before", self.name);
+            let _ = answer.send(Err(ApiError::new(error.code(), message)));
         }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.home.as_ref().is_some_and(|home| matches!(home.root(), Ok(None)))
+    }
+
+    /// The workload has ended by itself: that is not its host's death, and nobody shall revive it.
+    pub(super) fn workload_ended(&mut self) {
+        self.end_session();
+        let message = format!("{} has ended by itself", self.name);
+        self.event("workload-ended", &message, None);
+        self.error = Some(message.clone());
+        if let Some(answer) = self.protecting.take() {
+            let _ = answer.send(Err(ApiError::refused(message)));
+        }
+        self.feed(Input::Withdraw);
     }
 
     fn commit(&mut self, received: Received) -> EpochAnswer {

@@ -8,19 +8,19 @@ use super::{
     api::{ApiError, ProtectRequest, Role, Source, WorkloadStatus},
     home::Home,
     links::Link,
-    owner::{Answer, Msg, Owner, Promotion, Running, boot_now},
-    session::Session,
+    owner::{Answer, Msg, Offer, Owner, Promotion, Running, boot_now},
+    session::{Permit, Session},
     standby::{RestorePlan, Standby},
 };
 use crate::{
     capture::Capturer,
     ha::{self, Copy, Core, Input, Message, Record, Standing, Start},
-    model::{EpochId, Term},
+    model::{Epoch, EpochId, Term},
     takeover::{announce::SCHEDULE, check::check_vip},
     wire::message::Reply,
     workload::{
         guard::GuardState,
-        spec::{Net, Vip, WorkloadSpec},
+        spec::{Net, Vip},
     },
 };
 
@@ -104,12 +104,12 @@ impl Owner {
 
     // Protecting.
 
-    pub(super) async fn protect(&mut self, request: ProtectRequest, answer: Answer<WorkloadStatus>) {
-        if let Err(error) = self.check_protect(&request) {
+    pub(super) fn protect(&mut self, request: &ProtectRequest, answer: Answer<WorkloadStatus>) {
+        if let Err(error) = self.check_protect(request) {
             let _ = answer.send(Err(error));
             return;
         }
-        let begun = self.begin_protection(&request).await;
+        let begun = self.begin_protection(request);
         match begun {
             Ok(()) => self.protecting = Some(answer),
             Err(error) => {
@@ -163,7 +163,7 @@ impl Owner {
         Ok(())
     }
 
-    async fn begin_protection(&mut self, request: &ProtectRequest) -> Result<(), ApiError> {
+    fn begin_protection(&mut self, request: &ProtectRequest) -> Result<(), ApiError> {
         let home = self.home.as_mut().ok_or_else(|| ApiError::failed("the workload's place is gone"))?;
         match home.root() {
             Ok(Some(_)) => {}
@@ -188,7 +188,7 @@ impl Owner {
         self.durable = durable;
         self.event("protecting", &format!("{} is to be the standby", request.to), None);
         self.start_core(Record::primary(term), Copy::Running, None);
-        self.announce_addresses();
+        self.speak();
         Ok(())
     }
 
@@ -196,27 +196,34 @@ impl Owner {
 
     /// Keeps a session running exactly while this host is the primary.
     pub(super) fn drive_session(&mut self) {
-        let standing = self.standing();
-        let primary = standing == Some(Standing::Primary) && self.stopping.is_none();
-        let _ = self.may_capture.send_replace(primary && !self.holding);
+        let term = self.durable.record.map_or(Term(0), |record| record.term);
+        let primary = self.standing() == Some(Standing::Primary) && self.stopping.is_none();
+        let first_epoch = self.core.as_ref().map_or(Epoch(1), Core::first_epoch);
+        let permit = Permit { may_capture: primary && !self.holding, first_epoch };
+        self.permit_epochs.send_if_modified(|current| std::mem::replace(current, permit) != permit);
         if let Some(session) = &self.session {
             if session.task.is_finished() {
                 self.session = None;
+            } else if session.term != term {
+                self.end_session();
             }
             return;
         }
-        if !primary || self.demoting || self.lazy_pages || self.protection_ending() {
+        if !primary
+            || self.demoting
+            || self.lazy_pages
+            || self.unprotecting.is_some()
+            || self.error_is_final()
+        {
             return;
         }
-        let (Some(core), Some(link), Some(home)) = (&self.core, self.link(), &self.home) else { return };
+        let (Some(link), Some(home)) = (self.link(), &self.home) else { return };
         let source = match home.source(&self.agent, &self.durable.spec) {
             Ok(source) => source,
             Err(error) => {
-                let text = format!("{error:#}");
-                if self.error.as_ref() != Some(&text) {
-                    self.event("workload-ended", &text, None);
-                    self.error = Some(text);
-                    self.feed(Input::Withdraw);
+                tracing::debug!(%error, "no session yet");
+                if matches!(home.root(), Ok(None)) {
+                    self.workload_ended();
                 }
                 return;
             }
@@ -225,12 +232,11 @@ impl Owner {
         let session = Session {
             name: self.name.clone(),
             spec: self.durable.spec.clone(),
-            term: core.record().term,
+            term,
             link,
             owner: self.to_self.clone(),
             orders,
-            first_epoch: core.first_epoch(),
-            may_capture: self.may_capture.subscribe(),
+            permit: self.permit_epochs.subscribe(),
         };
         let owner = self.to_self.clone();
         let task = tokio::spawn(async move {
@@ -244,11 +250,12 @@ impl Owner {
                 Err(error) => tracing::error!(%error, "the thread that was to track the workload"),
             }
         });
-        self.session = Some(Running { task, orders: orders_tx });
+        self.session = Some(Running { term, task, orders: orders_tx });
     }
 
-    fn protection_ending(&self) -> bool {
-        self.unprotecting.is_some()
+    /// Protection is being given up because the workload has ended, or could not be begun.
+    fn error_is_final(&self) -> bool {
+        self.core.as_ref().is_some_and(Core::is_ending)
     }
 
     /// No more epochs; one that is under way ends by itself.
@@ -261,67 +268,82 @@ impl Owner {
 
     // Standby.
 
-    /// A primary asks this host to be its standby.
-    pub(super) fn offered(&mut self, peer: &str, spec: WorkloadSpec, term: Term, bytes: u64) -> Reply {
+    /// A primary asks this host to be its standby. An offer of a newer term is answered when this host has found out
+    /// what that means for its own copy.
+    pub(super) fn answer_offer(&mut self, offer: Offer) {
         let own = self.durable.record.map_or(Term(0), |record| record.term);
-        let refused = |reason: String| Reply::Refused { term: own, reason };
+        let peer_is_ours = self.durable.peer.as_deref() == Some(&offer.peer);
+        if self.standing().is_some() && peer_is_ours && (offer.term > own || self.demoting) {
+            let (term, spec) = (offer.term, offer.spec.clone());
+            self.waiting_offer = Some(offer);
+            if !self.demoting {
+                self.durable.spec = spec;
+                self.feed(Input::Message(Message::Known { term, standing: Standing::Primary, held: None }));
+            }
+            return;
+        }
+        let reply = self.judge_offer(&offer).unwrap_or_else(|reason| Reply::Refused { term: own, reason });
+        // A primary that has gone away asks again.
+        let _ = offer.answer.send(reply);
+    }
+
+    fn judge_offer(&mut self, offer: &Offer) -> Result<Reply, String> {
+        let own = self.durable.record.map_or(Term(0), |record| record.term);
         match self.standing() {
             None if self.home.is_some() => {
-                return refused(format!(
+                return Err(format!(
                     "a workload named {} runs there, unprotected: remove or rename one of them",
                     self.name
                 ));
             }
-            None => {}
-            Some(_) if self.durable.peer.as_deref() != Some(peer) => {
-                return refused(format!(
-                    "a workload named {} is protected there with another host",
-                    self.name
-                ));
+            None => self.begin_standby(offer)?,
+            Some(_) if self.durable.peer.as_deref() != Some(&offer.peer) => {
+                return Err(format!("a workload named {} is protected there with another host", self.name));
             }
-            Some(Standing::Standby) if term == own => {}
-            Some(_) if term > own => {
-                // The core finds out by itself what that means, durably, and the primary asks again.
-                self.durable.spec = spec;
-                self.feed(Input::Message(Message::Known { term, standing: Standing::Primary, held: None }));
-                return refused("it is becoming the standby".into());
+            Some(Standing::Standby) if offer.term == own => {
+                if self.durable.spec != offer.spec {
+                    self.durable.spec = offer.spec.clone();
+                    block_in_place(|| self.place.write(&self.durable))
+                        .map_err(|error| format!("its state cannot be written there: {error}"))?;
+                }
             }
             Some(standing) => {
-                return refused(format!("{} is {standing:?} there under term {own}", self.name));
+                return Err(format!("{} stands as {standing:?} there, under term {own}", self.name));
             }
         }
-        if self.standing().is_none() {
-            self.durable.spec = spec;
-            self.durable.peer = Some(peer.to_owned());
-            self.durable.record = Some(Record::standby(term));
-            if let Err(error) = block_in_place(|| self.place.write(&self.durable)) {
-                self.gone = true;
-                return refused(format!("its state cannot be written there: {error}"));
-            }
-            if let Err(error) = self.open_standby() {
-                self.gone = true;
-                let _ = self.place.forget();
-                return refused(format!("{error:#}"));
-            }
-            self.start_core(Record::standby(term), Copy::Gone, None);
-            self.event("became-standby", &format!("of {peer}"), None);
-        } else if self.durable.spec != spec {
-            self.durable.spec = spec;
-            if let Err(error) = block_in_place(|| self.place.write(&self.durable)) {
-                return refused(format!("its state cannot be written there: {error}"));
-            }
-        }
-        if let Err(error) = self.warm_sandbox() {
-            return refused(format!("its sandbox cannot be made there: {error:#}"));
-        }
-        let Some(standby) = &self.standby else { return refused("its image is gone there".into()) };
+        self.warm_sandbox().map_err(|error| format!("its sandbox cannot be made there: {error:#}"))?;
+        let standby = self.standby.as_ref().ok_or("its image is gone there")?;
         let held = standby.held();
-        if held.is_none()
-            && let Err(reason) = standby.ensure_room(bytes)
-        {
-            return refused(reason);
+        if held.is_none() {
+            standby.ensure_room(offer.bytes)?;
         }
-        Reply::Accepted { held }
+        Ok(Reply::Accepted { held })
+    }
+
+    /// A workload that is new on this host.
+    fn begin_standby(&mut self, offer: &Offer) -> Result<(), String> {
+        let record = Record::standby(offer.term);
+        self.durable.spec = offer.spec.clone();
+        self.durable.peer = Some(offer.peer.clone());
+        self.durable.record = Some(record);
+        let begun = block_in_place(|| self.place.write(&self.durable))
+            .map_err(anyhow::Error::from)
+            .and_then(|()| self.open_standby());
+        if let Err(error) = begun {
+            self.gone = true;
+            // Nothing depends on it yet; a record that stays is found by the next agent and offered to again.
+            let _ = self.place.forget();
+            return Err(format!("its image cannot be kept there: {error:#}"));
+        }
+        self.start_core(record, Copy::Gone, None);
+        self.event("became-standby", &format!("of {}", offer.peer), None);
+        Ok(())
+    }
+
+    fn answer_waiting_offer(&mut self) {
+        if let Some(offer) = self.waiting_offer.take() {
+            self.answer_offer(offer);
+        }
     }
 
     fn open_standby(&mut self) -> anyhow::Result<()> {
@@ -378,6 +400,7 @@ impl Owner {
         if let Err(error) = opened {
             self.error = Some(format!("this host cannot be the standby: {error:#}"));
         }
+        self.answer_waiting_offer();
     }
 
     // Promotion.
@@ -437,33 +460,24 @@ impl Owner {
     }
 
     pub(super) fn announce(&mut self, term: Term) {
+        self.error = None;
         let opening = Instant::now();
-        let opened = self.home.as_ref().map(|home| block_in_place(|| home.open_up()));
-        if let Some(Err(error)) = opened {
-            self.error = Some(format!("the restored workload cannot be heard: {error:#}"));
-        }
-        self.announce_addresses();
+        self.speak();
         let Some(mut promotion) = self.promotion.take() else { return };
         promotion.phases.insert("network".into(), opening.elapsed().as_secs_f64() * 1e3);
         let detail = format!("{}; epoch {} runs here under term {term}", promotion.cause, promotion.epoch);
         self.event_with("promoted", &detail, Some(promotion.epoch), promotion.phases);
-        self.error = self.error.take().filter(|error| error.starts_with("the restored"));
         self.last_committed = None;
         if !self.lazy_pages {
             self.pages_served();
         }
     }
 
-    /// The first announcement now, the others by the schedule.
-    fn announce_addresses(&mut self) {
+    /// Lets the workload be heard, and tells the network where it is: now, and again by the schedule.
+    fn speak(&mut self) {
         let Some(home) = &self.home else { return };
-        if self.durable.spec.vips.is_empty() {
-            return;
-        }
-        if self.standing() == Some(Standing::Primary)
-            && let Err(error) = block_in_place(|| home.open_up().and_then(|()| home.announce()))
-        {
-            tracing::warn!(%error, "announcing the address");
+        if let Err(error) = block_in_place(|| home.open_up().and_then(|()| home.announce())) {
+            self.error = Some(format!("the workload cannot be heard: {error:#}"));
         }
         self.announced = Some((Instant::now(), 1));
     }
@@ -553,13 +567,14 @@ impl Owner {
         let held = self.standby.as_ref().and_then(|standby| standby.held());
         let connected = self.link().is_some_and(|link| link.lease().is_some());
         let state = match standing {
+            None if self.home.as_ref().is_some_and(|home| matches!(home.root(), Ok(None))) => "ended",
             None => "running",
             Some(Standing::Primary) if self.handoff.is_some() => "handing-off",
             Some(Standing::Primary) if self.last_committed.is_some() && self.error.is_none() => "protected",
             Some(Standing::Primary) if self.last_committed.is_some() => "lagging",
             Some(Standing::Primary) if connected => "syncing",
             Some(Standing::Primary) => "alone",
-            Some(Standing::Standby) if held.is_some() => "ready",
+            Some(Standing::Standby) if self.core.as_ref().is_some_and(Core::armed) => "ready",
             Some(Standing::Standby) => "syncing",
             Some(Standing::Promoting) => "promoting",
             Some(Standing::Stuck) => "stuck",

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{links::Link, owner::Msg};
+use super::{api::ErrorCode, links::Link, owner::Msg};
 use crate::{
     capture::{CaptureError, Captured, Capturer, Finish, pace::Pace},
     model::{Epoch, EpochFigures, EpochId, Name, Term},
@@ -91,9 +91,12 @@ impl SessionError {
         }
     }
 
-    /// Whether CRIU or the workload is the reason, so that trying again soon is of no use.
-    pub(super) fn is_capture(&self) -> bool {
-        matches!(self, Self::Capture(_))
+    /// Kind of error for whoever asked for protection.
+    pub(super) fn code(&self) -> ErrorCode {
+        match self {
+            Self::Offer(_) | Self::Send(_) | Self::NoConnection => ErrorCode::Unreachable,
+            _ => ErrorCode::Refused,
+        }
     }
 }
 
@@ -115,9 +118,7 @@ pub(super) struct Session {
     pub(super) link: Link,
     pub(super) owner: mpsc::Sender<Msg>,
     pub(super) orders: mpsc::Receiver<Order>,
-    pub(super) first_epoch: Epoch,
-    /// False while the copy is frozen by its guard: CRIU could not dump it.
-    pub(super) may_capture: watch::Receiver<bool>,
+    pub(super) permit: watch::Receiver<Permit>,
 }
 
 /// What is known between two epochs.
@@ -130,59 +131,51 @@ struct Progress {
     next: Epoch,
     /// Frozen and shipping time of the last epoch.
     last_cost: Option<Duration>,
+    /// The standby has accepted the workload, and nothing has gone wrong since.
+    offered: bool,
+}
+
+/// What a step came to.
+enum Step {
+    Committed,
+    /// The tree is on the other host.
+    Gone,
+}
+
+/// What the owner permits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Permit {
+    /// False while the copy is frozen by its guard: CRIU could not dump it.
+    pub(super) may_capture: bool,
+    /// The least number of an epoch whose commit lets the standby promote.
+    pub(super) first_epoch: Epoch,
 }
 
 impl Session {
     /// Runs until the owner drops it. `capturer` is fresh.
     pub(super) async fn run(mut self, capturer: Capturer) {
-        let next = self.first_epoch;
-        let mut progress = Some(Progress { capturer, base: None, unsettled: None, next, last_cost: None });
+        let next = Epoch(1);
+        let mut progress =
+            Progress { capturer, base: None, unsettled: None, next, last_cost: None, offered: false };
         let mut pace = Pace::new(Duration::from_millis(self.spec.every_ms));
-        let mut offered = false;
-        let mut pending: Option<HandoffOrder> = None;
-        while let Some(mut now) = progress.take() {
-            if self.may_capture.wait_for(|may| *may).await.is_err() {
+        let mut order: Option<HandoffOrder> = None;
+        loop {
+            let Ok(permit) = self.permit.wait_for(|permit| permit.may_capture).await.map(|permit| *permit)
+            else {
                 return;
-            }
-            let began = Instant::now();
-            let outcome = if offered { Ok(()) } else { self.offer(&mut now).await };
-            let outcome = match outcome {
-                Ok(()) => {
-                    offered = true;
-                    match pending.take() {
-                        Some(order) => {
-                            let Some((back, result)) = self.handoff(now, order.max_downtime).await else {
-                                return;
-                            };
-                            progress = Some(back);
-                            let failed = result.as_ref().err().map(ToString::to_string);
-                            let killed = result.as_ref().is_ok_and(|done| done.killed);
-                            // The one who asked may have gone away.
-                            let _ = order.done.send(result);
-                            if killed {
-                                return;
-                            }
-                            offered = false;
-                            failed.map_or(Ok(()), |reason| Err(SessionError::Refused(reason)))
-                        }
-                        None => {
-                            let Some((back, result)) = self.epoch(now).await else { return };
-                            progress = Some(back);
-                            result
-                        }
-                    }
-                }
-                Err(error) => {
-                    progress = Some(now);
-                    Err(error)
-                }
             };
+            progress.next = progress.next.max(permit.first_epoch);
+            let began = Instant::now();
+            let Some((back, outcome)) = self.step(progress, &mut order).await else { return };
+            progress = back;
             match outcome {
-                Ok(()) => pace.committed(began, Instant::now()),
+                Ok(Step::Gone) => return,
+                Ok(Step::Committed) => pace.committed(began, Instant::now()),
                 Err(error) => {
-                    offered = false;
+                    progress.offered = false;
                     pace.failed(Instant::now());
-                    if let Some(order) = pending.take() {
+                    if let Some(order) = order.take() {
+                        // The one who asked may have gone away.
                         let _ = order.done.send(Err(error));
                     } else if self.owner.send(Msg::EpochFailed(error)).await.is_err() {
                         return;
@@ -192,12 +185,37 @@ impl Session {
             let due = tokio::time::Instant::from_std(pace.due(Instant::now()));
             tokio::select! {
                 () = tokio::time::sleep_until(due) => {}
-                order = self.orders.recv() => match order {
-                    Some(Order::Handoff(order)) => pending = Some(order),
+                received = self.orders.recv() => match received {
+                    Some(Order::Handoff(handoff)) => order = Some(handoff),
                     None => return,
                 },
             }
         }
+    }
+
+    /// One epoch, or a whole handoff if one is ordered. `None`: the capturer was lost with its thread, or the owner is
+    /// gone.
+    async fn step(
+        &mut self,
+        mut progress: Progress,
+        order: &mut Option<HandoffOrder>,
+    ) -> Option<(Progress, Result<Step, SessionError>)> {
+        if !progress.offered {
+            if let Err(error) = self.offer(&mut progress).await {
+                return Some((progress, Err(error)));
+            }
+            progress.offered = true;
+        }
+        let Some(HandoffOrder { max_downtime, done }) = order.take() else {
+            let (progress, result) = self.epoch(progress).await?;
+            return Some((progress, result.map(|()| Step::Committed)));
+        };
+        let (mut progress, result) = self.handoff(progress, max_downtime).await?;
+        let step = if result.as_ref().is_ok_and(|done| done.killed) { Step::Gone } else { Step::Committed };
+        // Whatever became of it, what the standby holds is asked anew.
+        progress.offered = false;
+        let _ = done.send(result);
+        Some((progress, Ok(step)))
     }
 
     /// Offers the workload to the standby and settles what it holds.
@@ -284,7 +302,11 @@ impl Session {
     ) -> Option<(Progress, Result<(EpochFigures, bool), SessionError>)> {
         let id = EpochId { term: self.term, epoch: progress.next };
         progress.next = Epoch(progress.next.0 + 1);
-        let head = FrameHead::Begin { name: self.name.clone(), id, base: progress.base };
+        let head = FrameHead::Begin {
+            name: self.name.clone(),
+            id,
+            base: progress.base.filter(|_| !progress.capturer.needs_full()),
+        };
         let (frames_tx, frames) = mpsc::channel::<(FrameHead, Vec<u8>)>(FRAMES_MAX);
         let (verdict, judged) = verdict.unzip();
         let owner = self.owner.clone();

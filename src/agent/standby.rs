@@ -21,11 +21,12 @@ use std::{
 use anyhow::Context;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Agent, durable, owner::Msg};
+use super::{Agent, durable, owner::Msg, trees};
 use crate::{
     capture::Note,
     config::StoreKind,
     criu::{
+        bridge::Bridge,
         images,
         lazy::{LazyServer, PageSource},
         spawn::{Place, Spawn},
@@ -35,7 +36,7 @@ use crate::{
     model::{EpochId, Extent, Name, Space, Term},
     observe::unix_ms,
     restore::{self, Mode},
-    store::{BeginError, CommitError, Durability, Staging, Store, View},
+    store::{BeginError, CommitError, Durability, FileChanges, Staging, Store, View},
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
     workload::sandbox::Sandbox,
@@ -50,8 +51,10 @@ pub(super) struct Standby {
     ready_root: PathBuf,
     mark: PathBuf,
     newest: Mutex<Option<(EpochId, Note)>>,
-    /// Serialises folding and making ready.
-    warming: Mutex<()>,
+    /// One fold at a time.
+    folding: Mutex<()>,
+    /// One directory is made ready at a time.
+    readying: Mutex<()>,
 }
 
 impl Standby {
@@ -61,15 +64,18 @@ impl Standby {
             StoreKind::Disk => Durability::Disk,
         };
         let root = agent.config.store_dir.join("images");
-        let files = Box::new(|_: &crate::store::FileChanges<'_>| Ok(()));
+        let place = durable::Place::of(&agent.config.state_dir, name);
+        let mark = place.lazy_mark();
+        let files = Box::new(move |changes: &FileChanges<'_>| trees::apply(&place, changes));
         let store = Store::open(&root, name, durability, files)?;
         let newest = store.view().and_then(|view| Some((view.id(), Note::read(&view.criu_dir()).ok()?)));
         Ok(Self {
             store,
             ready_root: agent.config.store_dir.join("ready").join(name.as_str()),
-            mark: durable::Place::of(&agent.config.state_dir, name).lazy_mark(),
+            mark,
             newest: Mutex::new(newest),
-            warming: Mutex::new(()),
+            folding: Mutex::new(()),
+            readying: Mutex::new(()),
         })
     }
 
@@ -97,22 +103,28 @@ impl Standby {
     }
 
     fn warm(&self, id: EpochId) {
-        let _one_at_a_time = self.warming.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.store.held() != Some(id) {
-            // A newer one is on its way here and does both.
-            return;
-        }
-        if let Err(error) = self.store.fold() {
-            tracing::warn!(%error, "what is held is whole, but not folded yet");
-        }
-        if let Some(view) = self.store.view().filter(|view| view.id() == id)
-            && let Err(error) = self.make_ready(&view, Mode::Lazy)
+        // A newer one on its way here does all of this too.
+        let newest = || self.store.held() == Some(id);
+        if newest()
+            && let Some(view) = self.store.view()
+            && let Err(error) = self.ready(&view, Mode::Lazy)
         {
             tracing::warn!(%error, "the restore is not prepared ahead");
         }
+        let _one_at_a_time = self.folding.lock().unwrap_or_else(PoisonError::into_inner);
+        if newest()
+            && let Err(error) = self.store.fold()
+        {
+            tracing::debug!(%error, "what is held is whole, but not folded yet");
+        }
     }
 
-    fn make_ready(&self, view: &View, mode: Mode) -> anyhow::Result<PathBuf> {
+    /// The directory from which CRIU restores the view's epoch, made unless it is there.
+    fn ready(&self, view: &View, mode: Mode) -> anyhow::Result<PathBuf> {
+        let _one_at_a_time = self.readying.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(dir) = restore::ready_dir(&self.ready_root, view.id(), mode) {
+            return Ok(dir);
+        }
         let dir = view.criu_dir();
         let lazy = |space: Space| lazy_extents(&dir, space).unwrap_or_default();
         let ready = restore::materialise(view, &self.ready_root, mode, lazy)?;
@@ -196,7 +208,7 @@ pub(super) async fn receive(agent: &Arc<Agent>, mut receiver: EpochReceiver) -> 
     let answer = match stage(&standby, id, base, &mut receiver).await? {
         Ok(received) => {
             let (answer, answered) = oneshot::channel();
-            owner.send(Msg::Received { received, answer }).await?;
+            owner.send(Msg::Received { received: Box::new(received), answer }).await?;
             answered.await?
         }
         Err(answer) => answer,
@@ -314,10 +326,7 @@ impl Standby {
         let view = self.store.freeze_for_restore()?;
         anyhow::ensure!(view.id() == plan.epoch, "the store holds epoch {}, not {}", view.id(), plan.epoch);
         let mode = if plan.eager { Mode::Eager } else { Mode::Lazy };
-        let dir = match restore::ready_dir(&self.ready_root, plan.epoch, mode) {
-            Some(dir) => dir,
-            None => self.make_ready(&view, mode)?,
-        };
+        let dir = self.ready(&view, mode)?;
         let note = Note::read(&dir)?;
         let tasks = images::pstree(&images::read(&dir, "pstree.img")?)?;
         let highest = tasks.iter().flat_map(|task| &task.threads).copied().max().unwrap_or(1);
@@ -330,8 +339,10 @@ impl Standby {
             .collect();
         let init = sandbox.keeper().pidfd()?;
         let images_dir = fs::File::open(&dir)?;
+        let bridge = Bridge::new(&agent.config.work_dir, agent.install.version)?;
         let spawn = Spawn {
             place: Place::Inside { init: init.as_fd(), cgroup: false },
+            bridge: Some(&bridge),
             cgroups: vec![sandbox.keeper().cgroup().work()],
             pids_above: Some(highest),
             inherit,

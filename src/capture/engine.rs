@@ -15,8 +15,10 @@ use std::{
 
 use super::{
     blame,
-    frozen::{self, Frozen, FrozenError, Piece, Tracked},
+    files::{Files, FilesError},
+    frozen::{self, Frozen, FrozenError, Lent, Piece, Tracked},
     images::{self, Note},
+    tracking::{Dumped, Tracking},
 };
 use crate::{
     criu::{
@@ -76,12 +78,20 @@ pub enum CaptureError {
     /// Reading the frozen tree failed.
     #[error(transparent)]
     Frozen(#[from] FrozenError),
+    /// The replicated directories.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// The small images or the frames.
     #[error("writing the epoch failed: {0}")]
     Io(#[from] io::Error),
     /// CRIU answered well and never asked for the memory.
     #[error("CRIU dumped the tree without its memory: is the page server's protocol of another version?")]
     NoMemory,
+    /// Of what the standby holds nothing is known.
+    #[error(
+        "what was written since the last epoch is not known, because that one failed: the next must be a full one"
+    )]
+    NeedsFull,
 }
 
 /// What is captured, and with what.
@@ -94,12 +104,16 @@ pub struct Source {
     pub init: Option<OwnedFd>,
     /// The CRIU.
     pub install: Install,
-    /// The bridge for it.
+    /// The bridge for it; not used with soft-dirty bits, since it hides them.
     pub bridge: Bridge,
+    /// How written pages are found: [`Tracking::choose`].
+    pub tracking: Tracking,
     /// A directory of our own on a tmpfs.
     pub work: PathBuf,
     /// Inodes of the pipes to the workload's log, whose other end is outside the tree.
     pub log_pipes: Vec<u64>,
+    /// Directories that are replicated with each epoch, as this process sees them.
+    pub trees: Vec<PathBuf>,
 }
 
 /// What becomes of the tree at the end of the freeze.
@@ -129,6 +143,8 @@ pub struct Captured {
 pub struct Capturer {
     source: Source,
     tasks: BTreeMap<i32, Tracked>,
+    dumped: Dumped,
+    files: Option<Files>,
     known: Known,
     encoder: Encoder,
     spare: Option<Spare>,
@@ -149,8 +165,10 @@ impl Capturer {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&source.work)?;
         parent::create(&source.work.join(parent::DIRECTORY))?;
         let mut capturer = Self {
+            files: Files::new(source.root, &source.trees),
             source,
             tasks: BTreeMap::new(),
+            dumped: Dumped::default(),
             known: Known::default(),
             encoder: Encoder::default(),
             spare: None,
@@ -169,6 +187,8 @@ impl Capturer {
 
     /// Captures one epoch. `base` is the epoch that the standby holds, `None` if it holds nothing usable.
     ///
+    /// `None` too if [`needs_full`](Self::needs_full) says so.
+    ///
     /// On an error the epoch has failed; call [`failed`](Self::failed) before the next one. After success call
     /// [`committed`](Self::committed) or `failed`.
     pub fn capture(
@@ -178,15 +198,22 @@ impl Capturer {
         emit: &mut Emit<'_>,
     ) -> Result<Captured, CaptureError> {
         let FrameHead::Begin { id, base, .. } = head else { unreachable!("an epoch begins with Begin") };
+        if base.is_some() && self.needs_full() {
+            return Err(CaptureError::NeedsFull);
+        }
         let began = Instant::now();
         self.spawn_ahead()?;
         self.track()?;
         if base.is_none() {
             self.known.clear();
+            self.files.iter_mut().for_each(Files::reset);
         }
         self.known.begin_epoch();
         emit(head, Vec::new())?;
         let mut figures = EpochFigures { id, full: base.is_none(), ..EpochFigures::default() };
+        if let Some(files) = &mut self.files {
+            files.send_ahead(emit)?;
+        }
         let pending = self.precopy(&mut figures, emit)?;
         let killed = self.freeze(began, pending, finish, &mut figures, emit)?;
         Ok(Captured { figures, killed })
@@ -201,7 +228,18 @@ impl Capturer {
     /// The standby may hold any part of the epoch.
     pub fn failed(&mut self) {
         self.known.epoch_failed();
+        self.files.iter_mut().for_each(Files::reset);
         self.unsure = true;
+        if self.source.tracking == Tracking::SoftDirty {
+            // CRIU resets the bits as it dumps: what was written before the dump that failed nobody can tell any more.
+            self.known.clear();
+            self.dumped.clear();
+        }
+    }
+
+    /// Whether the next epoch must send all memory, whatever the standby holds.
+    pub fn needs_full(&self) -> bool {
+        self.source.tracking == Tracking::SoftDirty && self.unsure
     }
 
     /// Makes sure that a CRIU waits for the next freeze.
@@ -219,7 +257,7 @@ impl Capturer {
         };
         let spawn = Spawn {
             place,
-            bridge: Some(&self.source.bridge),
+            bridge: (self.source.tracking == Tracking::WriteProtect).then_some(&self.source.bridge),
             page_server: true,
             ..Spawn::new(images.as_fd())
         };
@@ -230,6 +268,9 @@ impl Capturer {
 
     /// Attaches trackers to tasks that are new or have executed another program, and drops those of tasks that ended.
     fn track(&mut self) -> Result<(), CaptureError> {
+        if self.source.tracking == Tracking::SoftDirty {
+            return Ok(());
+        }
         let tasks = memory::tasks_of(self.source.root)?;
         self.tasks.retain(|pid, tracked| {
             tasks.iter().any(|task| task.pid == *pid && task.start_ticks == tracked.start_ticks)
@@ -280,10 +321,15 @@ impl Capturer {
                 let (space, known, encoder) = (tracked.space, &mut self.known, &mut self.encoder);
                 let mut read: Vec<Extent> = Vec::new();
                 let at = known.stamp();
-                tracked.tracker.memory().read_in_parts(wanted, PART_PAGES, &mut pages, |part| {
+                let sent = tracked.tracker.memory().read_in_parts(wanted, PART_PAGES, &mut pages, |part| {
                     read.extend_from_slice(part.extents());
                     encode(encoder, known, space, part.extents(), part.data(), at, emit)
-                })?;
+                });
+                match sent {
+                    // It ended meanwhile, as processes do; what was sent of it the manifest will not list.
+                    Ok(()) | Err(CaptureError::Read(ReadError::Gone(_))) => {}
+                    Err(error) => return Err(error),
+                }
                 extents::normalize(&mut read);
                 *wanted = extents::subtract(wanted, &read);
             }
@@ -299,29 +345,29 @@ impl Capturer {
         pending: &mut BTreeMap<Space, Vec<Extent>>,
     ) -> Result<(), CaptureError> {
         let (mut dirty, mut populated) = (Vec::new(), Vec::new());
-        let mut gone = Vec::new();
-        for (pid, tracked) in &mut self.tasks {
-            match tracked.tracker.take_dirty(&mut dirty) {
-                Ok(_) => {}
-                // The next look at the tree finds out what became of it. Without a tracker it is read whole.
-                Err(TrackError::Gone(_) | TrackError::Replaced(_)) => {
-                    gone.push(*pid);
-                    continue;
+        for pid in self.tasks.keys().copied().collect::<Vec<_>>() {
+            let Some(tracked) = self.tasks.get_mut(&pid) else { continue };
+            let space = tracked.space;
+            let mut scanned = tracked.tracker.take_dirty(&mut dirty).map(drop);
+            if scanned.is_ok() {
+                self.known.mark_stale(space, &dirty);
+                figures.dirty_bytes += extents::pages(&dirty) * PAGE_SIZE;
+                let wanted = pending.entry(space).or_default();
+                wanted.extend_from_slice(&dirty);
+                if figures.full || self.unsure {
+                    scanned = tracked.tracker.populated(&mut populated);
+                    wanted.extend_from_slice(&self.known.missing(space, &populated));
                 }
-                Err(error) => return Err(error.into()),
+                extents::normalize(wanted);
             }
-            self.known.mark_stale(tracked.space, &dirty);
-            figures.dirty_bytes += extents::pages(&dirty) * PAGE_SIZE;
-            let wanted = pending.entry(tracked.space).or_default();
-            wanted.extend_from_slice(&dirty);
-            if figures.full || self.unsure {
-                tracked.tracker.populated(&mut populated)?;
-                wanted.extend_from_slice(&self.known.missing(tracked.space, &populated));
+            if let Err(error) = scanned {
+                // Without a tracker it is read whole: the next look at the tree finds out what became of it. Kept, the
+                // tracker of a pass that failed would hide pages that it protected and did not report.
+                self.tasks.remove(&pid);
+                if !matches!(error, TrackError::Gone(_) | TrackError::Replaced(_)) {
+                    return Err(error.into());
+                }
             }
-            extents::normalize(wanted);
-        }
-        for pid in gone {
-            self.tasks.remove(&pid);
         }
         Ok(())
     }
@@ -350,8 +396,14 @@ impl Capturer {
         };
         let asked = Instant::now();
         let taken: Mutex<Option<Result<Frozen, FrozenError>>> = Mutex::new(None);
-        // Trackers and `Known` go to the reader and come back when it ends, which is before `post-dump`.
-        let lent = Mutex::new((&mut self.tasks, &mut self.known));
+        // Trackers, files and `Known` go to the reader and come back when it ends, which is before `post-dump`.
+        let lent = Mutex::new(Lent {
+            tracking: self.source.tracking,
+            tasks: &mut self.tasks,
+            dumped: &mut self.dumped,
+            known: &mut self.known,
+            files: &mut self.files,
+        });
         let (encoder, root) = (&mut self.encoder, self.source.root);
         let mut final_error: Option<CaptureError> = None;
         let mut emitted = false;
@@ -360,8 +412,7 @@ impl Capturer {
             let (taken, lent) = (&taken, &lent);
             let reading = scope.spawn(move || {
                 let mut lent = lent.lock().expect("no holder panics");
-                let (tasks, known) = &mut *lent;
-                let result = reader.serve(tasks, known);
+                let result = reader.serve(&mut lent);
                 *taken.lock().expect("no holder panics") = result;
             });
             let mut reading = Some(reading);
@@ -382,7 +433,7 @@ impl Capturer {
                 }
                 let Some(Ok(frozen)) = taken.lock().expect("no holder panics").take() else { return false };
                 let mut lent = lent.lock().expect("no holder panics");
-                match send_frozen(encoder, lent.1, frozen, &dir, &note, figures, emit) {
+                match send_frozen(encoder, lent.known, frozen, &dir, &note, figures, emit) {
                     Ok(manifest) => {
                         emitted = true;
                         conclude(&manifest)
@@ -442,6 +493,15 @@ fn send_frozen(
         let Some(listed) = listed else { continue };
         let Piece { space, extents, data, at } = piece.only(&listed.extents);
         encode(encoder, known, space, &extents, &data, at, emit)?;
+    }
+    for map in &manifest.spaces {
+        let missing = known.missing(map.space, &map.extents);
+        if let Some(&first) = missing.first() {
+            return Err(frozen::unreadable(map.space, first, &missing).into());
+        }
+    }
+    for (record, body) in frozen.files {
+        emit(FrameHead::File(record), body)?;
     }
     images::emit::<io::Error>(dir, note, &mut |head, body| emit(head, body))?;
     known.retain(&manifest);

@@ -9,6 +9,10 @@ use std::{
     sync::mpsc::{Receiver, Sender, channel},
 };
 
+use super::{
+    files::{Change, Files, FilesError},
+    tracking::{Dumped, Tracking},
+};
 use crate::{
     criu::page_server,
     delta::{Known, ReadStamp},
@@ -30,6 +34,9 @@ pub enum FrozenError {
     /// The tree could not be listed.
     #[error(transparent)]
     Tree(#[from] TreeError),
+    /// The replicated directories could not be read.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// CRIU lists a task that we cannot find.
     #[error("CRIU dumps a task with pid {0} inside, which is not in the tree")]
     Stranger(u32),
@@ -76,6 +83,8 @@ pub(super) struct Sent {
 pub(super) struct Frozen {
     pub(super) pieces: Vec<Piece>,
     pub(super) manifest: Manifest,
+    /// What changed in the replicated directories since they were sent ahead.
+    pub(super) files: Vec<Change>,
     /// Private pages found written in the freeze.
     pub(super) dirty_pages: u64,
 }
@@ -104,6 +113,16 @@ pub(super) struct Reader {
     pending: BTreeMap<Space, Vec<Extent>>,
 }
 
+/// What the reader works with, lent by the capturer for the freeze.
+pub(super) struct Lent<'a> {
+    pub(super) tracking: Tracking,
+    /// None with soft-dirty bits.
+    pub(super) tasks: &'a mut BTreeMap<i32, Tracked>,
+    pub(super) dumped: &'a mut Dumped,
+    pub(super) known: &'a mut Known,
+    pub(super) files: &'a mut Option<Files>,
+}
+
 /// Makes the two sides.
 pub(super) fn channels(root: i32, pending: BTreeMap<Space, Vec<Extent>>) -> (Collector, Reader) {
     let (orders, ordered) = channel();
@@ -114,10 +133,9 @@ pub(super) fn channels(root: i32, pending: BTreeMap<Space, Vec<Extent>>) -> (Col
 }
 
 /// What the reader works on.
-struct Freeze<'a> {
+struct Freeze<'a, 'b> {
     root: i32,
-    tasks: &'a mut BTreeMap<i32, Tracked>,
-    known: &'a mut Known,
+    lent: &'a mut Lent<'b>,
     pending: BTreeMap<Space, Vec<Extent>>,
 }
 
@@ -170,41 +188,67 @@ impl page_server::Handler for Collector {
 
 impl Reader {
     /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far.
-    pub(super) fn serve(
-        self,
-        tasks: &mut BTreeMap<i32, Tracked>,
-        known: &mut Known,
-    ) -> Option<Result<Frozen, FrozenError>> {
+    pub(super) fn serve(self, lent: &mut Lent<'_>) -> Option<Result<Frozen, FrozenError>> {
         let Ok(Order::Begin) = self.orders.recv() else { return None };
-        let mut freeze = Freeze { root: self.root, tasks, known, pending: self.pending };
+        let mut freeze = Freeze { root: self.root, lent, pending: self.pending };
         let mut frozen = Frozen::default();
-        let first = freeze.first_pass(&mut frozen);
+        let mut first = freeze.pass(&mut frozen).map(|found| frozen.dirty_pages = found);
+        // For a file that is open and has lost this name CRIU makes another one, which the restore needs: when it dumps
+        // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
+        // run beside CRIU's work.
+        let early = memory::tasks_of(freeze.root).is_ok_and(|tasks| tasks.len() == 1);
+        if first.is_ok() && early {
+            first = frozen.scan_files(freeze.lent.files.as_mut());
+        }
         let Ok(Order::Finish { manifest, sent }) = self.orders.recv() else {
             return first.err().map(Err);
         };
-        let result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
+        let mut result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
+        if result.is_ok() && !early {
+            result = frozen.scan_files(freeze.lent.files.as_mut());
+        }
         // CRIU that is gone by now rolls back by itself.
         let _ = self.verdict.send(result.is_ok());
         Some(result.map(|()| frozen))
     }
 }
 
-impl Freeze<'_> {
+impl Frozen {
+    fn scan_files(&mut self, files: Option<&mut Files>) -> Result<(), FrozenError> {
+        if let Some(files) = files {
+            self.files = files.frozen()?;
+        }
+        Ok(())
+    }
+}
+
+impl Freeze<'_, '_> {
     /// Scans every tracked task and reads what was written. What cannot be read stays stale, which matters only if CRIU
     /// lists it.
-    fn first_pass(&mut self, frozen: &mut Frozen) -> Result<(), FrozenError> {
-        let mut dirty = Vec::new();
-        for tracked in self.tasks.values_mut() {
-            tracked.tracker.take_dirty(&mut dirty)?;
-            self.known.mark_stale(tracked.space, &dirty);
-            frozen.dirty_pages += extents::pages(&dirty);
+    ///
+    /// A task that ended, or executed another program, between the last look at the tree and the freeze loses its
+    /// tracker: if CRIU lists it, or another under its pid, that one is read whole. So does a task whose pass failed,
+    /// because pages may be protected by then that nobody will report again.
+    fn pass(&mut self, frozen: &mut Frozen) -> Result<u64, FrozenError> {
+        let (mut dirty, mut found) = (Vec::new(), 0);
+        for pid in self.lent.tasks.keys().copied().collect::<Vec<_>>() {
+            let Some(tracked) = self.lent.tasks.get_mut(&pid) else { continue };
+            if let Err(error) = tracked.tracker.take_dirty(&mut dirty) {
+                self.lent.tasks.remove(&pid);
+                match error {
+                    TrackError::Gone(_) | TrackError::Replaced(_) => continue,
+                    error => return Err(error.into()),
+                }
+            }
+            self.lent.known.mark_stale(tracked.space, &dirty);
+            found += extents::pages(&dirty);
             let mut wanted = self.pending.remove(&tracked.space).unwrap_or_default();
             wanted.extend_from_slice(&dirty);
             extents::normalize(&mut wanted);
-            let at = self.known.stamp();
+            let at = self.lent.known.stamp();
             read(tracked.tracker.memory(), tracked.space, &wanted, at, &mut frozen.pieces)?;
         }
-        Ok(())
+        Ok(found)
     }
 
     /// The second pass: pages that CRIU's parasite touched, tasks that were born after the last look, and whatever the
@@ -215,15 +259,14 @@ impl Freeze<'_> {
         manifest: Manifest,
         sent: Vec<Sent>,
     ) -> Result<(), FrozenError> {
-        let mut dirty = Vec::new();
-        for tracked in self.tasks.values_mut() {
-            tracked.tracker.take_dirty(&mut dirty)?;
-            self.known.mark_stale(tracked.space, &dirty);
-            let at = self.known.stamp();
-            read(tracked.tracker.memory(), tracked.space, &dirty, at, &mut frozen.pieces)?;
-        }
+        self.pass(frozen)?;
+        let same = self.same_tasks()?;
         // No pass follows: what CRIU sent, and what is read from here on, is of the freeze itself.
-        let at = self.known.stamp();
+        let at = self.lent.known.stamp();
+        if self.lent.tracking == Tracking::SoftDirty {
+            let private = sent.iter().filter(|sent| matches!(sent.space, Space::Task(_)));
+            frozen.dirty_pages = private.map(|sent| extents::pages(&sent.extents)).sum();
+        }
         let sent = sent.into_iter();
         frozen.pieces.extend(sent.map(|Sent { space, extents, data }| Piece { space, extents, data, at }));
         for map in &manifest.spaces {
@@ -232,11 +275,9 @@ impl Freeze<'_> {
                 have.extend_from_slice(&piece.extents);
             }
             extents::normalize(&mut have);
-            // What is known of a task without a tracker is of another that had its pid.
-            let untracked = matches!(map.space, Space::Task(_))
-                && !self.tasks.values().any(|tracked| tracked.space == map.space);
+            let is_same = matches!(map.space, Space::Shared(_)) || same.contains(&map.space);
             let needed =
-                if untracked { map.extents.clone() } else { self.known.missing(map.space, &map.extents) };
+                if is_same { self.lent.known.missing(map.space, &map.extents) } else { map.extents.clone() };
             let missing = extents::subtract(&needed, &have);
             let Some(&first) = missing.first() else { continue };
             let Space::Task(inside) = map.space else {
@@ -254,8 +295,16 @@ impl Freeze<'_> {
         Ok(())
     }
 
+    /// The spaces of tasks of which something is known; what is known under another task's pid is not of that one.
+    fn same_tasks(&mut self) -> Result<Vec<Space>, FrozenError> {
+        Ok(match self.lent.tracking {
+            Tracking::WriteProtect => self.lent.tasks.values().map(|tracked| tracked.space).collect(),
+            Tracking::SoftDirty => self.lent.dumped.renew(&memory::tasks_of(self.root)?),
+        })
+    }
+
     fn host_pid(&self, inside: u32) -> Result<i32, FrozenError> {
-        let tracked = self.tasks.iter().find(|(_, tracked)| tracked.space == Space::Task(inside));
+        let tracked = self.lent.tasks.iter().find(|(_, tracked)| tracked.space == Space::Task(inside));
         if let Some((&pid, _)) = tracked {
             return Ok(pid);
         }
@@ -265,7 +314,7 @@ impl Freeze<'_> {
     }
 }
 
-fn unreadable(space: Space, first: Extent, missing: &[Extent]) -> FrozenError {
+pub(super) fn unreadable(space: Space, first: Extent, missing: &[Extent]) -> FrozenError {
     FrozenError::Unreadable { space, start: first.start, pages: extents::pages(missing) }
 }
 

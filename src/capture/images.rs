@@ -42,7 +42,8 @@ pub(super) fn emit<E: From<io::Error>>(
         let name = entry.file_name().to_string_lossy().into_owned();
         // Shared memory's page maps and the like are made by the standby from the manifest.
         let of_pages = name.starts_with("pagemap-") || name.starts_with("pages-");
-        if entry.file_type()?.is_file() && name.ends_with(".img") && !of_pages {
+        let is_image = Path::new(&name).extension().is_some_and(|extension| extension == "img");
+        if entry.file_type()?.is_file() && is_image && !of_pages {
             names.push(name);
         }
     }

@@ -15,13 +15,20 @@
 //!   the standby nor read fails the epoch ([`CaptureError::Unreadable`]).
 //! - What a scan reports is marked stale in `Known` before anything else can fail; an epoch that fails leaves the
 //!   pages it sent unknown. So the next one sends them again.
+//! - With soft-dirty bits ([`Tracking::SoftDirty`]) CRIU lists and sends what was written, and its holes are pages that
+//!   were not; the next epoch after a failed one must be full ([`Capturer::needs_full`]).
+//! - The replicated directories are those of the freeze: what is sent of them before is put right by what is read in it.
 //! - A failed capture leaves the tree running: CRIU rolls back whenever we do not say yes.
 
 mod blame;
 mod engine;
+mod files;
 mod frozen;
 mod images;
 pub mod pace;
+mod tracking;
 
 pub use engine::{CaptureError, Captured, Capturer, Emit, Finish, Source};
+pub use files::FilesError;
 pub use images::{NOTE, Note};
+pub use tracking::{NoTracking, Tracking};

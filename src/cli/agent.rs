@@ -36,7 +36,8 @@ pub(super) fn main(args: Args) -> Outcome {
         .map_err(|error| Failure::new(ErrorCode::Failed, format!("{error:#}")))
 }
 
-fn settle(args: Args) -> Result<Config, crate::config::ConfigError> {
+/// The settings of the file and the flags.
+pub(super) fn settle(args: Args) -> Result<Config, crate::config::ConfigError> {
     let file = match args.config {
         Some(path) => Settings::read(&path)?,
         None if Path::new(DEFAULT_FILE).exists() => Settings::read(Path::new(DEFAULT_FILE))?,

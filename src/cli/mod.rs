@@ -86,7 +86,7 @@ type Outcome = Result<(), Failure>;
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.verb {
-        Verb::Doctor(args) => doctor::main(&args),
+        Verb::Doctor(args) => doctor::main(args),
         Verb::Agent(args) => agent::main(args),
         Verb::Pair(args) => pair::main(&cli.socket, &args),
         Verb::Run(args) => run::main(&cli.socket, args),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Failure, Outcome, client, parse_ms, print_json};
 use crate::{
-    agent::api::{ErrorCode, ProtectRequest, Source, UnprotectRequest, WorkloadStatus},
+    agent::api::{ErrorCode, ProtectRequest, Role, Source, UnprotectRequest, WorkloadStatus},
     model::Name,
     workload::spec::Vip,
 };
@@ -79,6 +79,11 @@ pub(super) fn unprotect(socket: &Path, args: &UnprotectArgs) -> Outcome {
     if args.json {
         return print_json(&status);
     }
-    println!("{} runs on, unprotected", status.name);
+    if status.role == Role::Unprotected {
+        println!("{} runs on, unprotected", status.name);
+    } else {
+        let peer = status.peer.as_deref().unwrap_or("its standby");
+        println!("{} runs on alone; it is protected again when {peer} is back", status.name);
+    }
     Ok(())
 }

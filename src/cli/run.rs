@@ -17,6 +17,10 @@ pub(super) struct Args {
     #[arg(long = "ip", value_name = "CIDR")]
     ips: Vec<Cidr>,
     /// Directory whose files belong to the workload and go with it; may be given several times
+    ///
+    /// The workload gets a copy of it, which every epoch brings to the standby. The copy is made when the name first
+    /// runs on this host: later runs find the files as they were left, and the directory itself is never changed.
+    /// File systems that are mounted in it are not part of it.
     #[arg(long = "path", value_name = "DIR")]
     paths: Vec<PathBuf>,
     /// Run as this user

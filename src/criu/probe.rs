@@ -50,9 +50,9 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Tries each. `install` is needed for a process of our own to try things on.
-    pub fn probe(install: &Install) -> io::Result<Self> {
-        let mut idle = Command::new(install.launcher())
+    /// Tries each. `launcher`, our own program, makes a process to try things on.
+    pub fn probe(launcher: &Path) -> io::Result<Self> {
+        let mut idle = Command::new(launcher)
             .args(["enter", "idle"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())

@@ -40,6 +40,6 @@ pub const PATH_LEN_MAX: usize = 4095;
 /// The deepest nesting of directories.
 pub const DEPTH_MAX: usize = 256;
 /// Extended attributes of one file.
-pub const XATTRS_MAX: usize = 256;
+pub const XATTRS_MAX: usize = 128;
 /// The longest value of an extended attribute (the kernel's limit).
 pub const XATTR_LEN_MAX: usize = 65_536;

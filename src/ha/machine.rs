@@ -211,6 +211,11 @@ impl Core {
         if self.guarded { Some(self.lease_end) } else { self.promote_at() }
     }
 
+    /// Whether protection is being ended, or suspended for an agent that stops.
+    pub fn is_ending(&self) -> bool {
+        self.ending.is_some() || self.stopping
+    }
+
     /// Whether the standby can run the workload if the primary vanishes: on the primary, as far as it has
     /// permitted it.
     pub fn armed(&self) -> bool {

@@ -226,6 +226,11 @@ impl Core {
             return self.reject("only the primary ends protection: ask the host that runs the workload");
         }
         self.asked = None;
+        if !self.armed() {
+            // The peer cannot promote from anything that it may hold, so it is told and not asked.
+            self.send(Message::Withdraw { term: self.record.term });
+            return self.disarm(self.newest_epoch(), true);
+        }
         self.end(now, Ending::Withdraw);
     }
 

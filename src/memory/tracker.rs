@@ -333,7 +333,9 @@ impl Tracker {
     }
 
     fn failed(&self, what: &'static str, source: io::Error) -> TrackError {
-        if sys::has_exited(self.pidfd.as_fd()) {
+        // One that is about to exit has no memory any more some time before its pidfd says so.
+        let memory_is_gone = source.raw_os_error() == Some(libc::ESRCH);
+        if memory_is_gone || sys::has_exited(self.pidfd.as_fd()) {
             TrackError::Gone(self.pid)
         } else {
             TrackError::Io { what, pid: self.pid, source }

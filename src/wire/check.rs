@@ -201,7 +201,7 @@ fn path(path: &[u8]) -> Result<(), Illegal> {
 }
 
 fn path_below_root(bytes: &[u8]) -> Result<(), Illegal> {
-    require(!bytes.is_empty(), || "the root of a tree cannot be removed, linked or written".into())?;
+    require(!bytes.is_empty(), || "the root of a tree cannot be linked or written".into())?;
     path(bytes)
 }
 
@@ -221,8 +221,8 @@ fn file(record: &FileRecord, body_len: usize) -> Result<(), Illegal> {
             require(fits, || format!("data at offset {offset} of a file"))?;
             (*tree, true)
         }
-        FileRecord::Remove { tree, path } => {
-            path_below_root(path)?;
+        FileRecord::Remove { tree, path: at } => {
+            path(at)?;
             (*tree, false)
         }
     };

@@ -134,7 +134,7 @@ pub enum FileRecord {
         /// Offset of the body in the file.
         offset: u64,
     },
-    /// The entry, and everything below it, is gone.
+    /// The entry, and everything below it, is gone; a tree's root stays, empty.
     Remove {
         /// Which tree.
         tree: u32,

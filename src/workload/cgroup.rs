@@ -203,7 +203,7 @@ pub(super) fn of_process(pid: u32) -> Result<PathBuf, CgroupError> {
 }
 
 /// Where cgroup v2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid host.
-pub(super) fn v2_root() -> Result<PathBuf, CgroupError> {
+pub fn v2_root() -> Result<PathBuf, CgroupError> {
     let path = Path::new("/proc/self/mountinfo");
     let text = fs::read_to_string(path).map_err(file_error("read", path))?;
     v2_mount(&text).ok_or(CgroupError::NoV2)

@@ -102,7 +102,8 @@ pub struct SandboxSpec {
     pub name: Name,
     /// Its network.
     pub net: Net,
-    /// Directories whose files belong to the workload and are replicated with each epoch.
+    /// Directories whose files belong to the workload and are replicated with each epoch. What it sees there is a copy
+    /// that is its own: of what the directory held when it first ran.
     pub paths: Vec<PathBuf>,
     /// Host name inside (its own uts namespace); the workload's name unless said otherwise.
     pub hostname: String,

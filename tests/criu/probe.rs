@@ -1,5 +1,7 @@
 //! What the doctor asks.
 
+use std::path::Path;
+
 use standin::criu::probe::{Kernel, round_trip};
 
 use crate::common::install;
@@ -13,7 +15,7 @@ fn a_process_with_a_tcp_connection_goes_round() {
 
 #[test]
 fn the_kernel_is_probed() {
-    let kernel = Kernel::probe(&install()).unwrap();
+    let kernel = Kernel::probe(Path::new(env!("CARGO_BIN_EXE_standin"))).unwrap();
     eprintln!("{kernel:?}");
     assert!(kernel.ptrace && kernel.pidfd_getfd);
 }

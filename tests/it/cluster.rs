@@ -137,10 +137,18 @@ impl Cluster {
 
     /// Starts a redis on A with some keys.
     pub(crate) fn run_redis(&self) {
+        self.run_redis_with(&[], &[]);
+    }
+
+    /// The same, with more flags for `standin run` and for redis.
+    pub(crate) fn run_redis_with(&self, flags: &[&str], redis_flags: &[&str]) {
         let ip = format!("{VIP}/24");
         let redis = ["redis-server", "--save", "", "--protected-mode", "no", "--enable-debug-command", "yes"];
-        let mut args = vec!["run", "redis", "--ip", &ip, "--"];
+        let mut args = vec!["run", "redis", "--ip", &ip];
+        args.extend(flags);
+        args.push("--");
         args.extend(redis);
+        args.extend(redis_flags);
         self.standin(Host::A, &args);
         let cli = ["redis-cli", "-h", VIP, "debug", "populate", "20000", "key", "100"];
         wait_for("redis to answer", || self.lab.on(Host::A, &cli).stdout.starts_with(b"OK"));

@@ -61,5 +61,5 @@ fn a_handoff_to_the_wrong_peer_is_refused() {
     assert!(text.contains("its standby is b"), "{text}");
     let (code, text) = cluster.refused(Host::B, &["handoff", "redis"]);
     assert_eq!(code, 4);
-    assert!(text.contains("a"), "{text}");
+    assert!(text.contains("ask the agent on a"), "{text}");
 }

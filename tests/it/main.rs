@@ -5,5 +5,6 @@ mod failover;
 mod handoff;
 mod lab;
 mod lab_itself;
+mod paths;
 mod redis;
 mod refusals;

@@ -1,6 +1,7 @@
 //! A redis client that speaks from inside the lab's client host and writes down what it was told.
 
 use std::{
+    fmt::Write as _,
     fs::File,
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpStream},
@@ -38,7 +39,7 @@ impl Redis {
     pub(crate) fn call(&mut self, words: &[&str]) -> io::Result<String> {
         let mut request = format!("*{}\r\n", words.len());
         for word in words {
-            request += &format!("${}\r\n{word}\r\n", word.len());
+            write!(request, "${}\r\n{word}\r\n", word.len()).map_err(io::Error::other)?;
         }
         self.stream.get_mut().write_all(request.as_bytes())?;
         let mut line = String::new();

@@ -2,7 +2,6 @@
 //! was built from nothing but the tracker's passes and reads. Needs root and kernel 6.7 or newer.
 
 mod attach;
-mod cost;
 mod replica;
 mod target;
 mod tracking;

@@ -4,5 +4,4 @@ mod criu;
 mod epochs;
 mod full;
 mod kill;
-mod measure;
 mod ready;

@@ -65,7 +65,6 @@ fn place(host: &Netns, name: &str, path: &Path) -> (Place, Sandbox, Addresses) {
 }
 
 #[test]
-#[ignore = "needs redis and a CRIU 4.2 at /opt/standin/criu or $STANDIN_CRIU"]
 fn a_connection_outlives_the_move_from_one_sandbox_to_another() {
     let mut lan = Lan::new();
     let (a, b) = (lan.plug(&["10.77.0.1/24"]), lan.plug(&["10.77.0.2/24"]));

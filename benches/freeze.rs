@@ -1,0 +1,362 @@
+//! How long a workload is frozen for an epoch: CRIU alone, CRIU into a page server, and Standin, side by side.
+//!
+//! `cargo bench --bench freeze -- [--json FILE] [--quick]`, as root.
+//!
+//! Each method has a process of its own, all alike, in a sandbox of its own. In every round each process in turn writes
+//! some scattered pages and is then captured, so that whatever else the machine does meets all of them.
+//!
+//! | method | what it does in the freeze |
+//! |---|---|
+//! | criu-full | `criu dump --leave-running` into a tmpfs |
+//! | criu-page-server | the same, with the pages sent to a socket and dropped there |
+//! | standin | an incremental epoch, as the agent captures it; its frames are dropped |
+//!
+//! Frozen time is CRIU's own figure in all three, `freezing_time + frozen_time` of its statistics: from the first task
+//! stopped to the last task running again.
+
+use std::{
+    error::Error,
+    fs::{self, File},
+    io,
+    os::{fd::AsFd, unix::fs::FileExt},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use memmap2::MmapMut;
+use nix::{
+    sys::signal::{SigSet, Signal, kill},
+    unistd::Pid,
+};
+use standin::{
+    capture::{Capturer, Finish, Source, Tracking},
+    criu::{
+        Install,
+        bridge::Bridge,
+        page_server::{self, Handler},
+        probe::Kernel,
+        spawn::{Place, Spawn},
+        stats,
+        swrk::{DumpOptions, Swrk},
+    },
+    model::{Epoch, EpochId, Extent, Name, PAGE_SIZE, Space, Term},
+    wire::message::FrameHead,
+    workload::{
+        control::{Command, User},
+        sandbox::{Options, Sandbox},
+        spec::{Net, SandboxSpec},
+    },
+};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_standin");
+const RSS_MB: [u64; 2] = [16, 256];
+const DIRTY_PAGES: [u64; 2] = [250, 2500];
+const EPOCHS: usize = 40;
+const EPOCHS_QUICK: usize = 5;
+/// The first epoch of a process is a full one, and the caches of the second are cold.
+const WARM_UP: usize = 2;
+const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Method {
+    CriuFull,
+    CriuPageServer,
+    Standin,
+}
+
+const METHODS: [Method; 3] = [Method::CriuFull, Method::CriuPageServer, Method::Standin];
+
+impl Method {
+    fn name(self) -> &'static str {
+        match self {
+            Self::CriuFull => "criu-full",
+            Self::CriuPageServer => "criu-page-server",
+            Self::Standin => "standin",
+        }
+    }
+}
+
+#[derive(serde::Serialize)]
+struct Row {
+    rss_mb: u64,
+    dirty_pages: u64,
+    method: &'static str,
+    frozen_ms_p50: f64,
+    frozen_ms_p99: f64,
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let ["write", counter, rss_mb, dirty_pages] = args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        return write_pages(Path::new(counter), rss_mb.parse()?, dirty_pages.parse()?);
+    }
+    let (mut json, mut epochs) = (None, EPOCHS);
+    let mut rest = args.into_iter();
+    while let Some(arg) = rest.next() {
+        match arg.as_str() {
+            "--json" => json = Some(PathBuf::from(rest.next().ok_or("--json needs a file")?)),
+            "--quick" => epochs = EPOCHS_QUICK,
+            // Cargo's own.
+            "--bench" => {}
+            other => {
+                return Err(format!("{other}: what is it? usage: freeze [--json FILE] [--quick]").into());
+            }
+        }
+    }
+    let mut rows = Vec::new();
+    println!("{epochs} epochs each, frozen time in ms");
+    println!("{:>6} {:>6}  {:<17} {:>8} {:>8}  of criu-full", "rss MB", "dirty", "method", "p50", "p99");
+    for rss_mb in RSS_MB {
+        for dirty_pages in DIRTY_PAGES {
+            let measured = measure(rss_mb, dirty_pages, epochs)?;
+            for row in &measured {
+                println!(
+                    "{rss_mb:>6} {dirty_pages:>6}  {:<17} {:>8.1} {:>8.1}  {:>10.2}",
+                    row.method,
+                    row.frozen_ms_p50,
+                    row.frozen_ms_p99,
+                    row.frozen_ms_p50 / measured[0].frozen_ms_p50
+                );
+            }
+            rows.extend(measured);
+        }
+    }
+    if let Some(path) = json {
+        fs::write(path, serde_json::to_vec_pretty(&rows)?)?;
+    }
+    Ok(())
+}
+
+fn measure(rss_mb: u64, dirty_pages: u64, epochs: usize) -> Result<Vec<Row>> {
+    let mut subjects = Vec::new();
+    for method in METHODS {
+        subjects.push((Subject::start(method, rss_mb, dirty_pages)?, Vec::new()));
+    }
+    for round in 0..WARM_UP + epochs {
+        for (subject, frozen_us) in &mut subjects {
+            subject.write()?;
+            let us = subject.capture()?;
+            if round >= WARM_UP {
+                frozen_us.push(us);
+            }
+        }
+    }
+    let row = |(subject, mut frozen_us): (Subject, Vec<u64>)| {
+        frozen_us.sort_unstable();
+        Row {
+            rss_mb,
+            dirty_pages,
+            method: subject.method.name(),
+            frozen_ms_p50: percentile_ms(&frozen_us, 50),
+            frozen_ms_p99: percentile_ms(&frozen_us, 99),
+        }
+    };
+    Ok(subjects.into_iter().map(row).collect())
+}
+
+/// Nearest rank.
+fn percentile_ms(sorted_us: &[u64], percent: usize) -> f64 {
+    let rank = (sorted_us.len() * percent).div_ceil(100).max(1);
+    sorted_us[rank - 1] as f64 / 1000.0
+}
+
+/// A process in its sandbox, and what captures it.
+struct Subject {
+    method: Method,
+    sandbox: Sandbox,
+    install: Install,
+    capturer: Option<Capturer>,
+    epochs: u64,
+    pids: (u32, u32),
+    counter: PathBuf,
+    name: Name,
+    dir: tempfile::TempDir,
+    ram: tempfile::TempDir,
+}
+
+impl Subject {
+    fn start(method: Method, rss_mb: u64, dirty_pages: u64) -> Result<Self> {
+        let (dir, ram) = (tempfile::tempdir()?, tempfile::tempdir_in("/dev/shm")?);
+        let name: Name = format!("freeze-{}-{}", std::process::id(), method.name()).parse()?;
+        let spec = SandboxSpec {
+            name: name.clone(),
+            net: Net::Host,
+            paths: Vec::new(),
+            hostname: "freeze".to_owned(),
+        };
+        let options = Options {
+            program: PROGRAM.into(),
+            run_dir: dir.path().join("run"),
+            data_dir: dir.path().join("data"),
+            log: dir.path().join("log"),
+            log_bytes_max: 1 << 20,
+        };
+        let sandbox = Sandbox::create(&spec, &options)?;
+        let counter = dir.path().join("counter");
+        let install = Install::find(None)?.with_launcher(PROGRAM.into());
+        let mut subject = Self {
+            method,
+            sandbox,
+            install,
+            capturer: None,
+            epochs: 0,
+            pids: (0, 0),
+            counter,
+            name,
+            dir,
+            ram,
+        };
+        let argv = [
+            std::env::current_exe()?.display().to_string(),
+            "write".to_owned(),
+            subject.counter.display().to_string(),
+            rss_mb.to_string(),
+            dirty_pages.to_string(),
+        ];
+        subject.sandbox.start(&Command {
+            argv: argv.to_vec(),
+            env: Vec::new(),
+            cwd: "/".into(),
+            user: User::default(),
+        })?;
+        subject.await_count(1)?;
+        subject.pids = subject.sandbox.workload_pid()?.ok_or("the writer has ended")?;
+        if method == Method::Standin {
+            subject.capturer = Some(Capturer::new(subject.source()?)?);
+        }
+        Ok(subject)
+    }
+
+    fn source(&self) -> Result<Source> {
+        Ok(Source {
+            root: self.pids.0 as i32,
+            root_inside: self.pids.1,
+            init: Some(self.sandbox.keeper().pidfd()?),
+            bridge: Bridge::new(self.ram.path(), self.install.version)?,
+            tracking: Tracking::choose(&Kernel::probe(Path::new(PROGRAM))?)?,
+            install: self.install.clone(),
+            work: self.ram.path().join("dump"),
+            log_pipes: self.sandbox.log_pipes()?,
+            trees: Vec::new(),
+        })
+    }
+
+    fn count(&self) -> u64 {
+        let bytes = fs::read(&self.counter).unwrap_or_default();
+        bytes.try_into().map_or(0, u64::from_le_bytes)
+    }
+
+    fn await_count(&self, count: u64) -> Result<()> {
+        let until = Instant::now() + WRITE_TIMEOUT;
+        while self.count() < count {
+            if Instant::now() > until {
+                return Err("the process to be captured does not write".into());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Has the process write its pages once.
+    fn write(&self) -> Result<()> {
+        let count = self.count();
+        kill(Pid::from_raw(self.pids.0 as i32), Signal::SIGUSR1)?;
+        self.await_count(count + 1)
+    }
+
+    /// Captures it; the frozen time in microseconds.
+    fn capture(&mut self) -> Result<u64> {
+        self.epochs += 1;
+        let Some(capturer) = &mut self.capturer else { return self.dump() };
+        let id = |epoch| EpochId { term: Term(1), epoch: Epoch(epoch) };
+        let base = (self.epochs > 1).then(|| id(self.epochs - 1));
+        let head = FrameHead::Begin { name: self.name.clone(), id: id(self.epochs), base };
+        let captured = capturer.capture(head, Finish::Continue, &mut |_, _| Ok(()))?;
+        capturer.committed();
+        capturer.spawn_ahead()?;
+        Ok(captured.figures.frozen_us)
+    }
+
+    fn dump(&self) -> Result<u64> {
+        let images = self.ram.path().join("images");
+        fs::create_dir(&images)?;
+        let opened = File::open(&images)?;
+        let init = self.sandbox.keeper().pidfd()?;
+        let place = Place::Inside { init: init.as_fd(), cgroup: false };
+        let page_server = self.method == Method::CriuPageServer;
+        let spawn = Spawn { place, page_server, ..Spawn::new(opened.as_fd()) };
+        let mut criu = Swrk::spawn(&self.install, &spawn)?;
+        let (socket, version) = (criu.take_page_server(), criu.version());
+        let options = DumpOptions::new(self.pids.1);
+        std::thread::scope(|scope| {
+            if let Some(socket) = &socket {
+                // What goes wrong there CRIU reports.
+                scope.spawn(move || drop(page_server::serve(socket, version, &mut Discard)));
+            }
+            criu.dump(&options, &mut |_| true)
+        })?;
+        let (freezing_us, frozen_us) = stats::frozen(&images)?;
+        fs::remove_dir_all(&images)?;
+        Ok(freezing_us + frozen_us)
+    }
+}
+
+impl Drop for Subject {
+    fn drop(&mut self) {
+        if let Err(error) = Sandbox::destroy(&self.dir.path().join("run"), &self.name) {
+            eprintln!("the sandbox {} could not be removed: {error}", self.name);
+        }
+    }
+}
+
+/// A page server that keeps nothing.
+struct Discard;
+
+impl Handler for Discard {
+    fn opened(&mut self, _: Space) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn hole(&mut self, _: Space, _: Extent) -> io::Result<()> {
+        Err(io::Error::other("a hole in a full dump"))
+    }
+
+    fn pages(&mut self, _: Space, _: Extent, _: bool, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn close(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The process that is captured: with each SIGUSR1 it writes to `dirty_pages` pages all over its memory, and counts in a
+/// file how often it did.
+fn write_pages(counter: &Path, rss_mb: u64, dirty_pages: u64) -> Result<()> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGUSR1);
+    signals.thread_block()?;
+    let pages = rss_mb * (1 << 20) / PAGE_SIZE;
+    assert!(pages.is_power_of_two() && dirty_pages <= pages);
+    let mut memory = MmapMut::map_anon((pages * PAGE_SIZE) as usize)?;
+    let (mut random, mut next) = (0x9e37_79b9_7f4a_7c15_u64, 0_u64);
+    let mut write = |page: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let at = (page * PAGE_SIZE) as usize + (random >> 55) as usize * 8;
+        memory[at..at + 8].copy_from_slice(&(random | 1).to_le_bytes());
+    };
+    (0..pages).for_each(&mut write);
+    let file = File::create(counter)?;
+    for count in 1_u64.. {
+        file.write_all_at(&count.to_le_bytes(), 0)?;
+        signals.wait()?;
+        for _ in 0..dirty_pages {
+            // An odd factor visits every page of a power of two before any for the second time.
+            next += 1;
+            write(next.wrapping_mul(2_654_435_761) % pages);
+        }
+    }
+    Ok(())
+}

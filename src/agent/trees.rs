@@ -1,0 +1,145 @@
+//! The files of a workload's declared paths: the directories that its sandbox shows in their place on this host.
+//!
+//! ```text
+//!   the declared directory ──seed, at the first `run`──► paths/0 ◄──apply, while this host is the standby── epochs
+//! ```
+//!
+//! Invariants: what a declared directory held before is copied, never changed, and shows again when the workload's
+//! files are gone; files that a workload has left here are never overwritten by a copy of it; a copy that did not come
+//! to its end is made anew.
+
+use std::{
+    collections::HashSet,
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use super::durable::Place;
+use crate::{
+    files::{Phase, Receiver, Scanner},
+    store::FileChanges,
+    wire::check::TREES_MAX,
+    workload::spec::SandboxSpec,
+};
+
+/// Where the files of each declared path are, in their order.
+pub(super) fn of(place: &Place, spec: &SandboxSpec) -> Vec<PathBuf> {
+    (0..spec.paths.len()).map(|tree| place.data().join(tree.to_string())).collect()
+}
+
+/// Brings the standby's copy to an epoch; the records may be those of an epoch that was applied before.
+pub(super) fn apply(place: &Place, changes: &FileChanges<'_>) -> io::Result<()> {
+    let trees = of(place, &place.read()?.spec.sandbox);
+    for tree in &trees {
+        DirBuilder::new().recursive(true).mode(0o700).create(tree)?;
+    }
+    if changes.full {
+        // These are a workload's files from now on.
+        trees.iter().try_for_each(|tree| unmark(tree))?;
+    }
+    // The first records of trees that are sent whole empty them.
+    let mut receiver = Receiver::open(&trees).map_err(io::Error::other)?;
+    changes.for_each(|record, body| receiver.apply(record, body).map_err(io::Error::other))?;
+    receiver.finish().map_err(io::Error::other)
+}
+
+/// Declared paths of which no workload has left files here, to be seeded once their sandbox is there.
+pub(super) struct Seeds {
+    /// From, to.
+    copies: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Seeds {
+    /// Finds them, and remembers on disk that they are not seeded yet. Before the sandbox makes its directories.
+    pub(super) fn find(place: &Place, spec: &SandboxSpec) -> io::Result<Self> {
+        let mut copies = Vec::new();
+        for (path, tree) in spec.paths.iter().zip(of(place, spec)).take(TREES_MAX) {
+            let mark = mark_of(&tree);
+            if !tree.exists() {
+                DirBuilder::new().recursive(true).mode(0o700).create(place.data())?;
+                File::create(&mark)?;
+            }
+            if mark.exists() {
+                copies.push((path.clone(), tree));
+            }
+        }
+        Ok(Self { copies })
+    }
+
+    /// Copies what the declared directories hold on this host.
+    pub(super) fn sow(&self) -> io::Result<()> {
+        self.copies.iter().try_for_each(|(path, tree)| copy(path, tree))
+    }
+
+    /// The workload runs: these are its files.
+    pub(super) fn keep(self) -> io::Result<()> {
+        self.copies.iter().try_for_each(|(_, tree)| unmark(tree))
+    }
+}
+
+/// Makes a tree what a directory is; what was there before goes.
+fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    let mut receiver = Receiver::open(&[to.to_owned()]).map_err(io::Error::other)?;
+    let mut applied = Ok(());
+    Scanner::new(vec![from.to_owned()])
+        .scan(Phase::Frozen, &HashSet::new(), &mut |record, body| {
+            if applied.is_ok() {
+                applied = receiver.apply(&record, body);
+            }
+        })
+        .map_err(io::Error::other)?;
+    applied.and_then(|()| receiver.finish()).map_err(io::Error::other)
+}
+
+/// Beside a tree: it is not, or not wholly, seeded.
+fn mark_of(tree: &Path) -> PathBuf {
+    tree.with_extension("unseeded")
+}
+
+fn unmark(tree: &Path) -> io::Result<()> {
+    match fs::remove_file(mark_of(tree)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workload::spec::Net;
+
+    #[test]
+    fn files_of_a_workload_are_seeded_once_and_kept() {
+        let dir = tempfile::TempDir::new().expect("a directory");
+        let declared = dir.path().join("declared");
+        fs::create_dir(&declared).expect("made");
+        fs::write(declared.join("file"), "before").expect("written");
+        let name = "web".parse().expect("a name");
+        let place = Place::of(dir.path(), &name);
+        let spec =
+            SandboxSpec { name, net: Net::Host, paths: vec![declared.clone()], hostname: "web".into() };
+        let tree = of(&place, &spec).remove(0);
+
+        // Twice without a workload that came to run: seeded anew.
+        for content in ["before", "changed"] {
+            fs::write(declared.join("file"), content).expect("written");
+            let seeds = Seeds::find(&place, &spec).expect("found");
+            DirBuilder::new().recursive(true).create(&tree).expect("as the sandbox does");
+            fs::write(tree.join("left"), "by a copy that was cut off").expect("written");
+            seeds.sow().expect("copied");
+            assert_eq!(fs::read_to_string(tree.join("file")).expect("there"), content);
+            assert!(!tree.join("left").exists());
+            if content == "changed" {
+                seeds.keep().expect("kept");
+            }
+        }
+
+        fs::write(tree.join("file"), "the workload's").expect("written");
+        let seeds = Seeds::find(&place, &spec).expect("found");
+        seeds.sow().expect("nothing to copy");
+        assert_eq!(fs::read_to_string(tree.join("file")).expect("there"), "the workload's");
+        assert_eq!(fs::read_to_string(declared.join("file")).expect("there"), "changed");
+    }
+}

@@ -1,0 +1,189 @@
+//! The workload's replicated directories in an epoch: compared and sent while it runs, put right in the freeze.
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use super::engine::{CaptureError, Emit};
+use crate::{
+    files::{FileId, Phase, ScanError, Scanner},
+    memory::{self, TreeError},
+    wire::message::{FileRecord, FrameHead},
+};
+
+/// Content that changed during a round: from here on another one before the freeze is worth it.
+const ROUND_BYTES_MIN: u64 = 8 << 20;
+/// Most rounds of one epoch; files that change faster than they are sent are taken in the freeze all the same.
+const ROUNDS_MAX: u32 = 4;
+/// Most that the freeze may hold in memory until it can be sent.
+const FROZEN_BYTES_MAX: u64 = 256 << 20;
+/// What a record takes beside its path and its body, about.
+const RECORD_BYTES: u64 = 256;
+
+/// A change and its body.
+pub(super) type Change = (FileRecord, Vec<u8>);
+
+/// Why the directories could not be read. The epoch fails and the tree runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum FilesError {
+    /// Comparing failed.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    /// The tasks that may have mapped files could not be listed.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// A task's mappings could not be read.
+    #[error("the files that process {pid} has mapped cannot be told: {path}: {source}")]
+    Mapped {
+        /// Which, on the host.
+        pid: i32,
+        /// What was read.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Too much for one freeze.
+    #[error(
+        "more than {} MiB changed in the replicated directories since they were sent ahead; lower the load, or name \
+         smaller directories with --path",
+        FROZEN_BYTES_MAX >> 20
+    )]
+    TooMuch,
+}
+
+/// The replicated directories of one workload, and what the standby has of them.
+#[derive(Debug)]
+pub(super) struct Files {
+    root: i32,
+    scanner: Scanner,
+    /// What was mapped at the last look: it may have been written to and unmapped since.
+    mapped: HashSet<FileId>,
+}
+
+impl Files {
+    /// None without directories, so that these cost nothing.
+    pub(super) fn new(root: i32, trees: &[PathBuf]) -> Option<Self> {
+        (!trees.is_empty()).then(|| Self {
+            root,
+            scanner: Scanner::new(trees.to_vec()),
+            mapped: HashSet::new(),
+        })
+    }
+
+    /// The standby may have anything: all is sent anew.
+    pub(super) fn reset(&mut self) {
+        self.scanner.reset();
+    }
+
+    /// Sends what has changed, while the tree runs: what is left for the freeze is little.
+    pub(super) fn send_ahead(&mut self, emit: &mut Emit<'_>) -> Result<(), CaptureError> {
+        let mut before = u64::MAX;
+        for _ in 0..ROUNDS_MAX {
+            let mapped = self.look_at_mappings()?;
+            let mut sent = Ok(());
+            let scanned = self.scanner.scan(Phase::Running, &mapped, &mut |record, body| {
+                if sent.is_ok() {
+                    sent = emit(FrameHead::File(record), body.to_vec());
+                }
+            });
+            sent?;
+            let changed = scanned.map_err(FilesError::from)?.data_bytes;
+            // Not worth a round, or rounds do not help any more.
+            if changed < ROUND_BYTES_MIN || changed > before / 2 {
+                break;
+            }
+            before = changed;
+        }
+        Ok(())
+    }
+
+    /// What has changed since, of the frozen tree: to be sent after the thaw.
+    pub(super) fn frozen(&mut self) -> Result<Vec<Change>, FilesError> {
+        let mapped = self.look_at_mappings()?;
+        let mut changes = Vec::new();
+        let mut bytes = 0;
+        self.scanner.scan(Phase::Frozen, &mapped, &mut |record, body| {
+            bytes += RECORD_BYTES + path_of(&record).len() as u64 + body.len() as u64;
+            if bytes <= FROZEN_BYTES_MAX {
+                changes.push((record, body.to_vec()));
+            }
+        })?;
+        if bytes <= FROZEN_BYTES_MAX { Ok(changes) } else { Err(FilesError::TooMuch) }
+    }
+
+    /// The files that some task maps shared and writable, or did at the look before.
+    fn look_at_mappings(&mut self) -> Result<HashSet<FileId>, FilesError> {
+        let mut now = HashSet::new();
+        for task in memory::tasks_of(self.root)? {
+            mapped_by(task.pid, &mut now)?;
+        }
+        let before = std::mem::replace(&mut self.mapped, now);
+        Ok(self.mapped.union(&before).copied().collect())
+    }
+}
+
+fn path_of(record: &FileRecord) -> &[u8] {
+    match record {
+        FileRecord::Entry { path, .. } | FileRecord::Data { path, .. } | FileRecord::Remove { path, .. } => {
+            path
+        }
+    }
+}
+
+/// Adds the files behind a task's shared writable mappings.
+fn mapped_by(pid: i32, files: &mut HashSet<FileId>) -> Result<(), FilesError> {
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| FilesError::Mapped { pid, path, source }
+    };
+    let dir = PathBuf::from(format!("/proc/{pid}"));
+    let maps = dir.join("maps");
+    let Some(text) = unless_gone(fs::read(&maps)).map_err(failed(&maps))? else { return Ok(()) };
+    for line in text.split(|byte| *byte == b'\n') {
+        let Some(range) = shared_writable(line) else { continue };
+        // What `maps` calls the device is not what `stat` does on every file system (btrfs, overlays).
+        let link = dir.join("map_files").join(range);
+        // Gone: the task runs, or it was CRIU's own in a frozen one.
+        if let Some(meta) = unless_gone(fs::metadata(&link)).map_err(failed(&link))? {
+            files.insert((meta.dev(), meta.ino()));
+        }
+    }
+    Ok(())
+}
+
+/// The range of a line of `/proc/PID/maps`, as `map_files` names it, if it is of a file and shared and writable.
+fn shared_writable(line: &[u8]) -> Option<&str> {
+    // The path may hold any byte: only the first five fields are text.
+    let mut fields = line.splitn(6, |byte| *byte == b' ');
+    let range = std::str::from_utf8(fields.next()?).ok()?;
+    let shared = matches!(fields.next()?, [_, b'w', _, b's']);
+    let of_a_file = fields.nth(2)? != b"0";
+    (shared && of_a_file).then_some(range)
+}
+
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_shared_writable_mappings_of_files_count() {
+        let range = |line: &str| shared_writable(line.as_bytes()).map(str::to_owned);
+        let file = "7f00-7f01 rw-s 00000000 00:2b 77    /srv/a file with spaces";
+        assert_eq!(range(file).as_deref(), Some("7f00-7f01"));
+        assert_eq!(range("7f00-7f01 r--s 00000000 00:2b 77    /srv/a"), None);
+        assert_eq!(range("7f00-7f01 rw-p 00000000 00:2b 77    /srv/a"), None);
+        assert_eq!(range("7f00-7f01 rw-s 00000000 00:00 0"), None);
+        assert_eq!(range(""), None);
+    }
+}

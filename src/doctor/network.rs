@@ -1,0 +1,116 @@
+//! Sandboxes' networks, tried in a network namespace of the doctor's own, and the agent's port.
+
+use std::{
+    io::{self, ErrorKind},
+    net::{SocketAddr, UdpSocket},
+    os::unix::net::UnixStream,
+    process::{Command, Stdio},
+};
+
+use nix::sched::{CloneFlags, unshare};
+
+use super::{Check, Group};
+use crate::{config::Config, workload::network::enable_forwarding};
+
+/// The ends of the pair that is tried.
+const DEVICES: [&str; 2] = ["sd-doctor0", "sd-doctor1"];
+const TABLE: &str = "standin_doctor";
+
+/// Moves the calling thread into a network namespace of its own, behind the check of the port.
+pub(super) fn check(config: &Config) -> Vec<Check> {
+    let port = port(config);
+    if let Err(errno) = unshare(CloneFlags::CLONE_NEWNET) {
+        let found = format!("a network namespace cannot be made: {errno}");
+        let remedy = "run it as root of the host (CAP_SYS_ADMIN), with CONFIG_NET_NS in the kernel";
+        return vec![Check::fail(Group::Network, "network-namespace", found, remedy), port];
+    }
+    let mut checks = vec![Check::ok(Group::Network, "network-namespace", "works")];
+    checks.extend(devices());
+    checks.extend([nft(), port]);
+    checks
+}
+
+fn devices() -> Vec<Check> {
+    let version = match run("ip", &["-V"]) {
+        Ok(version) => version,
+        Err(reason) => {
+            let remedy = "`apt install iproute2`: the agent makes the sandboxes' networks with it";
+            return vec![Check::fail(Group::Network, "iproute2", reason, remedy)];
+        }
+    };
+    let mut checks = vec![Check::ok(Group::Network, "iproute2", version)];
+    let add = ["link", "add", DEVICES[0], "type", "veth", "peer", "name", DEVICES[1]];
+    if let Err(reason) = run("ip", &add) {
+        let remedy = "sandboxes hang on a veth pair: grant CAP_NET_ADMIN, and `modprobe veth`";
+        checks.push(Check::fail(Group::Network, "veth", reason, remedy));
+        return checks;
+    }
+    checks.push(Check::ok(Group::Network, "veth", "a pair can be made"));
+    checks.push(match enable_forwarding(DEVICES[0], false) {
+        Ok(()) => Check::ok(Group::Network, "forwarding", "can be switched on for a device"),
+        Err(error) => {
+            let remedy =
+                "mount /proc/sys writable for the agent: sandboxes reach the network through the host";
+            Check::fail(Group::Network, "forwarding", error.to_string(), remedy)
+        }
+    });
+    checks
+}
+
+/// Nothing that the agent does needs it.
+fn nft() -> Check {
+    match run("nft", &["add", "table", "inet", TABLE]) {
+        Ok(_) => Check::ok(Group::Network, "nftables", "a table can be made"),
+        Err(reason) => {
+            let remedy = "`apt install nftables`, with CONFIG_NF_TABLES in the kernel, if you filter or fence \
+                          with it; protection works without it";
+            Check::warn(Group::Network, "nftables", reason, remedy)
+        }
+    }
+}
+
+fn port(config: &Config) -> Check {
+    const ID: &str = "udp-port";
+    let listen = config.listen;
+    match UdpSocket::bind(listen) {
+        Ok(_) => Check::ok(Group::Network, ID, format!("{listen} is free")),
+        Err(error) if error.kind() == ErrorKind::AddrInUse => {
+            if UnixStream::connect(config.control_socket()).is_ok() {
+                return Check::ok(Group::Network, ID, format!("{listen} is in use, and an agent runs"));
+            }
+            let found =
+                format!("{listen} is in use, and no agent answers on {}", config.control_socket().display());
+            let remedy = format!(
+                "see who has it with `ss -ulpn 'sport = :{}'`, or set `listen` to another",
+                listen.port()
+            );
+            Check::fail(Group::Network, ID, found, remedy)
+        }
+        Err(error) => Check::fail(
+            Group::Network,
+            ID,
+            cannot_bind(listen, &error),
+            "set `listen` to an address of this host",
+        ),
+    }
+}
+
+fn cannot_bind(listen: SocketAddr, error: &io::Error) -> String {
+    format!("{listen} cannot be bound: {error}")
+}
+
+/// Runs a program to its end; what it says first, on standard output if all went well.
+fn run(program: &str, args: &[&str]) -> Result<String, String> {
+    let output = Command::new(program).args(args).stdin(Stdio::null()).output();
+    let output = output.map_err(|error| match error.kind() {
+        ErrorKind::NotFound => format!("there is no `{program}` in PATH"),
+        _ => format!("`{program}` cannot be run: {error}"),
+    })?;
+    let said = if output.status.success() { &output.stdout } else { &output.stderr };
+    let said = String::from_utf8_lossy(said);
+    let said = said.lines().next().unwrap_or_default().trim();
+    if output.status.success() {
+        return Ok(said.to_owned());
+    }
+    Err(format!("`{program} {}`: {said} ({})", args.join(" "), output.status))
+}

@@ -1,0 +1,105 @@
+//! Epochs that fail: the tree runs on, and the next epoch is right.
+
+use std::{fs, io};
+
+use standin::capture::{CaptureError, Finish, Tracking};
+
+use crate::{
+    host::{Primary, await_true},
+    sys, workload,
+};
+
+#[test]
+fn after_an_epoch_that_could_not_be_sent_the_next_is_right() {
+    let mut primary = Primary::start("churn", Tracking::WriteProtect);
+    // Before anything is held, too.
+    for frames in [0, 1, 3] {
+        fail_after(&mut primary, frames);
+    }
+    primary.true_epoch(false);
+    for frames in [0, 1, 2, 4, 7, 12] {
+        fail_after(&mut primary, frames);
+        primary.true_epoch(false);
+    }
+    fail_after(&mut primary, 2);
+    fail_after(&mut primary, 9);
+    primary.true_epoch(false);
+}
+
+fn fail_after(primary: &mut Primary, frames: usize) {
+    let mut sent = 0;
+    let error = primary.failing(&mut |_, _| {
+        sent += 1;
+        if sent > frames { Err(io::Error::other("the link is gone")) } else { Ok(()) }
+    });
+    assert!(matches!(error, CaptureError::Io(_)), "{error}");
+}
+
+#[test]
+fn after_a_page_server_that_failed_the_next_epoch_is_right() {
+    let mut primary = Primary::start("churn", Tracking::WriteProtect);
+    primary.true_epoch(false);
+    for _ in 0..3 {
+        let error = primary.failing(&mut |_, _| {
+            sys::shut_streams();
+            Ok(())
+        });
+        assert!(matches!(error, CaptureError::Criu(_)), "{error}");
+        primary.true_epoch(false);
+    }
+}
+
+#[test]
+fn a_tree_that_criu_refuses_runs_on_and_the_reason_is_named() {
+    let mut primary = Primary::start("churn", Tracking::WriteProtect);
+    primary.true_epoch(false);
+    let mark = primary.home.dir.path().join(workload::REFUSED);
+    for _ in 0..2 {
+        fs::write(&mark, "").unwrap();
+        await_true("the descriptor", || primary.home.log().trim_end().contains("refused true"));
+        let error = primary.failing(&mut |_, _| Ok(())).to_string();
+        assert!(error.contains("userfaultfd"), "{error}");
+        fs::remove_file(&mark).unwrap();
+        let ticks = primary.home.ticks();
+        primary.home.await_ticks(ticks + 8);
+        primary.true_epoch(false);
+    }
+}
+
+#[test]
+fn a_handoff_that_is_called_off_leaves_the_tree_running() {
+    let mut primary = Primary::start("churn", Tracking::WriteProtect);
+    primary.true_epoch(false);
+    let head = primary.next_head();
+    let finish = Finish::Final { hold: &mut || false, conclude: &mut |_| unreachable!("nothing was held") };
+    let captured = primary.capturer.capture(head, finish, &mut |_, _| Ok(()));
+    assert!(matches!(captured, Err(CaptureError::Criu(_))), "{captured:?}");
+    primary.capturer.failed();
+    let ticks = primary.home.ticks();
+    primary.home.await_ticks(ticks);
+    primary.true_epoch(false);
+}
+
+/// This kernel may have no soft-dirty bits: then CRIU must say so, and not take every page for unwritten.
+#[test]
+fn soft_dirty_tracking_serves_or_says_why_not() {
+    let has_bits = standin::criu::probe::Kernel::probe(crate::host::PROGRAM.as_ref()).unwrap().soft_dirty;
+    let mut primary = Primary::start("churn", Tracking::SoftDirty);
+    if has_bits {
+        for _ in 0..5 {
+            primary.true_epoch(false);
+            primary.true_epoch(false);
+            fail_after(&mut primary, 2);
+            assert!(primary.capturer.needs_full());
+            primary.base = None;
+        }
+        return;
+    }
+    let error = primary.failing(&mut |_, _| Ok(()));
+    assert!(error.to_string().contains("track"), "{error}");
+    println!("{error}");
+    assert!(primary.capturer.needs_full());
+    // A delta on what is not known any more is refused before anything is frozen.
+    primary.base = Some(standin::model::EpochId::default());
+    assert!(matches!(primary.failing(&mut |_, _| Ok(())), CaptureError::NeedsFull));
+}

@@ -1,0 +1,248 @@
+//! A primary without an agent: a workload in a sandbox, its capturer, and the store that a standby would have.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use standin::{
+    capture::{CaptureError, Captured, Capturer, Emit, Finish, Note, Source, Tracking},
+    criu::{
+        Install,
+        bridge::Bridge,
+        images,
+        spawn::{Place, Spawn},
+        swrk::{RestoreOptions, Swrk},
+    },
+    delta,
+    model::{Epoch, EpochId, Name, Term},
+    store::{Durability, Staging, Store},
+    wire::message::FrameHead,
+    workload::{
+        sandbox::{Options, Sandbox},
+        spec::{Net, SandboxSpec},
+    },
+};
+
+use crate::{truth::Truth, workload};
+
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_standin");
+
+/// The CRIU, started by the built `standin`.
+pub(crate) fn install() -> Install {
+    Install::find(None).unwrap().with_launcher(PROGRAM.into())
+}
+
+/// A sandbox, removed with whatever is in it when dropped.
+pub(crate) struct Home {
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) name: Name,
+    pub(crate) sandbox: Sandbox,
+}
+
+impl Home {
+    pub(crate) fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name: Name =
+            format!("capture-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed)).parse().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let spec =
+            SandboxSpec { name: name.clone(), net: Net::Host, paths: Vec::new(), hostname: "box".to_owned() };
+        let options = Options {
+            program: PROGRAM.into(),
+            run_dir: dir.path().join("run"),
+            data_dir: dir.path().join("data"),
+            log: dir.path().join("log"),
+            log_bytes_max: 1 << 20,
+        };
+        let sandbox = Sandbox::create(&spec, &options).unwrap();
+        Self { dir, name, sandbox }
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    /// The newest count of the workload.
+    pub(crate) fn ticks(&self) -> u64 {
+        let log = self.log();
+        assert!(!log.contains("BROKEN"), "{log}");
+        // The last line may be in the making.
+        let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        let last = whole.lines().rev().find_map(|line| line.strip_prefix("tick ")?.parse().ok());
+        last.unwrap_or(0)
+    }
+
+    /// Waits until the workload has counted further than `from`.
+    pub(crate) fn await_ticks(&self, from: u64) {
+        await_true("the workload to go on", || self.ticks() > from);
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        let _ = Sandbox::destroy(&self.dir.path().join("run"), &self.name);
+    }
+}
+
+/// A running workload with its capturer and store.
+pub(crate) struct Primary {
+    pub(crate) capturer: Capturer,
+    pub(crate) store: Store,
+    pub(crate) base: Option<EpochId>,
+    next: u64,
+    pub(crate) home: Home,
+    /// In RAM: the images, the store, the workload's files.
+    pub(crate) ram: tempfile::TempDir,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Primary {
+    pub(crate) fn start(role: &str, tracking: Tracking) -> Self {
+        // They measure and disturb their own process: one at a time.
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let (home, ram) = (Home::new(), tempfile::tempdir_in("/dev/shm").unwrap());
+        home.sandbox.start(&workload::command(role, home.dir.path())).unwrap();
+        home.await_ticks(0);
+        let source = source(&home, ram.path(), tracking);
+        let store =
+            Store::open(&ram.path().join("store"), &home.name, Durability::Memory, Box::new(|_| Ok(())));
+        Self {
+            capturer: Capturer::new(source).unwrap(),
+            store: store.unwrap(),
+            base: None,
+            next: 1,
+            home,
+            ram,
+            _alone: alone,
+        }
+    }
+
+    pub(crate) fn next_head(&mut self) -> FrameHead {
+        let id = EpochId { term: Term(1), epoch: Epoch(self.next) };
+        self.next += 1;
+        FrameHead::Begin { name: self.home.name.clone(), id, base: self.base }
+    }
+
+    /// An epoch whose frames go where the caller says; it fails.
+    pub(crate) fn failing(&mut self, emit: &mut Emit<'_>) -> CaptureError {
+        let head = self.next_head();
+        let error = self.capturer.capture(head, Finish::Continue, emit).expect_err("the epoch fails");
+        self.capturer.failed();
+        let ticks = self.home.ticks();
+        self.home.await_ticks(ticks);
+        error
+    }
+
+    /// An epoch into the store.
+    pub(crate) fn epoch(&mut self, finish: Finish<'_>) -> Captured {
+        let head = self.next_head();
+        let FrameHead::Begin { id, base, .. } = head else { unreachable!() };
+        let mut staging = self.store.begin(id, base).unwrap();
+        let captured =
+            self.capturer.capture(head, finish, &mut |head, body| stage(&mut staging, head, &body));
+        let captured = captured.unwrap_or_else(|error| panic!("epoch {id}: {error}"));
+        staging.commit().unwrap();
+        self.capturer.committed();
+        self.base = Some(id);
+        captured
+    }
+
+    /// An epoch into the store, compared with the frozen tree page by page.
+    pub(crate) fn true_epoch(&mut self, kill: bool) -> Truth {
+        let (run_dir, name) = (self.home.dir.path().join("run"), self.home.name.clone());
+        let sandbox = Sandbox::open(&run_dir, &name).unwrap();
+        let mut truth = None;
+        let mut conclude = |manifest: &_| {
+            truth = Some(Truth::read(&sandbox, manifest));
+            kill
+        };
+        let captured = self.epoch(Finish::Final { hold: &mut || true, conclude: &mut conclude });
+        assert_eq!(captured.killed, kill);
+        let truth = truth.expect("the final epoch was concluded");
+        assert_eq!(truth.uncovered, Vec::<String>::new(), "pages that the image of {:?} lacks", self.base);
+        let check = |when| {
+            let wrong = truth.mismatches(&self.store.view().unwrap());
+            assert_eq!(wrong, Vec::<String>::new(), "wrong pages of {:?}, {when}", self.base);
+        };
+        check("committed");
+        self.store.fold().unwrap();
+        check("folded");
+        truth
+    }
+}
+
+fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
+    let (host, inside) = home.sandbox.workload_pid().unwrap().unwrap();
+    let install = install();
+    Source {
+        root: host as i32,
+        root_inside: inside,
+        init: Some(home.sandbox.keeper().pidfd().unwrap()),
+        bridge: Bridge::new(ram, install.version).unwrap(),
+        tracking,
+        install,
+        work: ram.join("dump"),
+        log_pipes: home.sandbox.log_pipes().unwrap(),
+        trees: Vec::new(),
+    }
+}
+
+/// What a standby does with a frame.
+fn stage(staging: &mut Staging, head: FrameHead, body: &[u8]) -> io::Result<()> {
+    let staged = match head {
+        FrameHead::Pages(head) => {
+            return delta::decode(&head, body, |space, start, content| -> Result<(), delta::DecodeError> {
+                match content {
+                    delta::Content::Bytes(bytes) => staging.pages(space, start, bytes).unwrap(),
+                    delta::Content::Zero { pages } => staging.zero(space, start, pages).unwrap(),
+                }
+                Ok(())
+            })
+            .map_err(io::Error::other);
+        }
+        FrameHead::Image { name, .. } => staging.image_file(&name, body),
+        FrameHead::Manifest(manifest) => staging.manifest(manifest),
+        FrameHead::File(_) | FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),
+    };
+    staged.map_err(io::Error::other)
+}
+
+/// Restores a directory into a sandbox that waits; plain, with all pages at once.
+pub(crate) fn restore(home: &Home, dir: &PathBuf) {
+    let note = Note::read(dir).unwrap();
+    let tasks = images::pstree(&images::read(dir, "pstree.img").unwrap()).unwrap();
+    let highest = tasks.iter().flat_map(|task| &task.threads).copied().max().unwrap();
+    let stdio: Vec<_> = note.log_pipes.iter().map(|_| home.sandbox.fresh_stdio().unwrap()).collect();
+    let pipes = note.log_pipes.iter().zip(&stdio);
+    let inherit = pipes.map(|(inode, fd)| (format!("pipe:[{inode}]"), fd.as_fd())).collect();
+    let init = home.sandbox.keeper().pidfd().unwrap();
+    let opened = File::open(dir).unwrap();
+    let spawn = Spawn {
+        place: Place::Inside { init: init.as_fd(), cgroup: false },
+        cgroups: vec![home.sandbox.keeper().cgroup().work()],
+        pids_above: Some(highest),
+        inherit,
+        ..Spawn::new(opened.as_fd())
+    };
+    let criu = Swrk::spawn(&install(), &spawn).unwrap();
+    let root = criu.restore(&RestoreOptions::default(), &mut |_| true).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(root, note.root);
+    home.sandbox.track(root).unwrap();
+}
+
+pub(crate) fn await_true(what: &str, mut done: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < until, "waited 20 s for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,0 +1,173 @@
+//! Declared paths: the files of a restored workload are those of the same instant as its memory.
+
+use std::time::{Duration, Instant};
+
+use super::{
+    cluster::{Cluster, wait_for},
+    lab::Host,
+    redis::{VIP, rolled_back},
+};
+
+/// Changes files in every way and keeps in memory what they must be.
+const SCRIBE: &str = include_str!("scribe.py");
+/// Where a host keeps the files of the first declared path.
+const REDIS_FILES: &str = "/var/lib/standin/workloads/redis/paths/0";
+
+/// redis' digest of its memory, and that of a second redis which has read its files.
+fn digests(cluster: &Cluster, host: Host) -> (String, String) {
+    let memory = cluster.ask_redis(&["DEBUG", "DIGEST"]);
+    let script = format!(
+        "set -e; rm -rf /tmp/copy; cp -a {REDIS_FILES} /tmp/copy; cd /tmp/copy; \
+         redis-check-aof appendonlydir/appendonly.aof.manifest >&2; \
+         redis-server --port 0 --unixsocket /tmp/copy/socket --dir /tmp/copy --appendonly yes --save '' \
+           --enable-debug-command yes >/dev/null & pid=$!; \
+         n=0; until redis-cli -s /tmp/copy/socket ping 2>/dev/null | grep -q PONG; do \
+           n=$((n+1)); [ $n -lt 300 ]; sleep 0.1; done; \
+         redis-cli -s /tmp/copy/socket debug digest; kill $pid; wait $pid || true"
+    );
+    let files = cluster.lab.ok(host, &["sh", "-c", &script]);
+    (memory, files.trim().to_owned())
+}
+
+fn rewrite_log(cluster: &Cluster) {
+    let client = |words: &[&str]| {
+        let mut command = vec!["redis-cli", "-h", VIP];
+        command.extend(words);
+        String::from_utf8_lossy(&cluster.lab.on(Host::Client, &command).stdout).into_owned()
+    };
+    client(&["bgrewriteaof"]);
+    wait_for("redis to have rewritten its log", || {
+        let info = client(&["info", "persistence"]);
+        info.contains("aof_rewrite_in_progress:0") && info.contains("aof_rewrite_scheduled:0")
+    });
+}
+
+#[test]
+fn the_append_only_file_of_a_redis_goes_with_its_memory() {
+    let mut cluster = Cluster::up("aof");
+    cluster.run_redis_with(&["--path", "/srv/redis"], &["--appendonly", "yes", "--dir", "/srv/redis"]);
+    // What `debug populate` makes is in no log before that.
+    rewrite_log(&cluster);
+    cluster.protect();
+    cluster.wait_state(Host::A, "primary", "protected");
+    let counter = cluster.count();
+    rewrite_log(&cluster);
+    std::thread::sleep(Duration::from_millis(700));
+    cluster.lab.kill(Host::A);
+    cluster.wait_state(Host::B, "primary", "alone");
+    std::thread::sleep(Duration::from_millis(500));
+    let acks = counter.stop();
+    assert!(acks.len() > 100, "{} increments were acknowledged", acks.len());
+    let (memory, files) = digests(&cluster, Host::B);
+    assert_eq!(memory, files);
+
+    cluster.lab.boot(Host::A);
+    cluster.start_agent(Host::A);
+    cluster.wait_state(Host::A, "standby", "ready");
+    cluster.wait_state(Host::B, "primary", "protected");
+    let counter = cluster.count();
+    std::thread::sleep(Duration::from_millis(300));
+    cluster.json(Host::B, &["handoff", "redis"]);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(rolled_back(&counter.stop()), 0);
+    cluster.wait_state(Host::A, "primary", "protected");
+    let (memory, files) = digests(&cluster, Host::A);
+    assert_eq!(memory, files);
+}
+
+/// How many times the scribe has found its files as they must be, by its log on a host.
+fn checks(cluster: &Cluster, host: Host) -> u64 {
+    let log = cluster.lab.on(host, &["cat", "/var/lib/standin/workloads/scribe/output.log"]);
+    let log = String::from_utf8_lossy(&log.stdout).into_owned();
+    let wrong: Vec<&str> = log.lines().filter(|line| !line.starts_with("ok ")).collect();
+    assert!(wrong.is_empty(), "on {host}: {wrong:#?}");
+    let last = log.lines().next_back().and_then(|line| line.strip_prefix("ok "));
+    last.map_or(0, |count| count.parse().expect("a number"))
+}
+
+fn wait_checks(cluster: &Cluster, host: Host, more: u64) {
+    let wanted = checks(cluster, host) + more;
+    wait_for("the scribe to check its files", || checks(cluster, host) >= wanted);
+}
+
+#[test]
+fn what_a_process_believes_of_its_files_is_so_after_every_takeover() {
+    let mut cluster = Cluster::up("scribe");
+    cluster.standin(
+        Host::A,
+        &["run", "scribe", "--path", "/srv/scribe", "--", "/usr/bin/python3", "-c", SCRIBE, "/srv/scribe"],
+    );
+    wait_checks(&cluster, Host::A, 1);
+    cluster.standin(Host::A, &["protect", "scribe", "--to", "b", "--every", "50ms"]);
+    let mut at = (Host::A, Host::B);
+    for round in 0..4_u64 {
+        let (primary, standby) = at;
+        cluster.wait_state_of("scribe", primary, "primary", "protected");
+        cluster.wait_state_of("scribe", standby, "standby", "ready");
+        wait_checks(&cluster, primary, 3);
+        std::thread::sleep(Duration::from_millis(113 * round));
+        if round % 2 == 0 {
+            cluster.lab.kill(primary);
+            cluster.wait_state_of("scribe", standby, "primary", "alone");
+            wait_checks(&cluster, standby, 3);
+            cluster.lab.boot(primary);
+            cluster.start_agent(primary);
+        } else {
+            cluster.json(primary, &["handoff", "scribe", "--max-downtime", "2s"]);
+            wait_checks(&cluster, standby, 3);
+        }
+        at = (standby, primary);
+    }
+}
+
+/// The figures of the epochs that began after this moment, once there are some.
+fn next_epochs(cluster: &Cluster, count: usize) -> Vec<u64> {
+    let newest = || cluster.status(Host::A, "idle")["epoch"]["epoch"].as_u64().expect("an epoch");
+    // One may be under way.
+    let first = newest() + 2;
+    wait_for("more epochs", || newest() >= first + count as u64);
+    let history = cluster.json(Host::A, &["history", "idle"]);
+    let epochs = history["epochs"].as_array().expect("epochs").iter();
+    let recent = epochs.filter(|figures| figures["id"]["epoch"].as_u64() >= Some(first));
+    recent.map(|figures| figures["shipped_bytes"].as_u64().expect("a size")).collect()
+}
+
+#[test]
+fn only_what_changed_in_a_directory_is_sent() {
+    const MIB: u64 = 1 << 20;
+    let cluster = Cluster::up("idle");
+    let path = "/srv/idle";
+    let fill = format!("mkdir {path} && head -c 32M /dev/urandom > {path}/big && ln {path}/big {path}/other");
+    cluster.lab.ok(Host::A, &["sh", "-c", &fill]);
+    let began = Instant::now();
+    cluster.standin(Host::A, &["run", "idle", "--path", path, "--", "sleep", "1000"]);
+    cluster.standin(Host::A, &["protect", "idle", "--to", "b", "--every", "100ms"]);
+    cluster.wait_state_of("idle", Host::A, "primary", "protected");
+    eprintln!("32 MiB seeded and protected after {:?}", began.elapsed());
+    let sum = |host: Host| {
+        let at = if host == Host::A { path } else { "." };
+        let place = "/var/lib/standin/workloads/idle/paths/0";
+        let dir = if at == path { path } else { place };
+        (cluster.lab.ok(host, &["sh", "-c", &format!("cd {dir} && md5sum *")]), dir)
+    };
+    assert_eq!(sum(Host::B).0, sum(Host::A).0, "the declared directory's files came along");
+
+    let still = next_epochs(&cluster, 5);
+    eprintln!("shipped with nothing changed: {still:?}");
+    assert!(still.iter().all(|bytes| *bytes < MIB / 4), "{still:?}");
+
+    // One block of the big file, by a process in the sandbox.
+    let pid = cluster.status(Host::A, "idle")["pid"].to_string();
+    let write =
+        format!("dd if=/dev/urandom of=/proc/{pid}/root{path}/big bs=4096 count=1 seek=999 conv=notrunc");
+    cluster.lab.ok(Host::A, &["sh", "-c", &write]);
+    let changed = next_epochs(&cluster, 5);
+    eprintln!("shipped around one changed block: {changed:?}");
+    assert!(changed.iter().all(|bytes| *bytes < MIB / 2), "{changed:?}");
+    let inside = |host: Host| {
+        cluster.lab.ok(host, &["sh", "-c", "md5sum /var/lib/standin/workloads/idle/paths/0/* | cut -c1-32"])
+    };
+    assert_eq!(inside(Host::A), inside(Host::B));
+    let before = cluster.lab.ok(Host::A, &["sh", "-c", &format!("md5sum {path}/* | cut -c1-32")]);
+    assert_ne!(inside(Host::A), before, "the declared directory itself is left alone");
+}
