@@ -14,6 +14,7 @@ use std::{
 };
 
 use super::{
+    blame,
     files::{Files, FilesError},
     frozen::{self, Frozen, FrozenError, Lent, Piece, Tracked},
     images::{self, Note},
@@ -54,6 +55,14 @@ pub enum CaptureError {
     /// CRIU said no, or could not be started.
     #[error(transparent)]
     Criu(#[from] CriuError),
+    /// CRIU said no, and this is why.
+    #[error("{source}: {reason}")]
+    Holds {
+        /// CRIU's words.
+        source: CriuError,
+        /// Which process holds what.
+        reason: String,
+    },
     /// A task cannot be tracked.
     #[error(transparent)]
     Attach(#[from] AttachError),
@@ -448,7 +457,10 @@ impl Capturer {
             Ok(()) if emitted => return Ok(true),
             // The handoff was called off after all was sent: CRIU's refusal is ours.
             Err(_) if emitted => return Ok(false),
-            outcome => outcome?,
+            outcome => outcome.map_err(|source| match blame::explain(&source, self.source.root) {
+                Some(reason) => CaptureError::Holds { source, reason },
+                None => source.into(),
+            })?,
         }
         let (freezing_us, frozen_us) = stats::frozen(&dir)?;
         figures.frozen_us = freezing_us + frozen_us;

@@ -20,6 +20,7 @@
 //! - The replicated directories are those of the freeze: what is sent of them before is put right by what is read in it.
 //! - A failed capture leaves the tree running: CRIU rolls back whenever we do not say yes.
 
+mod blame;
 mod engine;
 mod files;
 mod frozen;

@@ -205,7 +205,13 @@ fn a_process_that_criu_cannot_dump_runs_on_unprotected_and_the_reason_is_told() 
         cluster.refuses(
             &["protect", name, "--to", "b"],
             REFUSED,
-            &["cannot be protected", "CRIU refused to dump", reason, "runs on"],
+            &[
+                "cannot be protected",
+                "CRIU refused to dump",
+                &format!("process {pid} has "),
+                reason,
+                "runs on",
+            ],
         );
         wait_for("the protection to be withdrawn", || cluster.status(Host::A, name)["role"] == "unprotected");
         cluster.assert_untouched(name, &pid);
