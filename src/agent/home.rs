@@ -105,6 +105,11 @@ impl Home {
         })
     }
 
+    /// Whether no process of a workload, whole or half restored, is in the place.
+    pub(super) fn is_empty(&self) -> bool {
+        self.keeper().cgroup().pids().is_ok_and(|pids| pids.is_empty())
+    }
+
     /// Looks the addresses up and tells the guard what to silence. Must come before anything opens.
     pub(super) fn prepare(&mut self, vips: &[Vip]) -> Result<()> {
         let addresses = Addresses::prepare(&self.net(), vips)?;

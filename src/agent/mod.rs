@@ -3,7 +3,7 @@
 //! | file | owns |
 //! |---|---|
 //! | [`api`], `http` | the control API: its shapes, its socket |
-//! | `owner`, `roles` | one task a workload: executes what [`crate::ha`] decides |
+//! | `owner`, `roles`, `fencing`, `handoff`, `telling` | one task a workload: executes what [`crate::ha`] decides |
 //! | `session` | the primary's epochs: capture, ship, commit |
 //! | `standby` | the standby's: receive, commit, fold, restore |
 //! | `home` | the workload's place and addresses |
@@ -16,6 +16,8 @@
 
 pub mod api;
 mod durable;
+mod fencing;
+mod handoff;
 mod home;
 mod http;
 mod inbound;
@@ -24,6 +26,7 @@ mod owner;
 mod roles;
 mod session;
 mod standby;
+mod telling;
 mod trees;
 
 use std::{

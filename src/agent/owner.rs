@@ -28,10 +28,10 @@ use tokio::{
 use super::{
     Agent,
     api::{
-        ApiError, Event, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest,
-        WorkloadStatus,
+        ApiError, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest, WorkloadStatus,
     },
     durable::{self, Durable},
+    handoff::Handoff,
     home::Home,
     session::{HandoffDone, Order, Permit, SessionError},
     standby::{Received, Standby},
@@ -39,7 +39,7 @@ use super::{
 use crate::{
     ha::{self, Action, Core, Input, Message, Standing, Ticket},
     model::{Epoch, EpochFigures, EpochId, Name, Term},
-    observe::{HistoryLog, unix_ms},
+    observe::HistoryLog,
     transport::Connection,
     wire::message::{EpochAnswer, Reply, Request},
     workload::{guard::boot_time_ns, spec::WorkloadSpec},
@@ -49,8 +49,6 @@ use crate::{
 pub(super) const QUEUE_MAX: usize = 256;
 /// How long a peer may take to take in a message.
 const TELL_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long freezing may take before it is reported.
-const FENCE_LIMIT: Duration = Duration::from_secs(2);
 /// How often the owner looks whether the guard has fired and the tree lives.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -132,19 +130,6 @@ pub(super) struct Offer {
     /// Memory that the image will need at least.
     pub(super) bytes: u64,
     pub(super) answer: oneshot::Sender<Reply>,
-}
-
-/// A handoff under way.
-pub(super) struct Handoff {
-    pub(super) answer: Answer<HandoffReport>,
-    pub(super) began: Instant,
-    pub(super) frozen: Option<Instant>,
-    /// When the final epoch was committed there.
-    pub(super) committed: Option<Instant>,
-    pub(super) running: Option<Instant>,
-    pub(super) verdict: Option<std::sync::mpsc::Sender<bool>>,
-    /// Why it is called off.
-    pub(super) reason: Option<String>,
 }
 
 /// The running session of epochs.
@@ -466,191 +451,7 @@ impl Owner {
         }));
     }
 
-    // Guard, gate.
-
-    fn arm_guard(&mut self, until: Duration) -> Option<Input> {
-        let home = self.home.as_ref()?;
-        if boot_now() >= until {
-            return Some(Input::GuardLate { until });
-        }
-        // Should this thread be paused right here, the guard fires, which is safe and reported.
-        match home.keeper().guard().arm(until.as_nanos() as u64) {
-            Ok(()) => Some(Input::GuardArmed { until }),
-            Err(error) => {
-                tracing::warn!(%error, name = %self.name, "arming the guard");
-                Some(Input::GuardFired)
-            }
-        }
-    }
-
-    fn extend_guard(&mut self, until: Duration) -> Option<Input> {
-        if self.holding {
-            return None;
-        }
-        let home = self.home.as_ref()?;
-        let extended = home.keeper().guard().extend(until.as_nanos() as u64);
-        extended.err().map(|error| {
-            tracing::warn!(%error, name = %self.name, "extending the guard");
-            Input::GuardFired
-        })
-    }
-
-    fn disarm_guard(&mut self) -> Option<Input> {
-        let home = self.home.as_ref().filter(|_| !self.holding)?;
-        home.keeper().guard().disarm().err().map(|_| Input::GuardFired)
-    }
-
-    fn fence(&mut self) {
-        self.event(
-            "fenced",
-            "the lease was not renewed in time: the workload is frozen and its address is silent",
-            None,
-        );
-        let Some(home) = &self.home else { return };
-        if let Err(error) = block_in_place(|| home.keeper().guard().fence_now(FENCE_LIMIT)) {
-            tracing::error!(%error, name = %self.name, "fencing");
-        }
-    }
-
-    fn unfence(&mut self, until: Option<Duration>) -> Option<Input> {
-        if self.holding && self.handoff.as_ref().is_some_and(|handoff| handoff.verdict.is_none()) {
-            // Not before the handoff's outcome: see `release_hold`.
-            return None;
-        }
-        let rolled_back = std::mem::take(&mut self.holding);
-        let home = self.home.as_ref()?;
-        if let Err(error) = block_in_place(|| home.unfence(until.map(|until| until.as_nanos() as u64))) {
-            tracing::warn!(%error, name = %self.name, "letting the workload run again");
-            return Some(Input::GuardFired);
-        }
-        let detail = if rolled_back {
-            // CRIU lets the tree go when it hears no.
-            if let Some(verdict) = self.handoff.as_mut().and_then(|handoff| handoff.verdict.take()) {
-                let _ = verdict.send(false);
-            }
-            "the handoff was called back: the workload runs on here"
-        } else {
-            "the lease was renewed before anybody took over: the workload runs on"
-        };
-        self.event("unfenced", detail, None);
-        None
-    }
-
-    /// A handoff's final freeze: the copy is silent from here on.
-    fn hold(&mut self) -> bool {
-        let (Some(home), Some(handoff)) = (&self.home, &mut self.handoff) else { return false };
-        if self.core.as_ref().map(Core::standing) != Some(Standing::Primary) {
-            return false;
-        }
-        self.holding = true;
-        handoff.frozen = Some(Instant::now());
-        match block_in_place(|| home.keeper().guard().fence_now(FENCE_LIMIT)) {
-            Ok(()) => true,
-            Err(error) => {
-                handoff.reason = Some(error.to_string());
-                false
-            }
-        }
-    }
-
     // Requests.
-
-    fn begin_handoff(&mut self, request: &HandoffRequest, answer: Answer<HandoffReport>) {
-        let refusal = match (self.standing(), &self.session) {
-            _ if self.handoff.is_some() => Some("a handoff is under way already".to_owned()),
-            (Some(Standing::Primary), Some(_)) => match (&request.to, &self.durable.peer) {
-                (Some(to), Some(peer)) if to != peer => {
-                    Some(format!("{} cannot go to {to}: its standby is {peer}", self.name))
-                }
-                _ => None,
-            },
-            (Some(_), _) => Some(format!(
-                "{} does not run here: ask the agent on {}",
-                self.name,
-                self.durable.peer.as_deref().unwrap_or("the other host")
-            )),
-            (None, _) => {
-                Some(format!("{} is not protected: standin protect {} --to PEER", self.name, self.name))
-            }
-        };
-        if let Some(refusal) = refusal {
-            let _ = answer.send(Err(ApiError::refused(refusal)));
-            return;
-        }
-        let (done, finished) = oneshot::channel();
-        let order = Order::Handoff(super::session::HandoffOrder {
-            max_downtime: Duration::from_millis(request.max_downtime_ms),
-            done,
-        });
-        let sent = self.session.as_ref().is_some_and(|session| session.orders.try_send(order).is_ok());
-        if !sent {
-            let _ = answer.send(Err(ApiError::refused("the session of epochs is busy; try again")));
-            return;
-        }
-        self.handoff = Some(Handoff {
-            answer,
-            began: Instant::now(),
-            frozen: None,
-            committed: None,
-            running: None,
-            verdict: None,
-            reason: None,
-        });
-        let to_self = self.to_self.clone();
-        tokio::spawn(async move {
-            let result = finished.await.unwrap_or(Err(SessionError::Ended));
-            let _ = to_self.send(Msg::HandoffDone(result)).await;
-        });
-    }
-
-    /// The session's part of a handoff is over: the tree was killed, or runs on here.
-    fn handoff_done(&mut self, result: Result<HandoffDone, SessionError>) {
-        let Some(handoff) = self.handoff.take() else { return };
-        let since = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
-            (Some(from), Some(to)) => (to - from).as_secs_f64() * 1e3,
-            _ => 0.0,
-        };
-        let answer = match result {
-            Ok(done) if done.killed => {
-                let report = HandoffReport {
-                    name: self.name.clone(),
-                    to: self.durable.peer.clone().unwrap_or_default(),
-                    term: self.core.as_ref().map_or(Term(0), |core| core.record().term),
-                    epoch: done.id,
-                    rounds: done.rounds,
-                    downtime_ms: since(handoff.frozen, handoff.running),
-                    total_ms: handoff.began.elapsed().as_secs_f64() * 1e3,
-                    restore_ms: since(handoff.committed, handoff.running),
-                };
-                let phases = BTreeMap::from([
-                    ("downtime".to_owned(), report.downtime_ms),
-                    ("restore".to_owned(), report.restore_ms),
-                    ("total".to_owned(), report.total_ms),
-                ]);
-                self.event_with("handed-off", &format!("to {}", report.to), Some(done.id), phases);
-                self.finish_demotion();
-                Ok(report)
-            }
-            Ok(_) => Err(handoff.reason.unwrap_or_else(|| "the standby could not take the workload".into())),
-            Err(error) => Err(handoff.reason.unwrap_or_else(|| error.to_string())),
-        };
-        let answer = answer.map_err(|reason| {
-            self.error = Some(format!("the handoff was refused: {reason}"));
-            self.event("handoff-failed", &format!("{reason}; the workload runs on here"), None);
-            self.release_hold();
-            ApiError::refused(format!("{} was not handed off and runs on here: {reason}", self.name))
-        });
-        let _ = handoff.answer.send(answer);
-    }
-
-    /// After a final freeze that came to nothing: back to what the core says.
-    fn release_hold(&mut self) {
-        if !std::mem::take(&mut self.holding) {
-            return;
-        }
-        // For the core the guard has fired just now; the next renewal of the lease lets the copy run.
-        self.feed(Input::GuardFired);
-    }
 
     pub(super) fn rejected(&mut self, reason: &'static str) {
         if let Some(answer) = self.unprotecting.take() {
@@ -827,22 +628,6 @@ impl Owner {
 
     pub(super) fn standing(&self) -> Option<Standing> {
         self.core.as_ref().map(Core::standing)
-    }
-
-    pub(super) fn event(&mut self, kind: &str, detail: &str, epoch: Option<EpochId>) {
-        self.event_with(kind, detail, epoch, BTreeMap::new());
-    }
-
-    pub(super) fn event_with(
-        &mut self,
-        kind: &str,
-        detail: &str,
-        epoch: Option<EpochId>,
-        phases_ms: BTreeMap<String, f64>,
-    ) {
-        let term = self.durable.record.map_or(Term(0), |record| record.term);
-        let (kind, detail) = (kind.to_owned(), detail.to_owned());
-        self.history.add(Event { at_unix_ms: unix_ms(), term, kind, detail, phases_ms, epoch });
     }
 }
 

@@ -1,0 +1,82 @@
+//! What an owner tells people: its workload's status and history.
+
+use std::collections::BTreeMap;
+
+use super::{
+    api::{Event, Role, WorkloadStatus},
+    owner::Owner,
+};
+use crate::{
+    ha::{Core, Standing},
+    model::{EpochId, Term},
+    observe::unix_ms,
+};
+
+impl Owner {
+    pub(super) fn status(&self) -> WorkloadStatus {
+        let standing = self.standing();
+        let role = match standing {
+            None => Role::Unprotected,
+            Some(Standing::Primary) => Role::Primary,
+            Some(Standing::Standby | Standing::Promoting | Standing::Forgotten) => Role::Standby,
+            Some(Standing::Fenced | Standing::Lost | Standing::Stuck) => Role::Fenced,
+        };
+        let held = self.standby.as_ref().and_then(|standby| standby.held());
+        let connected = self.link().is_some_and(|link| link.lease().is_some());
+        let state = match standing {
+            None if self.home.as_ref().is_some_and(|home| matches!(home.root(), Ok(None))) => "ended",
+            None => "running",
+            Some(Standing::Primary) if self.handoff.is_some() => "handing-off",
+            Some(Standing::Primary) if self.last_committed.is_some() && self.error.is_none() => "protected",
+            Some(Standing::Primary) if self.last_committed.is_some() => "lagging",
+            Some(Standing::Primary) if connected => "syncing",
+            Some(Standing::Primary) => "alone",
+            Some(Standing::Standby) if self.core.as_ref().is_some_and(Core::armed) => "ready",
+            Some(Standing::Standby) => "syncing",
+            Some(Standing::Promoting) => "promoting",
+            Some(Standing::Stuck) => "stuck",
+            Some(Standing::Lost) => "lost",
+            Some(Standing::Fenced) => "frozen",
+            Some(Standing::Forgotten) => "forgotten",
+        };
+        let root = self.home.as_ref().and_then(|home| home.root().ok().flatten());
+        let primary_lag = self.last_committed.as_ref().map(|(figures, at)| {
+            at.elapsed().as_millis() as u64 + (figures.frozen_us + figures.ship_us) / 1000
+        });
+        WorkloadStatus {
+            name: self.name.clone(),
+            role,
+            state: state.to_owned(),
+            term: self.durable.record.map_or(Term(0), |record| record.term),
+            peer: self.durable.peer.clone(),
+            peer_connected: connected,
+            epoch: self.last_committed.as_ref().map(|(figures, _)| figures.id).or(held),
+            lag_ms: primary_lag.or_else(|| self.standby.as_ref().and_then(|standby| standby.lag_ms())),
+            lease_age_ms: standing
+                .and(self.lease_renewed)
+                .map(|renewed| renewed.elapsed().as_millis() as u64),
+            every_ms: self.durable.spec.every_ms,
+            pid: root.map(|root| root.host as i32),
+            vips: self.durable.spec.vips.clone(),
+            last: self.last_committed.as_ref().map(|(figures, _)| figures.clone()),
+            summary: self.last_committed.as_ref().and_then(|_| self.history.summary()),
+            error: self.error.clone().or_else(|| self.standby.as_ref().and_then(|standby| standby.trouble())),
+        }
+    }
+
+    pub(super) fn event(&mut self, kind: &str, detail: &str, epoch: Option<EpochId>) {
+        self.event_with(kind, detail, epoch, BTreeMap::new());
+    }
+
+    pub(super) fn event_with(
+        &mut self,
+        kind: &str,
+        detail: &str,
+        epoch: Option<EpochId>,
+        phases_ms: BTreeMap<String, f64>,
+    ) {
+        let term = self.durable.record.map_or(Term(0), |record| record.term);
+        let (kind, detail) = (kind.to_owned(), detail.to_owned());
+        self.history.add(Event { at_unix_ms: unix_ms(), term, kind, detail, phases_ms, epoch });
+    }
+}
