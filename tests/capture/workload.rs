@@ -167,7 +167,8 @@ impl Churn {
             5 | 6 => self.copy_on_write(),
             7 => self.remap(),
             8 => self.protect(),
-            9 if self.children < CHILDREN_MAX => self.fork(),
+            // A child would keep the descriptor.
+            9 if self.children < CHILDREN_MAX && self.refused.is_none() => self.fork(),
             _ => {}
         }
         self.children -= usize::from(self.children > 0 && sys::reap());
