@@ -121,6 +121,16 @@ impl Owner {
             Err(error) => Err(handoff.reason.unwrap_or_else(|| error.to_string())),
         };
         let answer = answer.map_err(|reason| {
+            if self.demoting {
+                // The peer runs it: whatever CRIU says of its end here, the old copy goes with its place.
+                self.event("handed-off", &format!("the old copy was ended by force: {reason}"), None);
+                self.finish_demotion();
+                return ApiError::failed(format!(
+                    "{} runs on {} now; its old copy here had to be ended by force: {reason}",
+                    self.name,
+                    self.durable.peer.as_deref().unwrap_or("the other host")
+                ));
+            }
             self.error = Some(format!("the handoff was refused: {reason}"));
             self.event("handoff-failed", &format!("{reason}; the workload runs on here"), None);
             self.release_hold();
