@@ -109,7 +109,10 @@ pub(super) enum Msg {
         permit: oneshot::Sender<()>,
     },
     EpochCommitted(EpochFigures),
-    EpochFailed(SessionError),
+    EpochFailed {
+        term: Term,
+        error: SessionError,
+    },
     Hold(oneshot::Sender<bool>),
     FinalCommitted {
         id: EpochId,
@@ -319,12 +322,16 @@ impl Owner {
                 self.event("restore-failed", &reason, None);
                 self.feed(Input::RestoreFailed { reason });
             }
+            // A session of a term that has passed: dropping the permit tells it so.
+            Msg::AskCommit { id, .. } if !self.is_current(id.term) => {}
+            Msg::EpochCommitted(figures) if !self.is_current(figures.id.term) => {}
+            Msg::EpochFailed { term, .. } if !self.is_current(term) => {}
             Msg::AskCommit { id, permit } => {
                 self.permit = Some(permit);
                 self.feed(Input::AskCommit(id));
             }
             Msg::EpochCommitted(figures) => self.epoch_committed(figures),
-            Msg::EpochFailed(error) => self.epoch_failed(&error),
+            Msg::EpochFailed { error, .. } => self.epoch_failed(&error),
             Msg::Hold(answer) => {
                 let _ = answer.send(self.hold());
             }
@@ -625,6 +632,10 @@ impl Owner {
     }
 
     // Who is what.
+
+    fn is_current(&self, term: Term) -> bool {
+        self.core.as_ref().is_some_and(|core| core.record().term == term)
+    }
 
     pub(super) fn standing(&self) -> Option<Standing> {
         self.core.as_ref().map(Core::standing)

@@ -243,7 +243,7 @@ impl Owner {
             match tokio::task::spawn_blocking(move || Capturer::new(source)).await {
                 Ok(Ok(capturer)) => session.run(capturer).await,
                 Ok(Err(error)) => {
-                    let _ = owner.send(Msg::EpochFailed(error.into())).await;
+                    let _ = owner.send(Msg::EpochFailed { term, error: error.into() }).await;
                     // Not again at once: what CRIU or the kernel refuses, it refuses for a while.
                     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
                 }

@@ -177,7 +177,7 @@ impl Session {
                     if let Some(order) = order.take() {
                         // The one who asked may have gone away.
                         let _ = order.done.send(Err(error));
-                    } else if self.owner.send(Msg::EpochFailed(error)).await.is_err() {
+                    } else if self.owner.send(Msg::EpochFailed { term: self.term, error }).await.is_err() {
                         return;
                     }
                 }
