@@ -72,7 +72,7 @@ fn a_host_on_which_everything_works_is_found_fit() {
     let (output, report) = doctor(&home, None);
     assert_eq!(output.status.code(), Some(0), "{report:#}");
     assert_eq!(report["ok"], true);
-    assert_eq!(report["tracker"], "uffd-wp");
+    assert_eq!(report["tracker"], "write-protect");
     assert!(report["criu_version"].as_str().is_some_and(|version| version.starts_with(char::is_numeric)));
     assert_eq!(check(&report, "dump-and-restore")["state"], "ok");
     for check in report["checks"].as_array().unwrap() {
@@ -101,7 +101,7 @@ fn a_missing_criu_fails_with_a_remedy() {
     assert!(criu["found"].as_str().unwrap().contains("/nonexistent"), "{criu}");
     assert!(criu["remedy"].as_str().unwrap().contains("scripts/setup"), "{criu}");
     // What else there is to say is said all the same.
-    assert_eq!(report["tracker"], "uffd-wp");
+    assert_eq!(report["tracker"], "write-protect");
     assert!(text(&output.stderr).contains("criu"), "{}", text(&output.stderr));
 }
 

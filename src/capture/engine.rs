@@ -24,7 +24,7 @@ use crate::{
     criu::{
         Install,
         bridge::Bridge,
-        page_server, parent,
+        hurry, page_server, parent,
         spawn::{Place, Spawn},
         stats,
         swrk::{CriuError, DumpOptions, Swrk},
@@ -411,12 +411,14 @@ impl Capturer {
             let (mut collector, reader) = frozen::channels(root, pending);
             let (taken, lent) = (&taken, &lent);
             let reading = scope.spawn(move || {
+                hurry();
                 let mut lent = lent.lock().expect("no holder panics");
                 let result = reader.serve(&mut lent);
                 *taken.lock().expect("no holder panics") = result;
             });
             let mut reading = Some(reading);
             scope.spawn(move || {
+                hurry();
                 // What goes wrong here CRIU reports too.
                 let _ = page_server::serve(&socket, version, &mut collector);
             });

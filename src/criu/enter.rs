@@ -178,6 +178,10 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
     } else {
         raise_pids(last_pid.as_ref())?;
     }
+    if plan.pages {
+        // A dump: a workload will be frozen for as long as it takes.
+        sys::hurry();
+    }
     execute(&plan)
 }
 

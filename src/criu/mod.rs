@@ -42,3 +42,4 @@ pub mod swrk;
 mod sys;
 
 pub use install::{Install, Version};
+pub(crate) use sys::hurry;
