@@ -9,7 +9,10 @@ use std::{
         unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{
+        Mutex,
+        mpsc::{Receiver, Sender, channel},
+    },
     time::{Duration, Instant},
 };
 
@@ -18,6 +21,7 @@ use super::{
     files::{Files, FilesError},
     frozen::{self, Frozen, FrozenError, Lent, Piece, Tracked},
     images::{self, Note},
+    maps::{Copies, Trust},
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -94,6 +98,13 @@ pub enum CaptureError {
     NeedsFull,
 }
 
+impl CaptureError {
+    /// Whether a copied list of mappings that is not true any more could be the reason.
+    fn may_be_of_copies(&self) -> bool {
+        matches!(self, Self::Criu(_) | Self::Holds { .. } | Self::NoMemory)
+    }
+}
+
 /// What is captured, and with what.
 pub struct Source {
     /// Host pid of the tree's root.
@@ -149,6 +160,8 @@ pub struct Capturer {
     encoder: Encoder,
     spare: Option<Spare>,
     next_dir: u32,
+    /// Whether CRIU is given copies of the lists of mappings.
+    trust: Trust,
     /// An epoch failed: of pages that were sent in it nothing is known.
     unsure: bool,
 }
@@ -173,6 +186,7 @@ impl Capturer {
             encoder: Encoder::default(),
             spare: None,
             next_dir: 0,
+            trust: Trust::default(),
             unsure: false,
         };
         capturer.track()?;
@@ -194,7 +208,7 @@ impl Capturer {
     pub fn capture(
         &mut self,
         head: FrameHead,
-        finish: Finish<'_>,
+        mut finish: Finish<'_>,
         emit: &mut Emit<'_>,
     ) -> Result<Captured, CaptureError> {
         let FrameHead::Begin { id, base, .. } = head else { unreachable!("an epoch begins with Begin") };
@@ -215,7 +229,16 @@ impl Capturer {
             files.send_ahead(emit)?;
         }
         let pending = self.precopy(&mut figures, emit)?;
-        let killed = self.freeze(began, pending, finish, &mut figures, emit)?;
+        let copies = self.copy_maps()?;
+        let with_copies = copies.is_some();
+        let mut result = self.freeze(began, pending.clone(), copies, &mut finish, &mut figures, emit);
+        if with_copies && matches!(&result, Err(error) if error.may_be_of_copies()) {
+            // Nothing of the freeze was emitted, and what its passes found is marked stale: frozen once more, all is read.
+            self.trust.disappointed();
+            self.spawn_ahead()?;
+            result = self.freeze(began, pending, None, &mut finish, &mut figures, emit);
+        }
+        let killed = result?;
         Ok(Captured { figures, killed })
     }
 
@@ -372,12 +395,26 @@ impl Capturer {
         Ok(())
     }
 
+    /// Copies the lists of mappings to where the waiting CRIU will look for them, if that is worth a try.
+    fn copy_maps(&mut self) -> Result<Option<Copies>, CaptureError> {
+        let bridged = self.source.tracking == Tracking::WriteProtect;
+        let Some(spare) = self.spare.as_ref().filter(|_| bridged && self.trust.begin_epoch()) else {
+            return Ok(None);
+        };
+        let tasks = self.tasks.iter().filter_map(|(pid, tracked)| match tracked.space {
+            Space::Task(inside) => Some((*pid, inside)),
+            Space::Shared(_) => None,
+        });
+        Ok(Some(Copies::take(tasks, &spare.dir)?))
+    }
+
     /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed.
     fn freeze(
         &mut self,
         began: Instant,
         pending: BTreeMap<Space, Vec<Extent>>,
-        mut finish: Finish<'_>,
+        copies: Option<Copies>,
+        finish: &mut Finish<'_>,
         figures: &mut EpochFigures,
         emit: &mut Emit<'_>,
     ) -> Result<bool, CaptureError> {
@@ -385,7 +422,7 @@ impl Capturer {
         let socket = swrk.take_page_server().ok_or(CaptureError::NoMemory)?;
         let version = swrk.version();
         let mut options = DumpOptions::new(self.source.root_inside);
-        options.leave_running = matches!(finish, Finish::Continue);
+        options.leave_running = matches!(*finish, Finish::Continue);
         options.parent = Some(format!("../{}", parent::DIRECTORY));
         options.silence_max = DUMP_SILENCE_MAX;
         figures.frozen_at_unix_ms = unix_ms();
@@ -408,7 +445,9 @@ impl Capturer {
         let mut final_error: Option<CaptureError> = None;
         let mut emitted = false;
         let dumped = std::thread::scope(|scope| {
-            let (mut collector, reader) = frozen::channels(root, pending);
+            let (frozen_now, maps) = watch_maps(scope, copies);
+            let maps = maps.map(|judged| (frozen_now.clone(), judged));
+            let (mut collector, reader) = frozen::channels(root, pending, maps);
             let (taken, lent) = (&taken, &lent);
             let reading = scope.spawn(move || {
                 hurry();
@@ -423,7 +462,12 @@ impl Capturer {
                 let _ = page_server::serve(&socket, version, &mut collector);
             });
             let mut notify = |stage: &str| -> bool {
-                let Finish::Final { hold, conclude } = &mut finish else { return true };
+                // The first stage at which the tree is frozen (cr_dump_tasks, behind collect_pstree).
+                if stage == "query-ext-files" {
+                    // Nobody listens if there are no copies.
+                    let _ = frozen_now.send(());
+                }
+                let Finish::Final { hold, conclude } = &mut *finish else { return true };
                 if stage != "post-dump" {
                     return true;
                 }
@@ -476,6 +520,26 @@ impl Capturer {
         send_frozen(&mut self.encoder, &mut self.known, frozen, &dir, &note, figures, emit)?;
         Ok(false)
     }
+}
+
+/// Compares the copies with the truth on a thread of its own, as soon as it is told that the tree is frozen.
+fn watch_maps<'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    copies: Option<Copies>,
+) -> (Sender<()>, Option<Receiver<bool>>) {
+    let (frozen_now, is_frozen) = channel();
+    let judged = copies.map(|copies| {
+        let (verdict, judged) = channel();
+        scope.spawn(move || {
+            hurry();
+            // No word: CRIU failed before it froze anything.
+            if is_frozen.recv().is_ok() {
+                let _ = verdict.send(copies.are_true());
+            }
+        });
+        judged
+    });
+    (frozen_now, judged)
 }
 
 /// Emits what the freeze read, the small images and the manifest.

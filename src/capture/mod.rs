@@ -25,6 +25,7 @@ mod engine;
 mod files;
 mod frozen;
 mod images;
+mod maps;
 pub mod pace;
 mod tracking;
 

@@ -137,6 +137,7 @@ static void path_with_number(char *out, const char *head, u64 number, const char
 /* ---- settings ---- */
 
 static const char *kerndat_dir;
+static const char *copies_head;
 
 static const char *setting(const char *name)
 {
@@ -158,6 +159,7 @@ static void read_settings(void)
 		return;
 	done = 1;
 	kerndat_dir = setting("STANDIN_KERNDAT");
+	copies_head = setting("STANDIN_SMAPS");
 }
 
 /* ---- the cache of kernel features ----
@@ -197,12 +199,50 @@ static const char *redirected(const char *path, char *buffer)
 /* The descriptor on which the next write asks the kernel to reset soft-dirty bits. */
 static int clear_refs_fd = -1;
 
+/* ---- copies of smaps ----
+ *
+ * CRIU opens "smaps" relative to a descriptor of /proc/PID. If there is a file of that PID's number
+ * behind the head that we are given (in the directory of the images), that is what it reads: a copy that our side has taken before the freeze and
+ * compares with the truth in it (capture/maps.rs). Without one it reads the kernel's. */
+
+#define DIGITS_MAX 20
+
+static long open_copy_of_smaps(int dir, int flags)
+{
+	char link[PATH_SIZE], path[PATH_SIZE];
+	u64 pid = 0;
+	long n, i = 6; /* behind "/proc/" */
+
+	read_settings();
+	if (!copies_head || length(copies_head) + DIGITS_MAX >= PATH_SIZE)
+		return -1;
+	path_with_number(path, "/proc/self/fd/", (u64)dir, "");
+	n = sys3(SYS_READLINK, path, link, PATH_SIZE - 1);
+	if (n <= i || n > i + 10)
+		return -1;
+	link[n] = 0;
+	if (!starts_with(link, "/proc/"))
+		return -1;
+	for (; i < n; i++) {
+		if (link[i] < '0' || link[i] > '9')
+			return -1;
+		pid = pid * 10 + (u64)(link[i] - '0');
+	}
+	path_with_number(path, copies_head, pid, "");
+	return sys4(SYS_OPENAT, AT_FDCWD, path, flags, 0);
+}
+
 static int open_at(int dir, const char *path, int flags, u32 mode)
 {
 	char buffer[PATH_SIZE];
 	const char *used = redirected(path, buffer);
 	long fd;
 
+	if (dir >= 0 && same(path, "smaps")) {
+		fd = open_copy_of_smaps(dir, flags);
+		if (fd >= 0)
+			return (int)fd;
+	}
 	if (!used)
 		return (int)with_errno(-ENAMETOOLONG);
 	fd = sys4(SYS_OPENAT, used == path ? dir : AT_FDCWD, used, flags, mode);
