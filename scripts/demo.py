@@ -151,7 +151,7 @@ class Counter(threading.Thread):
                 sent = now_ms()
                 value = redis.call("INCR", self.key)
                 self.acks.append((sent, now_ms(), value))
-                time.sleep(0.001)
+                time.sleep(0.004)
             except (OSError, RuntimeError):
                 self.reconnects += 1
                 if redis is not None:
