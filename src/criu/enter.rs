@@ -267,10 +267,11 @@ fn room(root: &Path, program: &[OsString]) -> Result<Infallible, String> {
         sys::die_with_parent().map_err(failed("binding the init to its maker"))?;
         return room_init(root, program);
     };
-    println!("{init}");
-    io::stdout().flush().map_err(failed("naming the init"))?;
-    // Whoever asked holds the other end. Nothing is ever written to it.
-    let ended = io::stdin().read(&mut [0]);
+    // Whoever asked holds the other ends. Nothing is ever written to ours. If it has died meanwhile, the init must not stay:
+    // it may be too early for it to be bound to us.
+    let mut stdout = io::stdout();
+    let ended =
+        writeln!(stdout, "{init}").and_then(|()| stdout.flush()).and_then(|()| io::stdin().read(&mut [0]));
     // A pid namespace ends with its init, and all in it. Failing means it is gone already.
     let _ = kill(init, Signal::SIGKILL);
     let _ = waitpid(init, None);
