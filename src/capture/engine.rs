@@ -397,7 +397,8 @@ impl Capturer {
 
     /// Copies the lists of mappings to where the waiting CRIU will look for them, if that is worth a try.
     fn copy_maps(&mut self) -> Result<Option<Copies>, CaptureError> {
-        let bridged = self.source.tracking == Tracking::WriteProtect;
+        // A freeze that fails for its copies is repeated, and a scan of files is not: what it found would be lost.
+        let bridged = self.source.tracking == Tracking::WriteProtect && self.files.is_none();
         let Some(spare) = self.spare.as_ref().filter(|_| bridged && self.trust.begin_epoch()) else {
             return Ok(None);
         };
