@@ -20,7 +20,7 @@ use nix::{
 
 use super::{
     BLOCK_SIZE, DEPTH_MAX,
-    sys::Stat,
+    sys::{self, Stat},
     walk::{Walk, read_block, tag_of},
 };
 use crate::wire::message::{FileKind, FileMeta, FileRecord};
@@ -205,8 +205,13 @@ pub(super) fn open_in(root: BorrowedFd<'_>, path: &[u8], flags: OFlag) -> io::Re
     Ok(openat2(root, path, OpenHow::new().flags(flags).resolve(resolve))?)
 }
 
-/// For content: a pipe that has taken the file's place does not block the scan.
-pub(super) const READ: OFlag = OFlag::O_RDONLY.union(OFlag::O_NONBLOCK);
+/// Opens the content of the file that was found at `path`; `ESTALE` if another one has taken its place.
+pub(super) fn open_content(root: BorrowedFd<'_>, path: &[u8], found: &Stat) -> io::Result<File> {
+    // A pipe that has taken its place does not block the scan.
+    let fd = open_in(root, path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?;
+    let same = sys::stat_at(fd.as_fd(), c"")?.is_same_file(found);
+    if same { Ok(File::from(fd)) } else { Err(io::Error::from_raw_os_error(libc::ESTALE)) }
+}
 
 /// The second pass: what turns the one into the other. Removals first, then entries in the order of their
 /// paths, each followed by its content.
@@ -289,8 +294,8 @@ impl Diff<'_> {
         if !node.blocks.iter().enumerate().any(|(block, tag)| differs(block, tag)) {
             return Ok(());
         }
-        let file = match open_in(self.root, path, READ) {
-            Ok(fd) => File::from(fd),
+        let file = match open_content(self.root, path, &node.stat) {
+            Ok(file) => file,
             Err(error) if raced(self.phase, &error) => {
                 Arc::make_mut(&mut node.blocks).fill(UNKNOWN);
                 node.racy = true;
@@ -320,9 +325,8 @@ impl Diff<'_> {
 /// Whether the copy's object at this path can be turned into the new one: directories always, else the same
 /// file.
 fn same_object(before: &Node, now: &Node) -> bool {
-    let format = now.stat.format();
-    let same_file = (before.stat.dev, before.stat.ino) == (now.stat.dev, now.stat.ino);
-    before.stat.format() == format && (same_file || format == libc::S_IFDIR)
+    let directories = [before, now].iter().all(|node| node.stat.format() == libc::S_IFDIR);
+    directories || now.stat.is_same_file(&before.stat)
 }
 
 fn is_link(node: &Node) -> bool {
@@ -339,12 +343,11 @@ fn blocks_of<'a>(node: &'a Node, sent: &'a BTreeMap<Vec<u8>, Node>) -> &'a [Tag]
 
 /// The further names that are linked to their first name at the other end already.
 fn still_linked(sent: &BTreeMap<Vec<u8>, Node>, found: &BTreeMap<Vec<u8>, Node>) -> HashSet<Vec<u8>> {
-    let id = |node: &Node| (node.stat.dev, node.stat.ino);
     let links = found.iter().filter_map(|(path, now)| match &now.meta.kind {
         FileKind::HardLink { to } => Some((path, now, to)),
         _ => None,
     });
-    let stays = |path: &Vec<u8>, now: &Node| sent.get(path).is_some_and(|before| id(before) == id(now));
+    let stays = |path: &Vec<u8>, now: &Node| sent.get(path).is_some_and(|before| same_object(before, now));
     links
         .filter(|(path, now, to)| stays(path, now) && stays(to, now))
         .map(|(path, ..)| path.clone())

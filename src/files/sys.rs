@@ -8,7 +8,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-use super::XATTR_LEN_MAX;
+use super::{XATTR_LEN_MAX, scan::FileId};
 
 /// Everything that tells whether a file is another one, or was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +30,15 @@ pub(super) struct Stat {
 impl Stat {
     pub(super) fn format(&self) -> u32 {
         self.mode & libc::S_IFMT
+    }
+
+    pub(super) fn id(&self) -> FileId {
+        (self.dev, self.ino)
+    }
+
+    /// As far as its number tells: file systems give it to another one when the file is gone.
+    pub(super) fn is_same_file(&self, other: &Self) -> bool {
+        (self.id(), self.format()) == (other.id(), other.format())
     }
 }
 

@@ -24,7 +24,7 @@ use nix::{
 use super::{
     BLOCK_SIZE, DEPTH_MAX, XATTRS_MAX,
     scan::{
-        ENTRIES_MAX, FileId, FilesStats, Node, Phase, READ, ScanError, Tag, ZEROS, failed, full, open_in,
+        ENTRIES_MAX, FileId, FilesStats, Node, Phase, ScanError, Tag, ZEROS, failed, full, open_content,
         raced,
     },
     sys::{self, Stat},
@@ -44,8 +44,8 @@ pub(super) struct Walk<'a> {
     mapped: &'a HashSet<FileId>,
     sent: Option<&'a BTreeMap<Vec<u8>, Node>>,
     pub(super) found: BTreeMap<Vec<u8>, Node>,
-    /// The first name found of each file that has several.
-    names: HashMap<FileId, Vec<u8>>,
+    /// The first name found of each file that has several, or may get one while it is looked for.
+    names: HashMap<(FileId, u32), Vec<u8>>,
     /// A change after this walk leaves a ctime not older than this.
     racy_from: (i64, u32),
     stats: &'a mut FilesStats,
@@ -125,9 +125,12 @@ impl<'a> Walk<'a> {
             return Ok(false);
         }
         let racy = stat.ctime >= self.racy_from;
-        let linked = stat.format() != libc::S_IFDIR && stat.nlink > 1;
-        let first = linked.then(|| self.names.get(&(stat.dev, stat.ino)).cloned()).flatten();
-        let mapped = self.mapped.contains(&(stat.dev, stat.ino));
+        // While the workload runs a file may be met again under a name that it got in between. The copy is told what
+        // was met: two names of one file are always links there, so that the next scan can rely on it.
+        let linked = stat.format() != libc::S_IFDIR && (stat.nlink > 1 || self.phase == Phase::Running);
+        let key = (stat.id(), stat.format());
+        let first = linked.then(|| self.names.get(&key).cloned()).flatten();
+        let mapped = self.mapped.contains(&stat.id());
         let known = self.sent.and_then(|sent| sent.get(&path)).filter(|node| node.stat == stat);
         let same_content = known.filter(|node| !node.racy && !mapped);
         let node = match (first, same_content) {
@@ -140,7 +143,7 @@ impl<'a> Walk<'a> {
         match node {
             Ok(node) => {
                 if linked {
-                    self.names.entry((stat.dev, stat.ino)).or_insert_with(|| path.clone());
+                    self.names.entry(key).or_insert_with(|| path.clone());
                 }
                 self.found.insert(path, node);
                 Ok(true)
@@ -162,13 +165,13 @@ impl<'a> Walk<'a> {
         let name = if path.is_empty() { b".".as_slice() } else { path };
         let handle = open_handle(self.root, name, stat.mount_root)?;
         let now = sys::stat_at(handle.as_fd(), c"")?;
-        if (now.dev, now.ino, now.format()) != (stat.dev, stat.ino, stat.format()) {
+        if !now.is_same_file(&stat) {
             return Err(io::Error::from_raw_os_error(libc::ESTALE));
         }
         let mut blocks = Vec::new();
         let kind = match stat.format() {
             libc::S_IFREG => {
-                let file = File::from(open_in(self.root, name, READ)?);
+                let file = open_content(self.root, name, &stat)?;
                 blocks = self.compare(&file, stat.size)?;
                 FileKind::Regular { size: stat.size }
             }

@@ -13,7 +13,11 @@ use std::{
     },
     path::{Path, PathBuf},
     process::Command,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use standin::{
@@ -190,10 +194,32 @@ fn change(rng: &mut Rng, root: &Path) {
     }
 }
 
+/// Two entries change places: what is in them keeps every property, under other paths.
+fn swap(rng: &mut Rng, root: &Path) {
+    let (one, two, aside) = (a_path(rng, root), a_path(rng, root), root.join("aside"));
+    if fs::rename(&one, &aside).is_ok() {
+        drop(fs::rename(&two, &one));
+        drop(fs::rename(&aside, &two));
+        drop(fs::rename(&aside, &one));
+    }
+}
+
+/// How many histories to try; a soak tries more.
+fn seeds(few: u64) -> u64 {
+    std::env::var("STANDIN_FILES_SEEDS").map_or(few, |seeds| seeds.parse().expect("a number"))
+}
+
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn the_copy_equals_the_tree_after_any_history() {
-    let seeds = std::env::var("STANDIN_FILES_SEEDS").map_or(40, |seeds| seeds.parse().expect("a number"));
-    for seed in 0..seeds {
+    for seed in 0..seeds(40) {
         let mut rng = Rng(seed);
         let mut pair = Pair::new();
         for epoch in 0..12 {
@@ -228,27 +254,74 @@ fn the_copy_equals_the_tree_after_any_history() {
 
 #[test]
 fn what_a_running_writer_does_during_the_scan_is_put_right_in_the_freeze() {
-    for seed in 0..10 {
+    for seed in 0..seeds(10) {
         let mut pair = Pair::new();
-        let stop = AtomicBool::new(false);
+        let (stop, running) = (AtomicBool::new(false), Mutex::new(()));
         let root = pair.source.path().to_owned();
-        let mut records = Vec::new();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let mut rng = Rng(seed);
                 while !stop.load(Ordering::Relaxed) {
+                    let _running = running.lock().unwrap();
                     change(&mut rng, &root);
+                    swap(&mut rng, &root);
                 }
             });
-            for _ in 0..5 {
-                pair.scan(Phase::Running, &mut records);
+            // Also when a check fails, so that the scope ends.
+            let stop = Stop(&stop);
+            let mut rng = Rng(seed);
+            for epoch in 0..8 {
+                let mut records = Vec::new();
+                for _ in 0..rng.below(4) {
+                    pair.scan(Phase::Running, &mut records);
+                }
+                let frozen = running.lock().unwrap();
+                if rng.below(2) == 0 {
+                    // What was scanned is old enough to be believed.
+                    std::thread::sleep(Duration::from_millis(30));
+                    pair.scan(Phase::Running, &mut records);
+                }
+                pair.scan(Phase::Frozen, &mut records);
+                pair.apply(&records, true);
+                pair.check(&format!("seed {seed}, epoch {epoch}"));
+                drop(frozen);
             }
-            stop.store(true, Ordering::Relaxed);
+            drop(stop);
         });
-        pair.scan(Phase::Frozen, &mut records);
-        pair.apply(&records, true);
-        pair.check(&format!("seed {seed}"));
     }
+}
+
+#[test]
+fn a_name_that_a_file_gets_during_the_scan_is_the_same_files_at_the_other_end() {
+    let mut pair = Pair::new();
+    // The second directory is listed when the first name was looked at long ago.
+    let [first, further] = ["a", "z/further"].map(|name| pair.source.path().join(name));
+    fs::create_dir(pair.source.path().join("z")).unwrap();
+    fs::write(&first, b"content").unwrap();
+    for name in 0..300 {
+        fs::write(pair.source.path().join(format!("m{name}")), b"something to look at in between").unwrap();
+    }
+    let (stop, running) = (AtomicBool::new(false), Mutex::new(()));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let toggle = || drop(fs::hard_link(&first, &further).or_else(|_| fs::remove_file(&further)));
+            while !stop.load(Ordering::Relaxed) {
+                drop(running.lock().map(|_running| toggle()));
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        });
+        let stop = Stop(&stop);
+        for epoch in 0..100 {
+            let mut records = Vec::new();
+            pair.scan(Phase::Running, &mut records);
+            let frozen = running.lock().unwrap();
+            pair.scan(Phase::Frozen, &mut records);
+            pair.apply(&records, true);
+            pair.check(&format!("epoch {epoch}"));
+            drop(frozen);
+        }
+        drop(stop);
+    });
 }
 
 #[test]
