@@ -20,6 +20,7 @@ use std::{
     io,
     os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -39,6 +40,7 @@ use standin::{
         stats,
         swrk::{DumpOptions, Swrk},
     },
+    memory::Vmas,
     model::{Epoch, EpochId, Extent, Name, PAGE_SIZE, Space, Term},
     wire::message::FrameHead,
     workload::{
@@ -63,16 +65,20 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
 enum Method {
     CriuFull,
     CriuPageServer,
+    /// CRIU lists the mappings, as where the kernel permits no BPF.
+    StandinWithoutBpf,
     Standin,
 }
 
-const METHODS: [Method; 3] = [Method::CriuFull, Method::CriuPageServer, Method::Standin];
+const METHODS: [Method; 4] =
+    [Method::CriuFull, Method::CriuPageServer, Method::StandinWithoutBpf, Method::Standin];
 
 impl Method {
     fn name(self) -> &'static str {
         match self {
             Self::CriuFull => "criu-full",
             Self::CriuPageServer => "criu-page-server",
+            Self::StandinWithoutBpf => "standin-without-bpf",
             Self::Standin => "standin",
         }
     }
@@ -107,13 +113,13 @@ fn main() -> Result<()> {
     }
     let mut rows = Vec::new();
     println!("{epochs} epochs each, frozen time in ms");
-    println!("{:>6} {:>6}  {:<17} {:>8} {:>8}  of criu-full", "rss MB", "dirty", "method", "p50", "p99");
+    println!("{:>6} {:>6}  {:<19} {:>8} {:>8}  of criu-full", "rss MB", "dirty", "method", "p50", "p99");
     for rss_mb in RSS_MB {
         for dirty_pages in DIRTY_PAGES {
             let measured = measure(rss_mb, dirty_pages, epochs)?;
             for row in &measured {
                 println!(
-                    "{rss_mb:>6} {dirty_pages:>6}  {:<17} {:>8.1} {:>8.1}  {:>10.2}",
+                    "{rss_mb:>6} {dirty_pages:>6}  {:<19} {:>8.1} {:>8.1}  {:>10.2}",
                     row.method,
                     row.frozen_ms_p50,
                     row.frozen_ms_p99,
@@ -223,7 +229,7 @@ impl Subject {
         })?;
         subject.await_count(1)?;
         subject.pids = subject.sandbox.workload_pid()?.ok_or("the writer has ended")?;
-        if method == Method::Standin {
+        if matches!(method, Method::Standin | Method::StandinWithoutBpf) {
             subject.capturer = Some(Capturer::new(subject.source()?)?);
         }
         Ok(subject)
@@ -235,6 +241,7 @@ impl Subject {
             root_inside: self.pids.1,
             init: Some(self.sandbox.keeper().pidfd()?),
             bridge: Bridge::new(self.ram.path(), self.install.version)?,
+            vmas: (self.method == Method::Standin).then(Vmas::open).transpose()?.map(Arc::new),
             tracking: Tracking::choose(&Kernel::probe(Path::new(PROGRAM))?)?,
             install: self.install.clone(),
             work: self.ram.path().join("dump"),

@@ -23,7 +23,7 @@
 //! | [`agent`] | the daemon: one task owns each workload; control socket; durable record |
 //! | [`workload`] | the place of a workload: sandbox with its init and guard, bare tree, cgroup, network |
 //! | [`criu`] | CRIU as a part: start, RPC, page server, preload bridge, lazy pages, images, probe |
-//! | [`memory`] | dirty tracking (userfaultfd write protection) and batched reads of other processes |
+//! | [`memory`] | dirty tracking (userfaultfd write protection), batched reads of other processes, flags of their mappings |
 //! | [`capture`] | an epoch: spawn-ahead, pre-copy, freeze, read, thaw; the pace of epochs |
 //! | [`delta`] | pure: what the standby is known to hold, zero and unchanged pages, packing |
 //! | [`files`] | replicated directory trees, consistent with the epoch |

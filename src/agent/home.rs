@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use super::Agent;
 use crate::{
     capture,
-    criu::{bridge::Bridge, probe::Kernel},
+    criu::bridge::Bridge,
     model::Name,
     takeover::{self, address::Addresses},
     workload::{
@@ -170,7 +170,8 @@ impl Home {
             init,
             install: agent.install.clone(),
             bridge: Bridge::new(&agent.config.work_dir, agent.install.version)?,
-            tracking: capture::Tracking::choose(&Kernel::probe(&agent.program)?)?,
+            vmas: agent.vmas.clone(),
+            tracking: capture::Tracking::choose(&agent.kernel)?,
             work: agent.config.work_dir.join(format!("dump-{name}")),
             log_pipes,
             trees: super::trees::of(&durable, &spec.sandbox),

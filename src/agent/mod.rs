@@ -57,8 +57,9 @@ use self::{
 };
 use crate::{
     config::Config,
-    criu::{Install, bridge::Bridge, spawn::Spawn, swrk::Swrk},
+    criu::{Install, bridge::Bridge, probe::Kernel, spawn::Spawn, swrk::Swrk},
     ha::{Message, Standing},
+    memory::Vmas,
     model::{Name, Term},
     transport::{
         Endpoint, Identity, PeerName, Peers,
@@ -83,6 +84,9 @@ pub struct Agent {
     pub(crate) install: Install,
     /// This executable, for inits and CRIU's launcher.
     pub(crate) program: PathBuf,
+    pub(crate) kernel: Kernel,
+    /// What lists mappings for CRIU, where the kernel permits it.
+    pub(crate) vmas: Option<Arc<Vmas>>,
     links: Links,
     owners: Mutex<BTreeMap<Name, mpsc::Sender<Msg>>>,
 }
@@ -102,11 +106,17 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this executable")?;
     tracing::info!(name = config.name, listen = %config.listen, criu = %install.version, "the agent starts");
     warm_criu(&config, &install);
+    let kernel = Kernel::probe(&program).context("cannot try what this kernel offers")?;
+    let vmas = Vmas::open().inspect_err(|error| {
+        tracing::info!(%error, "freezes take longer the more memory a workload has; see `standin doctor`");
+    });
     let agent = Arc::new(Agent {
         config,
         endpoint,
         install,
         program,
+        kernel,
+        vmas: vmas.ok().map(Arc::new),
         links: Links::default(),
         owners: Mutex::new(BTreeMap::new()),
     });

@@ -9,10 +9,7 @@ use std::{
         unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
-    sync::{
-        Mutex,
-        mpsc::{Receiver, Sender, channel},
-    },
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -21,7 +18,7 @@ use super::{
     files::{Files, FilesError},
     frozen::{self, Frozen, FrozenError, Lent, Piece, Tracked},
     images::{self, Note},
-    maps::{Copies, Trust},
+    maps,
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -35,7 +32,7 @@ use crate::{
     },
     delta::{Encoder, Known, ReadStamp},
     extents,
-    memory::{self, AttachError, Pages, ReadError, TrackError, Tracker, TreeError},
+    memory::{self, AttachError, Pages, ReadError, TrackError, Tracker, TreeError, Vmas},
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
     observe::unix_ms,
     wire::message::{FrameHead, Manifest},
@@ -98,13 +95,6 @@ pub enum CaptureError {
     NeedsFull,
 }
 
-impl CaptureError {
-    /// Whether a copied list of mappings that is not true any more could be the reason.
-    fn may_be_of_copies(&self) -> bool {
-        matches!(self, Self::Criu(_) | Self::Holds { .. } | Self::NoMemory)
-    }
-}
-
 /// What is captured, and with what.
 pub struct Source {
     /// Host pid of the tree's root.
@@ -117,6 +107,8 @@ pub struct Source {
     pub install: Install,
     /// The bridge for it; not used with soft-dirty bits, since it hides them.
     pub bridge: Bridge,
+    /// What lists the mappings of the frozen tasks for CRIU, where the kernel permits it.
+    pub vmas: Option<Arc<Vmas>>,
     /// How written pages are found: [`Tracking::choose`].
     pub tracking: Tracking,
     /// A directory of our own on a tmpfs.
@@ -160,8 +152,6 @@ pub struct Capturer {
     encoder: Encoder,
     spare: Option<Spare>,
     next_dir: u32,
-    /// Whether CRIU is given copies of the lists of mappings.
-    trust: Trust,
     /// An epoch failed: of pages that were sent in it nothing is known.
     unsure: bool,
 }
@@ -186,7 +176,6 @@ impl Capturer {
             encoder: Encoder::default(),
             spare: None,
             next_dir: 0,
-            trust: Trust::default(),
             unsure: false,
         };
         capturer.track()?;
@@ -229,16 +218,7 @@ impl Capturer {
             files.send_ahead(emit)?;
         }
         let pending = self.precopy(&mut figures, emit)?;
-        let copies = self.copy_maps()?;
-        let with_copies = copies.is_some();
-        let mut result = self.freeze(began, pending.clone(), copies, &mut finish, &mut figures, emit);
-        if with_copies && matches!(&result, Err(error) if error.may_be_of_copies()) {
-            // Nothing of the freeze was emitted, and what its passes found is marked stale: frozen once more, all is read.
-            self.trust.disappointed();
-            self.spawn_ahead()?;
-            result = self.freeze(began, pending, None, &mut finish, &mut figures, emit);
-        }
-        let killed = result?;
+        let killed = self.freeze(began, pending, &mut finish, &mut figures, emit)?;
         Ok(Captured { figures, killed })
     }
 
@@ -395,26 +375,11 @@ impl Capturer {
         Ok(())
     }
 
-    /// Copies the lists of mappings to where the waiting CRIU will look for them, if that is worth a try.
-    fn copy_maps(&mut self) -> Result<Option<Copies>, CaptureError> {
-        // A freeze that fails for its copies is repeated, and a scan of files is not: what it found would be lost.
-        let bridged = self.source.tracking == Tracking::WriteProtect && self.files.is_none();
-        let Some(spare) = self.spare.as_ref().filter(|_| bridged && self.trust.begin_epoch()) else {
-            return Ok(None);
-        };
-        let tasks = self.tasks.iter().filter_map(|(pid, tracked)| match tracked.space {
-            Space::Task(inside) => Some((*pid, inside)),
-            Space::Shared(_) => None,
-        });
-        Ok(Some(Copies::take(tasks, &spare.dir)?))
-    }
-
     /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed.
     fn freeze(
         &mut self,
         began: Instant,
         pending: BTreeMap<Space, Vec<Extent>>,
-        copies: Option<Copies>,
         finish: &mut Finish<'_>,
         figures: &mut EpochFigures,
         emit: &mut Emit<'_>,
@@ -443,12 +408,12 @@ impl Capturer {
             files: &mut self.files,
         });
         let (encoder, root) = (&mut self.encoder, self.source.root);
+        // With soft-dirty bits there is no bridge that would find them.
+        let vmas = self.source.vmas.as_deref().filter(|_| self.source.tracking == Tracking::WriteProtect);
         let mut final_error: Option<CaptureError> = None;
         let mut emitted = false;
         let dumped = std::thread::scope(|scope| {
-            let (frozen_now, maps) = watch_maps(scope, copies);
-            let maps = maps.map(|judged| (frozen_now.clone(), judged));
-            let (mut collector, reader) = frozen::channels(root, pending, maps);
+            let (mut collector, reader) = frozen::channels(root, pending);
             let (taken, lent) = (&taken, &lent);
             let reading = scope.spawn(move || {
                 hurry();
@@ -464,9 +429,14 @@ impl Capturer {
             });
             let mut notify = |stage: &str| -> bool {
                 // The first stage at which the tree is frozen (cr_dump_tasks, behind collect_pstree).
-                if stage == "query-ext-files" {
-                    // Nobody listens if there are no copies.
-                    let _ = frozen_now.send(());
+                if let ("query-ext-files", Some(vmas)) = (stage, vmas) {
+                    let written = memory::tasks_of(root)
+                        .map_err(io::Error::other)
+                        .and_then(|tasks| maps::write(vmas, &tasks, &dir));
+                    if let Err(error) = written {
+                        tracing::debug!(%error, "the lists of mappings were not written");
+                        return false;
+                    }
                 }
                 let Finish::Final { hold, conclude } = &mut *finish else { return true };
                 if stage != "post-dump" {
@@ -521,26 +491,6 @@ impl Capturer {
         send_frozen(&mut self.encoder, &mut self.known, frozen, &dir, &note, figures, emit)?;
         Ok(false)
     }
-}
-
-/// Compares the copies with the truth on a thread of its own, as soon as it is told that the tree is frozen.
-fn watch_maps<'scope>(
-    scope: &'scope std::thread::Scope<'scope, '_>,
-    copies: Option<Copies>,
-) -> (Sender<()>, Option<Receiver<bool>>) {
-    let (frozen_now, is_frozen) = channel();
-    let judged = copies.map(|copies| {
-        let (verdict, judged) = channel();
-        scope.spawn(move || {
-            hurry();
-            // No word: CRIU failed before it froze anything.
-            if is_frozen.recv().is_ok() {
-                let _ = verdict.send(copies.are_true());
-            }
-        });
-        judged
-    });
-    (frozen_now, judged)
 }
 
 /// Emits what the freeze read, the small images and the manifest.

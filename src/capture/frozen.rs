@@ -7,7 +7,6 @@ use std::{
     collections::BTreeMap,
     io,
     sync::mpsc::{Receiver, Sender, channel},
-    time::Duration,
 };
 
 use super::{
@@ -22,9 +21,6 @@ use crate::{
     model::{Extent, PAGE_SIZE, Space},
     wire::message::{Manifest, SpaceMap},
 };
-
-/// How long the lists of mappings may take to be read again.
-const MAPS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why the frozen tree could not be read. The epoch fails and the tree runs on.
 #[derive(Debug, thiserror::Error)]
@@ -103,9 +99,6 @@ enum Order {
 pub(super) struct Collector {
     orders: Sender<Order>,
     verdict: Receiver<bool>,
-    /// To say that the tree is frozen, and to hear whether the copies of the mappings that CRIU was given are true; `None`
-    /// if it was given none.
-    maps: Option<(Sender<()>, Receiver<bool>)>,
     begun: bool,
     listed: BTreeMap<Space, Vec<Extent>>,
     sent: Vec<Sent>,
@@ -131,15 +124,11 @@ pub(super) struct Lent<'a> {
 }
 
 /// Makes the two sides.
-pub(super) fn channels(
-    root: i32,
-    pending: BTreeMap<Space, Vec<Extent>>,
-    maps: Option<(Sender<()>, Receiver<bool>)>,
-) -> (Collector, Reader) {
+pub(super) fn channels(root: i32, pending: BTreeMap<Space, Vec<Extent>>) -> (Collector, Reader) {
     let (orders, ordered) = channel();
     let (verdict, judged) = channel();
     let collector =
-        Collector { orders, verdict: judged, maps, begun: false, listed: BTreeMap::new(), sent: Vec::new() };
+        Collector { orders, verdict: judged, begun: false, listed: BTreeMap::new(), sent: Vec::new() };
     (collector, Reader { orders: ordered, verdict, root, pending })
 }
 
@@ -193,13 +182,6 @@ impl page_server::Handler for Collector {
             .collect();
         let order = Order::Finish { manifest: Manifest { spaces }, sent: std::mem::take(&mut self.sent) };
         let read = self.orders.send(order).is_ok() && self.verdict.recv().unwrap_or(false);
-        if let Some((frozen_now, judged)) = &self.maps {
-            // Should CRIU have left the stage out that says so.
-            let _ = frozen_now.send(());
-            if !judged.recv_timeout(MAPS_TIMEOUT).unwrap_or(false) {
-                return Err(io::Error::other("the mappings have changed since they were copied"));
-            }
-        }
         if read { Ok(()) } else { Err(io::Error::other("the frozen memory could not be read")) }
     }
 }

@@ -6,8 +6,9 @@
 //! ```text
 //!        ┌────────────── running ──────────────┐┌──────── frozen ─────────┐┌────── running ──────┐
 //!  tasks ► scan + protect ► read ► encode ► …   ► CRIU seizes the tree     ► encode what was read
-//!                     (pre-copy, if much)         first OPEN2: scan, read   ► small images
-//!                                                 CLOSE: scan again, re-read ► manifest
+//!                     (pre-copy, if much)         its mappings are listed   ► small images
+//!                                                 first OPEN2: scan, read   ► manifest
+//!                                                 CLOSE: scan again, re-read
 //! ```
 //!
 //! Invariants:

@@ -5,12 +5,14 @@
  *     changed. With a parent image it then writes the list of pages that the image must hold
  *     (as holes) and no content: the tracker knows what changed and reads it itself;
  *   - keeps its cache of kernel features in a directory of ours, tmpfs or not;
- *   - can read the limits of a task of another user where root lacks CAP_SYS_RESOURCE.
+ *   - can read the limits of a task of another user where root lacks CAP_SYS_RESOURCE;
+ *   - reads the mappings of a task from a list of ours, if there is one.
  *
  * The first of these changes nothing for a dump that does not ask for tracking, nor for a restore;
  * so it is always on, and one cache of kernel features serves all.
  *
- * Environment, read once: STANDIN_KERNDAT=DIR, where that cache goes.
+ * Environment, read once: STANDIN_KERNDAT=DIR, where that cache goes; STANDIN_SMAPS=HEAD, how the paths
+ * of such lists begin, before the pid.
  *
  * It is freestanding: no C library but the address of errno, which comes from whichever C library
  * the criu is linked with. CRIU is single-threaded where these functions matter. x86-64 alone.
@@ -137,7 +139,7 @@ static void path_with_number(char *out, const char *head, u64 number, const char
 /* ---- settings ---- */
 
 static const char *kerndat_dir;
-static const char *copies_head;
+static const char *lists_head;
 
 static const char *setting(const char *name)
 {
@@ -159,7 +161,7 @@ static void read_settings(void)
 		return;
 	done = 1;
 	kerndat_dir = setting("STANDIN_KERNDAT");
-	copies_head = setting("STANDIN_SMAPS");
+	lists_head = setting("STANDIN_SMAPS");
 }
 
 /* ---- the cache of kernel features ----
@@ -199,22 +201,23 @@ static const char *redirected(const char *path, char *buffer)
 /* The descriptor on which the next write asks the kernel to reset soft-dirty bits. */
 static int clear_refs_fd = -1;
 
-/* ---- copies of smaps ----
+/* ---- smaps ----
  *
  * CRIU opens "smaps" relative to a descriptor of /proc/PID. If there is a file of that PID's number
- * behind the head that we are given (in the directory of the images), that is what it reads: a copy that our side has taken before the freeze and
- * compares with the truth in it (capture/maps.rs). Without one it reads the kernel's. */
+ * behind the head that we are given (in the directory of the images), that is what it reads: the
+ * same, as far as CRIU looks at it, made without a walk over all pages (capture/maps.rs). Without
+ * one it reads the kernel's. */
 
 #define DIGITS_MAX 20
 
-static long open_copy_of_smaps(int dir, int flags)
+static long open_list_of_mappings(int dir, int flags)
 {
 	char link[PATH_SIZE], path[PATH_SIZE];
 	u64 pid = 0;
 	long n, i = 6; /* behind "/proc/" */
 
 	read_settings();
-	if (!copies_head || length(copies_head) + DIGITS_MAX >= PATH_SIZE)
+	if (!lists_head || length(lists_head) + DIGITS_MAX >= PATH_SIZE)
 		return -1;
 	path_with_number(path, "/proc/self/fd/", (u64)dir, "");
 	n = sys3(SYS_READLINK, path, link, PATH_SIZE - 1);
@@ -228,7 +231,7 @@ static long open_copy_of_smaps(int dir, int flags)
 			return -1;
 		pid = pid * 10 + (u64)(link[i] - '0');
 	}
-	path_with_number(path, copies_head, pid, "");
+	path_with_number(path, lists_head, pid, "");
 	return sys4(SYS_OPENAT, AT_FDCWD, path, flags, 0);
 }
 
@@ -239,7 +242,7 @@ static int open_at(int dir, const char *path, int flags, u32 mode)
 	long fd;
 
 	if (dir >= 0 && same(path, "smaps")) {
-		fd = open_copy_of_smaps(dir, flags);
+		fd = open_list_of_mappings(dir, flags);
 		if (fd >= 0)
 			return (int)fd;
 	}

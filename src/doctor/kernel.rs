@@ -3,16 +3,25 @@
 use std::{fs, path::Path};
 
 use super::{Check, Group, State};
-use crate::{capture::Tracking, criu::probe::Kernel};
+use crate::{
+    capture::Tracking,
+    criu::probe::Kernel,
+    memory::{Vmas, VmasError},
+};
 
 const NEWER: &str = "boot a kernel of 6.7 or newer with CONFIG_USERFAULTFD and CONFIG_PROC_PAGE_MONITOR";
+const MAPPINGS: &str = "boot a kernel of 6.1 or newer with CONFIG_BPF_SYSCALL and CONFIG_DEBUG_INFO_BTF, not locked \
+                        down to confidentiality, and give the agent CAP_BPF and CAP_PERFMON";
 /// Nobody may attach to anybody, and no privilege helps (Documentation/admin-guide/LSM/Yama.rst).
 const YAMA_NO_ATTACH: &str = "3";
 
 pub(super) fn check(launcher: &Path) -> (Vec<Check>, Option<Tracking>) {
     match Kernel::probe(launcher) {
         Ok(kernel) => {
-            judge(&kernel, fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok().as_deref())
+            let yama = fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok();
+            let (mut checks, tracker) = judge(&kernel, yama.as_deref());
+            checks.push(mappings(Vmas::open()));
+            (checks, tracker)
         }
         Err(error) => {
             let found = format!("cannot be tried: {error}");
@@ -60,6 +69,17 @@ fn judge(kernel: &Kernel, yama: Option<&str>) -> (Vec<Check>, Option<Tracking>) 
     });
     let tracker = tracker.ok();
     (checks, tracker)
+}
+
+/// Without it all works, and each freeze takes longer.
+fn mappings(opened: Result<Vmas, VmasError>) -> Check {
+    match opened {
+        Ok(_) => Check::ok(Group::Kernel, "bpf-mappings", "works"),
+        Err(error) => {
+            let found = format!("{error}; each freeze takes about 20 ms longer for each GiB of memory");
+            Check::warn(Group::Kernel, "bpf-mappings", found, MAPPINGS)
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Which pages of a running process have been written, and what they hold.
 //!
 //! Owns: the userfaultfd of each tracked address space ([`Tracker`]), batched reads of another process'
-//! memory ([`Memory`]), and the list of a tree's tasks ([`tasks_of`]). It decides nothing about what is sent.
+//! memory ([`Memory`]), the list of a tree's tasks ([`tasks_of`]) and the flags of their mappings ([`Vmas`]). It decides
+//! nothing about what is sent.
 //!
 //! ```text
 //!  attach ──► Tracked ── take_dirty ──► Tracked        the same address space: pages written since
@@ -29,9 +30,11 @@ mod read;
 mod sys;
 mod tracker;
 mod tree;
+mod vmas;
 
 pub use inject::AttachError;
 pub use maps::{Mapping, MappingKind, MapsError, TASK_END};
 pub use read::{Memory, Pages, ReadError};
 pub use tracker::{Pass, TrackError, Tracker};
 pub use tree::{TASKS_MAX, Task, TreeError, is_kernel_thread, resident_bytes, tasks_of};
+pub use vmas::{Vmas, VmasError};

@@ -6,3 +6,4 @@ mod replica;
 mod target;
 mod tracking;
 mod tree;
+mod vmas;
