@@ -112,7 +112,8 @@ async fn a_link_that_heals_is_used_at_once() {
 fn a_peer_that_was_killed_and_is_back_is_noticed_at_once() {
     let runtime =
         || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    // A life of its own, as a process has: when it ends, nothing in it says good-bye.
+    // A life of its own, as a process has: when it ends, nothing in it says good-bye. What the library says all the same
+    // is lost on the way.
     let (here, life) = (runtime(), runtime());
     let dir = tempfile::tempdir().unwrap();
     let a = here.block_on(async { Host::new() });
@@ -122,15 +123,18 @@ fn a_peer_that_was_killed_and_is_back_is_noticed_at_once() {
         (endpoint, addr)
     });
     endpoint.peers().add(a.as_peer("a")).unwrap();
-    let b = Peer { name: "b".parse().unwrap(), fingerprint: endpoint.fingerprint(), addr };
+    let link = here.block_on(Link::to(addr));
+    let b = Peer { name: "b".parse().unwrap(), fingerprint: endpoint.fingerprint(), addr: link.addr };
     a.endpoint.peers().add(b.clone()).unwrap();
     let connect = |channel| here.block_on(soon(a.endpoint.connect(&b.name, channel))).unwrap();
     let (lease, bulk) = (connect(Channel::Lease), connect(Channel::Bulk));
+    link.set(false);
     life.shutdown_background();
     drop(endpoint);
 
     here.block_on(async {
         let _back = rebind(dir.path(), addr).await;
+        link.set(true);
         let back = Instant::now();
         lease.send_datagram(&heartbeat(1)).unwrap();
         soon(lease.closed()).await;

@@ -60,5 +60,5 @@ fn said_of(smaps: &str, vma: &Vma) -> Option<String> {
     let flags = lines.find_map(|line| line.strip_prefix("VmFlags:"))?;
     let said =
         NAMES.iter().chain([&DROPPABLE]).filter(|(_, name)| flags.split(' ').any(|flag| flag == *name));
-    Some(said.map(|(_, name)| format!(" {name}")).collect())
+    Some(said.flat_map(|(_, name)| [" ", name]).collect())
 }

@@ -1,5 +1,7 @@
 //! The capturer: one call is one epoch. Blocking; the agent calls it from a thread of its own.
 
+mod freeze;
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
@@ -9,32 +11,27 @@ use std::{
         unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    sync::Arc,
+    time::Instant,
 };
 
 use super::{
-    blame,
     files::{Files, FilesError},
-    frozen::{self, Frozen, FrozenError, Lent, Piece, Tracked},
-    images::{self, Note},
-    maps,
+    frozen::{FrozenError, Tracked},
     tracking::{Dumped, Tracking},
 };
 use crate::{
     criu::{
         Install,
         bridge::Bridge,
-        hurry, page_server, parent,
+        parent,
         spawn::{Place, Spawn},
-        stats,
-        swrk::{CriuError, DumpOptions, Swrk},
+        swrk::{CriuError, Swrk},
     },
     delta::{Encoder, Known, ReadStamp},
     extents,
     memory::{self, AttachError, Pages, ReadError, TrackError, Tracker, TreeError, Vmas},
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
-    observe::unix_ms,
     wire::message::{FrameHead, Manifest},
 };
 
@@ -44,9 +41,6 @@ const PRECOPY_PAGES_MIN: u64 = 1024;
 const PRECOPY_ROUNDS_MAX: u32 = 4;
 /// Pages read at a time while the tree runs (4 MiB): what the primary holds of a pre-copy.
 const PART_PAGES: u64 = 1024;
-/// How long CRIU may be silent in a dump before it is told to give up.
-const DUMP_SILENCE_MAX: Duration = Duration::from_secs(30);
-
 /// Where frames go; an error (the link is gone) ends the epoch.
 pub type Emit<'a> = dyn FnMut(FrameHead, Vec<u8>) -> Result<(), io::Error> + 'a;
 
@@ -374,157 +368,6 @@ impl Capturer {
         }
         Ok(())
     }
-
-    /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed.
-    fn freeze(
-        &mut self,
-        began: Instant,
-        pending: BTreeMap<Space, Vec<Extent>>,
-        finish: &mut Finish<'_>,
-        figures: &mut EpochFigures,
-        emit: &mut Emit<'_>,
-    ) -> Result<bool, CaptureError> {
-        let Spare { mut swrk, dir } = self.spare.take().ok_or(CaptureError::NoMemory)?;
-        let socket = swrk.take_page_server().ok_or(CaptureError::NoMemory)?;
-        let version = swrk.version();
-        let mut options = DumpOptions::new(self.source.root_inside);
-        options.leave_running = matches!(*finish, Finish::Continue);
-        options.parent = Some(format!("../{}", parent::DIRECTORY));
-        options.silence_max = DUMP_SILENCE_MAX;
-        figures.frozen_at_unix_ms = unix_ms();
-        let note = Note {
-            frozen_at_unix_ms: figures.frozen_at_unix_ms,
-            log_pipes: self.source.log_pipes.clone(),
-            root: self.source.root_inside,
-        };
-        let asked = Instant::now();
-        let taken: Mutex<Option<Result<Frozen, FrozenError>>> = Mutex::new(None);
-        // Trackers, files and `Known` go to the reader and come back when it ends, which is before `post-dump`.
-        let lent = Mutex::new(Lent {
-            tracking: self.source.tracking,
-            tasks: &mut self.tasks,
-            dumped: &mut self.dumped,
-            known: &mut self.known,
-            files: &mut self.files,
-        });
-        let (encoder, root) = (&mut self.encoder, self.source.root);
-        // With soft-dirty bits there is no bridge that would find them.
-        let vmas = self.source.vmas.as_deref().filter(|_| self.source.tracking == Tracking::WriteProtect);
-        let mut final_error: Option<CaptureError> = None;
-        let mut emitted = false;
-        let dumped = std::thread::scope(|scope| {
-            let (mut collector, reader) = frozen::channels(root, pending);
-            let (taken, lent) = (&taken, &lent);
-            let reading = scope.spawn(move || {
-                hurry();
-                let mut lent = lent.lock().expect("no holder panics");
-                let result = reader.serve(&mut lent);
-                *taken.lock().expect("no holder panics") = result;
-            });
-            let mut reading = Some(reading);
-            scope.spawn(move || {
-                hurry();
-                // What goes wrong here CRIU reports too.
-                let _ = page_server::serve(&socket, version, &mut collector);
-            });
-            let mut notify = |stage: &str| -> bool {
-                // The first stage at which the tree is frozen (cr_dump_tasks, behind collect_pstree).
-                if let ("query-ext-files", Some(vmas)) = (stage, vmas) {
-                    let written = memory::tasks_of(root)
-                        .map_err(io::Error::other)
-                        .and_then(|tasks| maps::write(vmas, &tasks, &dir));
-                    if let Err(error) = written {
-                        tracing::debug!(%error, "the lists of mappings were not written");
-                        return false;
-                    }
-                }
-                let Finish::Final { hold, conclude } = &mut *finish else { return true };
-                if stage != "post-dump" {
-                    return true;
-                }
-                if !hold() {
-                    return false;
-                }
-                if let Some(reading) = reading.take() {
-                    let _ = reading.join();
-                }
-                let Some(Ok(frozen)) = taken.lock().expect("no holder panics").take() else { return false };
-                let mut lent = lent.lock().expect("no holder panics");
-                match send_frozen(encoder, lent.known, frozen, &dir, &note, figures, emit) {
-                    Ok(manifest) => {
-                        emitted = true;
-                        conclude(&manifest)
-                    }
-                    Err(error) => {
-                        final_error = Some(error);
-                        false
-                    }
-                }
-            };
-            swrk.dump(&options, &mut notify)
-        });
-        if let Some(error) = final_error {
-            return Err(error);
-        }
-        let taken = taken.into_inner().expect("no holder panics");
-        if let Some(Err(error)) = taken {
-            return Err(error.into());
-        }
-        match dumped {
-            Ok(()) if emitted => return Ok(true),
-            // The handoff was called off after all was sent: CRIU's refusal is ours.
-            Err(_) if emitted => return Ok(false),
-            outcome => outcome.map_err(|source| match blame::explain(&source, self.source.root) {
-                Some(reason) => CaptureError::Holds { source, reason },
-                None => source.into(),
-            })?,
-        }
-        let (freezing_us, frozen_us) = stats::frozen(&dir)?;
-        figures.frozen_us = freezing_us + frozen_us;
-        figures.capture_us = began.elapsed().as_micros() as u64;
-        tracing::trace!(
-            wall_us = asked.elapsed().as_micros() as u64,
-            frozen_us = figures.frozen_us,
-            "thawed"
-        );
-        let frozen = taken.and_then(Result::ok).ok_or(CaptureError::NoMemory)?;
-        send_frozen(&mut self.encoder, &mut self.known, frozen, &dir, &note, figures, emit)?;
-        Ok(false)
-    }
-}
-
-/// Emits what the freeze read, the small images and the manifest.
-fn send_frozen(
-    encoder: &mut Encoder,
-    known: &mut Known,
-    frozen: Frozen,
-    dir: &Path,
-    note: &Note,
-    figures: &mut EpochFigures,
-    emit: &mut Emit<'_>,
-) -> Result<Manifest, CaptureError> {
-    figures.dirty_bytes += frozen.dirty_pages * PAGE_SIZE;
-    let manifest = frozen.manifest;
-    for piece in frozen.pieces {
-        let listed = manifest.spaces.iter().find(|map| map.space == piece.space);
-        let Some(listed) = listed else { continue };
-        let Piece { space, extents, data, at } = piece.only(&listed.extents);
-        encode(encoder, known, space, &extents, &data, at, emit)?;
-    }
-    for map in &manifest.spaces {
-        let missing = known.missing(map.space, &map.extents);
-        if let Some(&first) = missing.first() {
-            return Err(frozen::unreadable(map.space, first, &missing).into());
-        }
-    }
-    for (record, body) in frozen.files {
-        emit(FrameHead::File(record), body)?;
-    }
-    images::emit::<io::Error>(dir, note, &mut |head, body| emit(head, body))?;
-    known.retain(&manifest);
-    figures.resident_bytes = manifest.spaces.iter().map(|map| extents::pages(&map.extents) * PAGE_SIZE).sum();
-    emit(FrameHead::Manifest(manifest.clone()), Vec::new())?;
-    Ok(manifest)
 }
 
 fn encode(

@@ -1,0 +1,176 @@
+//! The freeze. CRIU dumps the tree and its memory is read meanwhile; what was read goes out after the thaw, or, if the
+//! tree is handed off, while it is held.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use super::{CaptureError, Capturer, Emit, Finish, Spare, encode};
+use crate::{
+    capture::{
+        blame,
+        frozen::{self, Frozen, Lent, Piece},
+        images::{self, Note},
+        maps,
+        tracking::Tracking,
+    },
+    criu::{hurry, page_server, parent, stats, swrk::DumpOptions},
+    delta::{Encoder, Known},
+    extents,
+    memory::{self, Vmas},
+    model::{EpochFigures, Extent, PAGE_SIZE, Space},
+    observe::unix_ms,
+    wire::message::{FrameHead, Manifest},
+};
+
+/// How long CRIU may be silent in a dump before it is told to give up.
+const DUMP_SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// How what a freeze has read goes out.
+struct Outlet<'a, 'e> {
+    encoder: &'a mut Encoder,
+    /// Of CRIU's small images.
+    dir: PathBuf,
+    note: Note,
+    figures: &'a mut EpochFigures,
+    emit: &'a mut Emit<'e>,
+}
+
+impl Capturer {
+    /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed.
+    pub(super) fn freeze(
+        &mut self,
+        began: Instant,
+        pending: BTreeMap<Space, Vec<Extent>>,
+        finish: &mut Finish<'_>,
+        figures: &mut EpochFigures,
+        emit: &mut Emit<'_>,
+    ) -> Result<bool, CaptureError> {
+        let Spare { mut swrk, dir } = self.spare.take().ok_or(CaptureError::NoMemory)?;
+        let socket = swrk.take_page_server().ok_or(CaptureError::NoMemory)?;
+        let version = swrk.version();
+        let mut options = DumpOptions::new(self.source.root_inside);
+        options.leave_running = matches!(*finish, Finish::Continue);
+        options.parent = Some(format!("../{}", parent::DIRECTORY));
+        options.silence_max = DUMP_SILENCE_MAX;
+        figures.frozen_at_unix_ms = unix_ms();
+        let note = Note {
+            frozen_at_unix_ms: figures.frozen_at_unix_ms,
+            log_pipes: self.source.log_pipes.clone(),
+            root: self.source.root_inside,
+        };
+        let mut outlet = Outlet { encoder: &mut self.encoder, dir, note, figures, emit };
+        let root = self.source.root;
+        // With soft-dirty bits there is no bridge that would find them.
+        let vmas = self.source.vmas.as_deref().filter(|_| self.source.tracking == Tracking::WriteProtect);
+        // They go to the reader and come back when it ends.
+        let lent = Mutex::new(Lent {
+            tracking: self.source.tracking,
+            tasks: &mut self.tasks,
+            dumped: &mut self.dumped,
+            known: &mut self.known,
+            files: &mut self.files,
+        });
+        // What was read, and how it went out if that was before the thaw.
+        let (mut taken, mut sent) = (None, None);
+        let dumped = std::thread::scope(|scope| {
+            let (mut collector, reader) = frozen::channels(root, pending);
+            let lent = &lent;
+            let reading = scope.spawn(move || {
+                hurry();
+                reader.serve(&mut lent.lock().expect("no holder panics"))
+            });
+            scope.spawn(move || {
+                hurry();
+                // What goes wrong here CRIU reports too.
+                let _ = page_server::serve(&socket, version, &mut collector);
+            });
+            // The reader ends before CRIU says `post-dump`, and whenever CRIU has ended.
+            let mut reading = Some(reading);
+            let mut read = || reading.take().and_then(|reading| reading.join().expect("it does not panic"));
+            let mut notify = |stage: &str| match (stage, &mut *finish) {
+                // The first stage at which the tree is frozen (cr_dump_tasks, behind collect_pstree).
+                ("query-ext-files", _) => list_mappings(vmas, root, &outlet.dir),
+                ("post-dump", Finish::Final { hold, conclude }) => {
+                    if !hold() {
+                        return false;
+                    }
+                    let frozen = match read() {
+                        Some(Ok(frozen)) => frozen,
+                        failed => {
+                            taken = failed;
+                            return false;
+                        }
+                    };
+                    let manifest = outlet.send(lent.lock().expect("no holder panics").known, frozen);
+                    let agreed = manifest.as_ref().is_ok_and(&mut *conclude);
+                    sent = Some(manifest.map(drop));
+                    agreed
+                }
+                _ => true,
+            };
+            let dumped = swrk.dump(&options, &mut notify);
+            taken = taken.take().or_else(read);
+            dumped
+        });
+        let frozen = taken.transpose()?;
+        match sent {
+            // The handoff may have been called off after all was sent: then CRIU's refusal is ours.
+            Some(sent) => return sent.map(|()| dumped.is_ok()),
+            None => dumped.map_err(|source| match blame::explain(&source, root) {
+                Some(reason) => CaptureError::Holds { source, reason },
+                None => source.into(),
+            })?,
+        }
+        let (freezing_us, frozen_us) = stats::frozen(&outlet.dir)?;
+        outlet.figures.frozen_us = freezing_us + frozen_us;
+        outlet.figures.capture_us = began.elapsed().as_micros() as u64;
+        outlet.send(&mut self.known, frozen.ok_or(CaptureError::NoMemory)?)?;
+        Ok(false)
+    }
+}
+
+impl Outlet<'_, '_> {
+    /// Emits what the freeze read, the small images and the manifest.
+    fn send(&mut self, known: &mut Known, frozen: Frozen) -> Result<Manifest, CaptureError> {
+        let (figures, emit) = (&mut *self.figures, &mut *self.emit);
+        figures.dirty_bytes += frozen.dirty_pages * PAGE_SIZE;
+        let manifest = frozen.manifest;
+        for piece in frozen.pieces {
+            let listed = manifest.spaces.iter().find(|map| map.space == piece.space);
+            let Some(listed) = listed else { continue };
+            let Piece { space, extents, data, at } = piece.only(&listed.extents);
+            encode(self.encoder, known, space, &extents, &data, at, emit)?;
+        }
+        for map in &manifest.spaces {
+            let missing = known.missing(map.space, &map.extents);
+            if let Some(&first) = missing.first() {
+                return Err(frozen::unreadable(map.space, first, &missing).into());
+            }
+        }
+        for (record, body) in frozen.files {
+            emit(FrameHead::File(record), body)?;
+        }
+        images::emit::<io::Error>(&self.dir, &self.note, &mut |head, body| emit(head, body))?;
+        known.retain(&manifest);
+        let pages = |map: &crate::wire::message::SpaceMap| extents::pages(&map.extents);
+        figures.resident_bytes = manifest.spaces.iter().map(|map| pages(map) * PAGE_SIZE).sum();
+        emit(FrameHead::Manifest(manifest.clone()), Vec::new())?;
+        Ok(manifest)
+    }
+}
+
+/// Lists the mappings of the frozen tree for CRIU, which waits. False: the dump is called off.
+fn list_mappings(vmas: Option<&Vmas>, root: i32, dir: &Path) -> bool {
+    let Some(vmas) = vmas else { return true };
+    let tasks = memory::tasks_of(root).map_err(io::Error::other);
+    let written = tasks.and_then(|tasks| maps::write(vmas, &tasks, dir));
+    if let Err(error) = &written {
+        tracing::warn!(%error, "the mappings could not be listed for CRIU");
+    }
+    written.is_ok()
+}
