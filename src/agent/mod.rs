@@ -3,7 +3,7 @@
 //! | file | owns |
 //! |---|---|
 //! | [`api`], `http` | the control API: its shapes, its socket |
-//! | `owner`, `roles`, `fencing`, `handoff`, `telling` | one task a workload: executes what [`crate::ha`] decides |
+//! | `owner`, `roles`, `fencing`, `handoff`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
 //! | `session` | the primary's epochs: capture, ship, commit |
 //! | `standby` | the standby's: receive, commit, fold, restore |
 //! | `home` | the workload's place and addresses |
@@ -16,6 +16,7 @@
 
 pub mod api;
 mod durable;
+mod ending;
 mod fencing;
 mod handoff;
 mod home;

@@ -307,6 +307,8 @@ struct PagemapEntry {
 const PE_PARENT: u32 = 1;
 const PE_LAZY: u32 = 2;
 const PE_PRESENT: u32 = 4;
+/// Pages of one entry that we write.
+const RUN_PAGES_MAX: u64 = 1 << 18;
 
 /// A run of pages in a page map; its content is the next in the file of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -354,7 +356,7 @@ impl Pagemap {
     }
 
     /// Writes a page map that CRIU from 4.0 on reads: older ones look at the 32-bit number of
-    /// pages alone, so a run longer than that is cut.
+    /// pages alone, and all keep some counts of pages in an `int`, so a long run is cut.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = [COMMON_MAGIC.to_le_bytes(), PAGEMAP_MAGIC.to_le_bytes()].concat();
         push_entry(&mut out, &PagemapHead { pages_id: self.pages_id });
@@ -362,7 +364,7 @@ impl Pagemap {
             let flags = PE_PRESENT | if run.lazy { PE_LAZY } else { 0 };
             let mut start = run.extent.start;
             while start < run.extent.end() {
-                let pages = ((run.extent.end() - start) / PAGE_SIZE).min(u64::from(u32::MAX));
+                let pages = ((run.extent.end() - start) / PAGE_SIZE).min(RUN_PAGES_MAX);
                 let entry = PagemapEntry {
                     vaddr: start,
                     compat_nr_pages: pages as u32,
@@ -467,6 +469,16 @@ mod tests {
         let mut long = bytes.clone();
         long[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(Pagemap::decode("p", &long).is_err());
+    }
+
+    #[test]
+    fn a_long_run_is_cut() {
+        let run = |start, pages| Run { extent: Extent { start, pages }, lazy: true };
+        let map = Pagemap { pages_id: 1, runs: vec![run(0x1000, 2 * RUN_PAGES_MAX + 5)] };
+        let cut = Pagemap::decode("p", &map.encode()).unwrap().runs;
+        let bytes = RUN_PAGES_MAX * PAGE_SIZE;
+        let parts = [(0, RUN_PAGES_MAX), (bytes, RUN_PAGES_MAX), (2 * bytes, 5)];
+        assert_eq!(cut, parts.map(|(from, pages)| run(0x1000 + from, pages)));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::{
     fmt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 /// Where a CRIU is looked for, in this order. The search path is not consulted: what runs as root
@@ -13,6 +14,10 @@ pub const PLACES: [&str; 4] =
 
 /// The oldest CRIU whose page server and options are known to fit.
 pub const VERSION_MIN: Version = Version(4, 0, 0);
+
+/// How long a program may take to say its version: one that hangs is none that we could use.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
+const VERSION_POLL: Duration = Duration::from_millis(2);
 
 /// CRIU's version: major, minor, sublevel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -130,13 +135,26 @@ fn direct_command(path: &Path) -> Vec<PathBuf> {
 
 fn ask_version(path: &Path, command: &[PathBuf]) -> Result<Version, InstallError> {
     let broken = |why: String| InstallError::Broken { path: path.to_owned(), why };
-    let output = Command::new(&command[0])
+    let mut asked = Command::new(&command[0])
         .args(&command[1..])
         .arg("--version")
         .env_clear()
         .stdin(Stdio::null())
-        .output()
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
         .map_err(|error| broken(error.to_string()))?;
+    let deadline = Instant::now() + VERSION_TIMEOUT;
+    // The answer fits into the pipes.
+    while asked.try_wait().map_err(|error| broken(error.to_string()))?.is_none() {
+        if Instant::now() > deadline {
+            let _ = asked.kill();
+            let _ = asked.wait();
+            return Err(broken(format!("it did not say its version within {} s", VERSION_TIMEOUT.as_secs())));
+        }
+        std::thread::sleep(VERSION_POLL);
+    }
+    let output = asked.wait_with_output().map_err(|error| broken(error.to_string()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     Version::parse(&text).ok_or_else(|| {
         let said = String::from_utf8_lossy(&output.stderr);

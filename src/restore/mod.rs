@@ -10,8 +10,6 @@
 //! Invariants: a directory under its final name is complete (it is made under another and renamed), and
 //! making one changes nothing in the store.
 
-mod pagemap;
-
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io,
@@ -19,8 +17,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use self::pagemap::{PagemapEntry, PagemapError, decode as decode_pagemap, encode as encode_pagemap};
 use crate::{
+    criu::images::{Pagemap, Run, mark_lazy, pagemap_file, pages_file},
+    extents,
     model::{EpochId, Extent, PAGE_SIZE, Space},
     store::{ReadError, View},
 };
@@ -162,18 +161,19 @@ pub fn materialise(
     let dir = root.join(name);
     let mut ready = Ready { id: view.id(), mode, dir, pages: 0, lazy_pages: 0 };
     for (at, map) in view.manifest().spaces.iter().enumerate() {
-        let lazy = match mode {
+        let mut lazy = match mode {
             Mode::Eager => Vec::new(),
-            Mode::Lazy => ascending(lazy_extents(map.space)),
+            Mode::Lazy => lazy_extents(map.space),
         };
-        let entries = pagemap::entries(&map.extents, &lazy);
-        let pages_id = at as u32 + 1;
-        let path = making.join(pagemap_name(map.space));
+        extents::normalize(&mut lazy);
+        let pagemap = Pagemap { pages_id: at as u32 + 1, runs: mark_lazy(&map.extents, &lazy) };
+        let path = making.join(pagemap_file(map.space));
         let file = create(&path)?;
-        file.write_all_at(&pagemap::encode(pages_id, &entries), 0).map_err(on(&path))?;
-        write_pages(view, map.space, &entries, &making.join(pages_name(pages_id)))?;
-        ready.pages += entries.iter().map(|entry| entry.pages).sum::<u64>();
-        ready.lazy_pages += entries.iter().filter(|entry| entry.lazy).map(|entry| entry.pages).sum::<u64>();
+        file.write_all_at(&pagemap.encode(), 0).map_err(on(&path))?;
+        write_pages(view, map.space, &pagemap.runs, &making.join(pages_file(pagemap.pages_id)))?;
+        let pages = |run: &Run| run.extent.pages;
+        ready.pages += pagemap.runs.iter().map(pages).sum::<u64>();
+        ready.lazy_pages += pagemap.runs.iter().filter(|run| run.lazy).map(pages).sum::<u64>();
     }
     retire(&ready.dir)?;
     fs::rename(&making, &ready.dir).map_err(on(&making))?;
@@ -217,32 +217,6 @@ fn create(path: &Path) -> Result<File, MaterialiseError> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(on(path))
 }
 
-fn pagemap_name(space: Space) -> String {
-    match space {
-        Space::Task(pid) => format!("pagemap-{pid}.img"),
-        Space::Shared(id) => format!("pagemap-shmem-{id}.img"),
-    }
-}
-
-fn pages_name(pages_id: u32) -> String {
-    format!("pages-{pages_id}.img")
-}
-
-/// In order and without overlap, whatever was handed in.
-fn ascending(mut extents: Vec<Extent>) -> Vec<Extent> {
-    extents.sort_unstable();
-    let mut list: Vec<Extent> = Vec::new();
-    for extent in extents {
-        match list.last_mut() {
-            Some(last) if extent.start <= last.end() => {
-                last.pages = (last.end().max(extent.end()) - last.start) / PAGE_SIZE;
-            }
-            _ => list.push(extent),
-        }
-    }
-    list
-}
-
 fn link_images(from: &Path, to: &Path) -> Result<(), MaterialiseError> {
     for entry in fs::read_dir(from).map_err(on(from))? {
         let name = entry.map_err(on(from))?.file_name();
@@ -258,21 +232,16 @@ fn link_images(from: &Path, to: &Path) -> Result<(), MaterialiseError> {
 }
 
 /// Writes the pages of a map at the places where CRIU looks for them: lazy and zero pages are holes.
-fn write_pages(
-    view: &View,
-    space: Space,
-    entries: &[PagemapEntry],
-    path: &Path,
-) -> Result<(), MaterialiseError> {
+fn write_pages(view: &View, space: Space, runs: &[Run], path: &Path) -> Result<(), MaterialiseError> {
     let file = create(path)?;
     let mut buf = vec![0; (PIECE_PAGES * PAGE_SIZE) as usize];
     let mut place = 0;
-    for entry in entries {
-        let bytes = entry.pages * PAGE_SIZE;
-        let copied = if entry.lazy { 0 } else { bytes };
+    for run in runs {
+        let bytes = run.extent.bytes();
+        let copied = if run.lazy { 0 } else { bytes };
         for from in (0..copied).step_by(buf.len()) {
             let piece = &mut buf[..(bytes - from).min(PIECE_PAGES * PAGE_SIZE) as usize];
-            view.read_pages(space, entry.start + from, piece)
+            view.read_pages(space, run.extent.start + from, piece)
                 .map_err(|source| MaterialiseError::Read { id: view.id(), source })?;
             write_sparse(&file, piece, place + from).map_err(on(path))?;
         }
@@ -335,12 +304,10 @@ fn check_pages(dir: &Path, name: &str) -> Result<(), Problem> {
         return Err(bad(format!("{len} bytes are too many")));
     }
     let image = fs::read(&path).map_err(|error| bad(error.to_string()))?;
-    let (pages_id, entries) = pagemap::decode(&image).map_err(|error| bad(error.to_string()))?;
-    let wanted = entries
-        .iter()
-        .try_fold(0_u64, |sum, entry| sum.checked_add(entry.pages.checked_mul(PAGE_SIZE)?))
-        .ok_or_else(|| bad("its pages cannot be counted".to_owned()))?;
-    let name = pages_name(pages_id);
+    let pagemap = Pagemap::decode(name, &image).map_err(|error| bad(error.to_string()))?;
+    // Apart and in order: the sum fits.
+    let wanted = pagemap.runs.iter().map(|run| run.extent.bytes()).sum::<u64>();
+    let name = pages_file(pagemap.pages_id);
     match fs::metadata(dir.join(&name)) {
         Err(_) => Err(Problem::NoImage(name)),
         Ok(found) if found.len() != wanted => Err(Problem::PagesLength { name, found: found.len(), wanted }),

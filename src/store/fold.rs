@@ -191,7 +191,7 @@ impl Inner {
                 Err(error) => Err(error).context("examine", &path),
             };
             if let Err(error) = removed {
-                tracing::warn!(%error, "a folded epoch stays on the disk for now");
+                tracing::warn!(%error, "what a folded epoch has left cannot be removed; it is tried again with the next");
                 self.state().garbage.push(path);
             }
         }

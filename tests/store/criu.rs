@@ -12,8 +12,9 @@ use std::{
 };
 
 use standin::{
+    criu::images::{Pagemap, Run, pages_file},
     model::{Extent, PAGE_SIZE, Space},
-    restore::{self, Mode, PagemapEntry},
+    restore::{self, Mode},
     store::{Durability, Store},
     wire::message::{Manifest, SpaceMap},
 };
@@ -149,7 +150,7 @@ fn wait_for(what: &str, mut happened: impl FnMut() -> bool) {
 /// The page maps of a dump with CRIU's own files of pages.
 struct Dump {
     dir: PathBuf,
-    maps: Vec<(Space, Vec<PagemapEntry>)>,
+    maps: Vec<(Space, Vec<Run>)>,
     pages: BTreeMap<(usize, u64), Vec<u8>>,
 }
 
@@ -165,35 +166,33 @@ impl Dump {
                 Some(shmid) => Space::Shared(shmid.parse().expect("a shmid")),
                 None => Space::Task(of.parse().expect("a pid")),
             };
-            let (pages_id, entries) =
-                restore::decode_pagemap(&fs::read(dir.join(&name)).expect("a page map"))
-                    .expect("a page map of CRIU");
-            let bytes = fs::read(dir.join(format!("pages-{pages_id}.img"))).expect("its pages");
+            let map = Pagemap::decode(&name, &fs::read(dir.join(&name)).expect("a page map"))
+                .expect("a page map of CRIU");
+            let bytes = fs::read(dir.join(pages_file(map.pages_id))).expect("its pages");
             let mut rest = bytes.chunks_exact(PAGE_SIZE as usize);
-            for entry in &entries {
-                for page in 0..entry.pages {
+            for run in &map.runs {
+                for addr in (run.extent.start..run.extent.end()).step_by(PAGE_SIZE as usize) {
                     let page_bytes = rest.next().expect("as many pages as the map says").to_vec();
-                    pages.insert((maps.len(), entry.start + page * PAGE_SIZE), page_bytes);
+                    pages.insert((maps.len(), addr), page_bytes);
                 }
             }
             assert!(rest.next().is_none());
-            maps.push((space, entries));
+            maps.push((space, map.runs));
         }
         Self { dir: dir.to_owned(), maps, pages }
     }
 
     fn manifest(&self) -> Manifest {
-        let extent = |entry: &PagemapEntry| Extent { start: entry.start, pages: entry.pages };
-        let spaces = self.maps.iter().map(|(space, entries)| SpaceMap {
+        let spaces = self.maps.iter().map(|(space, runs)| SpaceMap {
             space: *space,
-            extents: entries.iter().map(extent).collect(),
+            extents: runs.iter().map(|run| run.extent).collect(),
         });
         Manifest { spaces: spaces.collect() }
     }
 
     fn lazy_extents(&self, space: Space) -> Vec<Extent> {
-        let entries = self.maps.iter().filter(|(of, _)| *of == space).flat_map(|(_, entries)| entries);
-        entries.filter(|e| e.lazy).map(|e| Extent { start: e.start, pages: e.pages }).collect()
+        let runs = self.maps.iter().filter(|(of, _)| *of == space).flat_map(|(_, runs)| runs);
+        runs.filter(|run| run.lazy).map(|run| run.extent).collect()
     }
 
     /// Commits what differs from `before`, or everything; returns how many pages that were.

@@ -3,8 +3,9 @@
 use std::fs;
 
 use standin::{
+    criu::images::{Pagemap, Run, pages_file},
     model::{Extent, PAGE_SIZE},
-    restore::{self, Mode, PagemapEntry, Problem},
+    restore::{self, Mode, Problem},
     store::Durability,
 };
 
@@ -32,12 +33,11 @@ fn a_lazy_directory_costs_what_is_not_lazy() {
     let ready = restore::materialise(&view, &ready_root, Mode::Lazy, |_| vec![lazy]).expect("room");
     assert_eq!((ready.pages, ready.lazy_pages), (PAGES, PAGES - 10));
     assert_eq!(restore::ready_dir(&ready_root, id(1), Mode::Lazy), Some(ready.dir.clone()));
-    let (pages_id, entries) =
-        restore::decode_pagemap(&fs::read(ready.dir.join("pagemap-2.img")).expect("a page map"))
-            .expect("whole");
-    let entry = |start, pages, lazy| PagemapEntry { start, pages, lazy };
-    assert_eq!(entries, [entry(START, 10, false), entry(lazy.start, PAGES - 10, true)]);
-    let pages = ready.dir.join(format!("pages-{pages_id}.img"));
+    let map = fs::read(ready.dir.join("pagemap-2.img")).expect("a page map");
+    let map = Pagemap::decode("pagemap-2.img", &map).expect("whole");
+    let run = |start, pages, lazy| Run { extent: Extent { start, pages }, lazy };
+    assert_eq!(map.runs, [run(START, 10, false), run(lazy.start, PAGES - 10, true)]);
+    let pages = ready.dir.join(pages_file(map.pages_id));
     assert_eq!(fs::metadata(&pages).expect("pages").len(), PAGES * PAGE_SIZE);
     assert_eq!(disk_usage(&pages), 9 * PAGE_SIZE, "one of the ten is zero");
     let content = fs::read(&pages).expect("pages");

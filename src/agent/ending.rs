@@ -1,0 +1,113 @@
+//! How it ends: protection that is given up, on both hosts; a workload that is removed, or has ended by itself; an agent
+//! that stops. None of these ends a workload that runs but `remove`, which is refused while it is protected.
+
+use tokio::{sync::oneshot, task::block_in_place};
+
+use super::{
+    api::{ApiError, UnprotectRequest, WorkloadStatus},
+    owner::{Answer, Owner},
+};
+use crate::ha::{Input, Standing};
+
+impl Owner {
+    pub(super) fn unprotect(&mut self, request: UnprotectRequest, answer: Answer<WorkloadStatus>) {
+        match self.standing() {
+            None => {
+                let _ = answer.send(Err(ApiError::refused(format!("{} is not protected", self.name))));
+                return;
+            }
+            Some(Standing::Primary | Standing::Fenced) => {}
+            Some(_) => {
+                let peer = self.durable.peer.as_deref().unwrap_or("the other host");
+                let message = format!("{} does not run here: end its protection on {peer}", self.name);
+                let _ = answer.send(Err(ApiError::refused(message)));
+                return;
+            }
+        }
+        self.unprotecting = Some(answer);
+        if request.force {
+            self.event("forced", "the operator says that the standby is down: run on without its word", None);
+            self.feed(Input::ForceRunAlone);
+            if let Some(answer) = self.unprotecting.take() {
+                let _ = answer.send(Ok(self.status()));
+            }
+            return;
+        }
+        self.feed(Input::Withdraw);
+    }
+
+    pub(super) fn unprotected(&mut self) {
+        self.end_session();
+        self.core = None;
+        self.standby = None;
+        self.durable.record = None;
+        self.durable.peer = None;
+        if let Some(home) = &self.home
+            && let Err(error) = block_in_place(|| home.close_vips())
+        {
+            tracing::warn!(%error, "taking the address down");
+        }
+        self.durable.spec.vips.clear();
+        self.event("unprotected", "protection has ended; the workload runs on", None);
+        if self.durable.bare {
+            let outcome = block_in_place(|| super::home::release_bare(&self.agent, &self.name));
+            if let Err(error) = outcome {
+                tracing::warn!(%error, "giving the tree back");
+            }
+            self.gone = true;
+        } else if let Err(error) = self.place.write(&self.durable) {
+            tracing::warn!(%error, "the workload's record");
+        }
+        if let Some(answer) = self.unprotecting.take() {
+            let _ = answer.send(Ok(self.status()));
+        }
+    }
+
+    /// The primary has withdrawn the workload.
+    pub(super) fn forgotten(&mut self) {
+        self.event("forgotten", "the primary has ended the protection", None);
+        self.core = None;
+        if let Some(standby) = self.standby.take() {
+            block_in_place(|| standby.remove());
+        }
+        self.destroy_home();
+        self.gone = true;
+    }
+
+    pub(super) fn remove(&mut self) -> Result<(), ApiError> {
+        if self.core.is_some() {
+            let message = format!("{} is protected: standin unprotect {} first", self.name, self.name);
+            return Err(ApiError::refused(message));
+        }
+        self.destroy_home();
+        self.place.forget().map_err(ApiError::failed)?;
+        self.gone = true;
+        Ok(())
+    }
+
+    pub(super) fn stop(&mut self, answer: oneshot::Sender<()>) {
+        self.end_session();
+        if self.core.is_none() {
+            let _ = answer.send(());
+            return;
+        }
+        self.stopping = Some(answer);
+        self.feed(Input::Suspend);
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.home.as_ref().is_some_and(|home| matches!(home.root(), Ok(None)))
+    }
+
+    /// The workload has ended by itself: that is not its host's death, and nobody shall revive it.
+    pub(super) fn workload_ended(&mut self) {
+        self.end_session();
+        let message = format!("{} has ended by itself", self.name);
+        self.event("workload-ended", &message, None);
+        self.error = Some(message.clone());
+        if let Some(answer) = self.protecting.take() {
+            let _ = answer.send(Err(ApiError::refused(message)));
+        }
+        self.feed(Input::Withdraw);
+    }
+}
