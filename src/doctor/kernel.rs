@@ -44,9 +44,14 @@ fn judge(kernel: &Kernel, yama: Option<&str>) -> (Vec<Check>, Option<Tracking>) 
     } else {
         "let root attach: CAP_SYS_PTRACE, and no seccomp filter or security module that forbids ptrace"
     };
-    let soft_dirty = if kernel.soft_dirty { "there, and not needed" } else { "absent, and not needed" };
     // The tracker opens each userfaultfd with UFFD_USER_MODE_ONLY, inside the task that it tracks.
     let tracker = Tracking::choose(kernel);
+    let soft_dirty = match (kernel.soft_dirty, &tracker) {
+        (true, Ok(Tracking::SoftDirty)) => "there",
+        (true, _) => "there, and not needed",
+        (false, Ok(_)) => "absent, and not needed",
+        (false, Err(_)) => "absent",
+    };
     // What only the better tracker needs is no failure where the other serves.
     let feature = |id, works, remedy| match feature(id, works, remedy) {
         check if check.state == State::Fail && tracker.is_ok() => {

@@ -179,9 +179,8 @@ pub(super) fn or_gone(error: AttachError, pid: i32, pidfd: BorrowedFd<'_>) -> At
 }
 
 fn inject_from_own_thread(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
-    let gadget = syscall_gadget(pid)?;
     thread::scope(|scope| {
-        let work = move || inject(pid, pidfd, gadget);
+        let work = move || inject(pid, pidfd);
         let worker = thread::Builder::new().name("standin-inject".into()).spawn_scoped(scope, work);
         let worker = worker.map_err(|e| AttachError::io(pid, "starting the thread for the attach", e))?;
         worker.join().expect("the injecting thread does not panic")
@@ -270,7 +269,7 @@ fn syscall_gadget(pid: i32) -> Result<u64, AttachError> {
 }
 
 /// Tries threads, the main one first, until one stops.
-fn inject(pid: i32, pidfd: BorrowedFd<'_>, gadget: u64) -> Result<Injected, AttachError> {
+fn inject(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
     let mut candidates = thread_ids(pid)?;
     // Those that wait in the kernel come last; they may still be worth a try.
     candidates.sort_by_cached_key(|tid| {
@@ -279,7 +278,7 @@ fn inject(pid: i32, pidfd: BorrowedFd<'_>, gadget: u64) -> Result<Injected, Atta
     });
     for tid in candidates.into_iter().take(THREADS_TRIED_MAX) {
         let started = Instant::now();
-        let Some(tracee) = Tracee::stop(pid, tid, gadget)? else { continue };
+        let Some(tracee) = Tracee::stop(pid, tid)? else { continue };
         let uffd = take_userfaultfd(&tracee, pidfd);
         let released = tracee.release();
         let stopped = started.elapsed();
@@ -324,7 +323,7 @@ struct Tracee {
 
 impl Tracee {
     /// Seizes and stops a thread; `None` if it does not stop in time.
-    fn stop(pid: i32, tid: i32, gadget: u64) -> Result<Option<Self>, AttachError> {
+    fn stop(pid: i32, tid: i32) -> Result<Option<Self>, AttachError> {
         seize(pid, tid)?;
         let failed = |e| AttachError::io(pid, "stopping a thread", e);
         ptrace::interrupt(tid).map_err(failed)?;
@@ -338,7 +337,7 @@ impl Tracee {
                 Some(Stop::Syscall) => ptrace::cont(tid, 0).map_err(failed)?,
             }
         }
-        let kept = Self::keep(pid, tid, gadget);
+        let kept = Self::keep(pid, tid);
         if kept.is_err() {
             // Nothing was changed yet; if it died meanwhile there is nothing to let go.
             let _ = ptrace::detach(tid, 0);
@@ -346,7 +345,9 @@ impl Tracee {
         kept.map(Some)
     }
 
-    fn keep(pid: i32, tid: i32, gadget: u64) -> Result<Self, AttachError> {
+    fn keep(pid: i32, tid: i32) -> Result<Self, AttachError> {
+        // Of a thread that is stopped: one that runs may execute another program, which has its vDSO elsewhere.
+        let gadget = syscall_gadget(pid)?;
         let failed = |e| AttachError::io(pid, "reading the registers", e);
         let mut registers = ptrace::registers(tid).map_err(failed)?;
         if registers.cs != USER_CS_64 {

@@ -98,6 +98,7 @@ pub(crate) struct Primary {
     pub(crate) capturer: Capturer,
     pub(crate) store: Store,
     pub(crate) base: Option<EpochId>,
+    tracking: Tracking,
     next: u64,
     pub(crate) home: Home,
     /// In RAM: the images, the store, the workload's files.
@@ -120,6 +121,7 @@ impl Primary {
             capturer: Capturer::new(source).unwrap(),
             store: store.unwrap(),
             base: None,
+            tracking,
             next: 1,
             home,
             ram,
@@ -168,7 +170,8 @@ impl Primary {
         };
         let captured = self.epoch(Finish::Final { hold: &mut || true, conclude: &mut conclude });
         assert_eq!(captured.killed, kill);
-        let truth = truth.expect("the final epoch was concluded");
+        let mut truth = truth.expect("the final epoch was concluded");
+        truth.sent_by_criu = self.tracking == Tracking::SoftDirty;
         assert_eq!(truth.uncovered, Vec::<String>::new(), "pages that the image of {:?} lacks", self.base);
         let check = |when| {
             let wrong = truth.mismatches(&self.store.view().unwrap());

@@ -18,6 +18,10 @@ pub(crate) struct Truth {
     pages: Vec<(Space, Extent, Vec<u8>)>,
     /// Pages that the tree has and the manifest does not name.
     pub(crate) uncovered: Vec<String>,
+    /// CRIU has sent the pages itself. It has the threads run code of its own once more after that, and then the kernel
+    /// writes to each thread's `struct rseq` on which processor it is; a restored thread gets that anew.
+    pub(crate) sent_by_criu: bool,
+    tasks: BTreeMap<u32, Task>,
 }
 
 /// A line of /proc/PID/maps.
@@ -53,7 +57,29 @@ impl Truth {
             let listed = manifest.spaces.iter().find(|map| map.space == Space::Task(*inner));
             task.uncovered(listed.map_or(&[], |map| &map.extents), &mut uncovered);
         }
-        Self { pages, uncovered }
+        Self { pages, uncovered, sent_by_criu: false, tasks }
+    }
+
+    /// Whether two pages differ in one `struct rseq` (linux/rseq.h) and there in the number of the processor alone.
+    fn differs_in_rseq_alone(&self, truth: &[u8], found: &[u8]) -> bool {
+        const ALIGNMENT: usize = 32;
+        let differs = |at: &usize| truth[*at] != found[*at];
+        let Some(at) = (0..truth.len()).find(differs) else { return true };
+        let base = at - at % ALIGNMENT;
+        let is_sane = |page: &[u8]| page[base..base + 4] == page[base + 4..base + 8];
+        // cpu_id_start, cpu_id; behind rseq_cs and flags: node_id, mm_cid.
+        let is_the_kernels = |at: usize| matches!(at - base, 0..8 | 20..28);
+        self.sent_by_criu
+            && is_sane(truth)
+            && is_sane(found)
+            && (at..truth.len()).filter(differs).all(is_the_kernels)
+    }
+
+    /// What is mapped at an address.
+    fn name_of(&self, space: Space, addr: u64) -> &str {
+        let Space::Task(inner) = space else { return "" };
+        let lines = self.tasks.get(&inner).map_or(&[][..], |task| &task.lines);
+        lines.iter().find(|line| line.start <= addr && addr < line.end).map_or("", |line| &line.path)
     }
 
     /// Number of tasks, and of shared objects.
@@ -80,10 +106,15 @@ impl Truth {
             let mut found = vec![0; truth.len()];
             view.read_pages(*space, extent.start, &mut found).unwrap();
             let pages = truth.chunks(PAGE_SIZE as usize).zip(found.chunks(PAGE_SIZE as usize));
-            let differ = pages.enumerate().filter(|(_, (truth, found))| truth != found);
-            wrong.extend(
-                differ.map(|(at, _)| format!("{space:?} {:#x}", extent.start + at as u64 * PAGE_SIZE)),
-            );
+            let differ = pages
+                .enumerate()
+                .filter(|(_, (truth, found))| truth != found && !self.differs_in_rseq_alone(truth, found));
+            wrong.extend(differ.map(|(at, (truth, found))| {
+                let addr = extent.start + at as u64 * PAGE_SIZE;
+                let first = truth.iter().zip(found).position(|(truth, found)| truth != found);
+                let last = truth.iter().zip(found).rposition(|(truth, found)| truth != found);
+                format!("{space:?} {addr:#x} from byte {first:?} to {last:?}, {}", self.name_of(*space, addr))
+            }));
         }
         wrong
     }

@@ -63,10 +63,18 @@ fn zero_frame() -> u64 {
 }
 
 /// Pages that only the process has: in private mappings, present or swapped, neither of a file nor
-/// of zeros.
+/// of zeros. CRIU leaves out those that the kernel may drop at any time (`MAP_DROPPABLE`, in which newer C libraries
+/// keep the state of their random numbers).
 fn private_pages(pid: u32, zero: u64) -> BTreeSet<u64> {
     let mut pages = BTreeSet::new();
-    for line in fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines() {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let is_property = |line: &&str| line.starts_with(|c: char| c.is_ascii_uppercase());
+    let mut lines = smaps.lines().peekable();
+    while let Some(line) = lines.next() {
+        let properties: Vec<&str> = std::iter::from_fn(|| lines.next_if(is_property)).collect();
+        if properties.iter().any(|line| line.starts_with("VmFlags:") && line.contains(" dp")) {
+            continue;
+        }
         let mut words = line.split_whitespace();
         let (range, access) = (words.next().unwrap(), words.next().unwrap());
         if access.ends_with('s') || ["[vvar", "[vsyscall", "[vdso"].iter().any(|name| line.contains(name)) {

@@ -157,6 +157,28 @@ fn the_target_runs_on_after_a_failed_attach() {
 }
 
 #[test]
+fn a_process_that_executes_programs_meanwhile_is_not_harmed() {
+    // Each executes the next.
+    const CHAIN: &str = r#"[ "$1" -eq 0 ] && exit 7; exec /bin/sh -c "$0" "$0" $(($1 - 1))"#;
+    for _ in 0..4 {
+        let mut chain = Command::new("/bin/sh").args(["-c", CHAIN, CHAIN, "400"]).spawn().unwrap();
+        let mut attached = 0;
+        let status = loop {
+            match Tracker::attach(chain.id() as i32) {
+                Ok(_) => attached += 1,
+                Err(AttachError::Gone(_)) => {}
+                Err(error) => panic!("{error}"),
+            }
+            if let Some(status) = chain.try_wait().unwrap() {
+                break status;
+            }
+        };
+        assert_eq!(status.code(), Some(7), "{status} after {attached} attaches");
+        assert!(attached > 50, "{attached}");
+    }
+}
+
+#[test]
 fn a_traced_process_names_its_tracer() {
     let mut target = Target::start();
     let mut strace = Command::new("strace")
