@@ -129,7 +129,8 @@ struct Progress {
     /// An epoch whose outcome is unknown.
     unsettled: Option<EpochId>,
     next: Epoch,
-    /// Frozen and shipping time of the last epoch.
+    /// Frozen time of the last committed epoch, and that with its shipping.
+    last_frozen: Duration,
     last_cost: Option<Duration>,
     /// The standby has accepted the workload, and nothing has gone wrong since.
     offered: bool,
@@ -155,8 +156,15 @@ impl Session {
     /// Runs until the owner drops it. `capturer` is fresh.
     pub(super) async fn run(mut self, capturer: Capturer) {
         let next = Epoch(1);
-        let mut progress =
-            Progress { capturer, base: None, unsettled: None, next, last_cost: None, offered: false };
+        let mut progress = Progress {
+            capturer,
+            base: None,
+            unsettled: None,
+            next,
+            last_cost: None,
+            last_frozen: Duration::ZERO,
+            offered: false,
+        };
         let mut pace = Pace::new(Duration::from_millis(self.spec.every_ms));
         let mut order: Option<HandoffOrder> = None;
         loop {
@@ -170,7 +178,7 @@ impl Session {
             progress = back;
             match outcome {
                 Ok(Step::Gone) => return,
-                Ok(Step::Committed) => pace.committed(began, Instant::now()),
+                Ok(Step::Committed) => pace.committed(began, Instant::now(), progress.last_frozen),
                 Err(error) => {
                     progress.offered = false;
                     pace.failed(Instant::now());
@@ -418,7 +426,8 @@ fn settle(
             figures.shipped_bytes = shipped.bytes;
             let total_us = (shipped_at - began).as_micros() as u64;
             figures.ship_us = total_us.saturating_sub(figures.capture_us);
-            progress.last_cost = Some(Duration::from_micros(figures.frozen_us + figures.ship_us));
+            progress.last_frozen = Duration::from_micros(figures.frozen_us);
+            progress.last_cost = Some(progress.last_frozen + Duration::from_micros(figures.ship_us));
             return (progress, Ok((figures, killed)));
         }
         (Err(error), Ok(_)) => {

@@ -246,37 +246,33 @@ impl Tracker {
         Ok(new)
     }
 
-    /// Registers all private mappings that are not: neighbours in one call, one by one if that fails.
+    /// Registers all private mappings that are not: all between two that are not private in one call, one by one if that
+    /// fails.
+    ///
+    /// The kernel splits a mapping at the end of what is registered, and the process, which runs, may have made a larger
+    /// one in the place of one that was listed. Then its `mremap` of that fails (EFAULT) until the rest is registered
+    /// too. So a call reaches over holes and over what is registered already, to where nothing private was.
     fn register_pending(&mut self) -> Result<(), TrackError> {
-        let pending = |t: &Tracked| t.mapping.is_private() && !t.registered;
-        let mut at = 0;
+        let (mut at, mut start) = (0, self.tracked.first().map_or(0, |first| first.mapping.extent.start));
         while at < self.tracked.len() {
-            let len = self.tracked[at..]
-                .iter()
-                .enumerate()
-                .take_while(|(i, t)| {
-                    pending(t)
-                        && (*i == 0
-                            || self.tracked[at + i - 1].mapping.extent.end() == t.mapping.extent.start)
-                })
-                .count();
-            if len == 0 {
-                at += 1;
-                continue;
-            }
+            let len = self.tracked[at..].iter().take_while(|t| t.mapping.is_private()).count();
             let run = at..at + len;
-            let start = self.tracked[at].mapping.extent.start;
-            let end = self.tracked[at + len - 1].mapping.extent.end();
-            let whole = Extent { start, pages: (end - start) / PAGE_SIZE };
-            let all = sys::uffd_register(self.uffd.as_fd(), whole).is_ok();
-            for tracked in &mut self.tracked[run] {
-                tracked.registered =
-                    all || sys::uffd_register(self.uffd.as_fd(), tracked.mapping.extent).is_ok();
+            let next = self.tracked.get(run.end).map(|other| other.mapping.extent);
+            let end = next
+                .or(self.tracked.last().map(|last| Extent { start: last.mapping.extent.end(), pages: 0 }));
+            let end = end.map_or(start, |end| end.start);
+            if self.tracked[run.clone()].iter().any(|t| !t.registered) {
+                let whole = Extent { start, pages: (end - start) / PAGE_SIZE };
+                let all = sys::uffd_register(self.uffd.as_fd(), whole).is_ok();
+                for tracked in self.tracked[run.clone()].iter_mut().filter(|t| !t.registered) {
+                    tracked.registered =
+                        all || sys::uffd_register(self.uffd.as_fd(), tracked.mapping.extent).is_ok();
+                }
+                if !all && !self.attached_memory_lives() {
+                    return Err(TrackError::Replaced(self.pid));
+                }
             }
-            if !all && !self.attached_memory_lives() {
-                return Err(TrackError::Replaced(self.pid));
-            }
-            at += len;
+            (at, start) = (run.end + 1, next.map_or(end, |other| other.end()));
         }
         Ok(())
     }
@@ -346,13 +342,18 @@ impl Tracker {
 /// Everything of an attach that can fail: the descriptor, the page map, and whether guard regions are known.
 fn begin(pid: i32, pidfd: BorrowedFd<'_>) -> Result<(Injected, File, bool), AttachError> {
     let injected = inject::userfaultfd_of(pid, pidfd)?;
-    sys::uffd_enable(injected.uffd.as_fd()).map_err(AttachError::KernelTooOld)?;
+    // The memory is gone if the process executes another program right now.
+    let refused = |error: io::Error| match error.raw_os_error() {
+        Some(libc::ESRCH) => AttachError::Gone(pid),
+        _ => AttachError::KernelTooOld(error),
+    };
+    sys::uffd_enable(injected.uffd.as_fd()).map_err(refused)?;
     let pagemap = open_pagemap(pid).map_err(|e| AttachError::io(pid, "opening /proc/PID/pagemap", e))?;
     let probe = |all| {
         let query = Query { all, ..Query::default() };
         sys::pagemap_scan(&pagemap, 0, PAGE_SIZE, query, &mut [PageRegion::default()])
     };
-    probe(category::PRESENT).map_err(AttachError::KernelTooOld)?;
+    probe(category::PRESENT).map_err(refused)?;
     let guards_known = probe(category::GUARD).is_ok();
     Ok((injected, pagemap, guards_known))
 }
