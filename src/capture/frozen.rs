@@ -10,47 +10,18 @@ use std::{
 };
 
 use super::{
-    files::{Change, Files, FilesError},
+    engine::CaptureError,
+    files::{Change, Files},
     tracking::{Dumped, Tracking},
 };
 use crate::{
     criu::page_server,
     delta::{Known, ReadStamp},
     extents,
-    memory::{self, Memory, Pages, ReadError, TrackError, Tracker, TreeError},
+    memory::{self, Memory, Pages, TrackError, Tracker},
     model::{Extent, PAGE_SIZE, Space},
     wire::message::{Manifest, SpaceMap},
 };
-
-/// Why the frozen tree could not be read. The epoch fails and the tree runs on.
-#[derive(Debug, thiserror::Error)]
-pub enum FrozenError {
-    /// Scanning failed.
-    #[error(transparent)]
-    Track(#[from] TrackError),
-    /// Reading failed.
-    #[error(transparent)]
-    Read(#[from] ReadError),
-    /// The tree could not be listed.
-    #[error(transparent)]
-    Tree(#[from] TreeError),
-    /// The replicated directories could not be read.
-    #[error(transparent)]
-    Files(#[from] FilesError),
-    /// CRIU lists a task that we cannot find.
-    #[error("CRIU dumps a task with pid {0} inside, which is not in the tree")]
-    Stranger(u32),
-    /// The image needs pages that nobody has.
-    #[error("{pages} pages of {space:?} from {start:#x} on are needed for the image and cannot be read")]
-    Unreadable {
-        /// Whose.
-        space: Space,
-        /// The first.
-        start: u64,
-        /// How many.
-        pages: u64,
-    },
-}
 
 /// A tracked task.
 #[derive(Debug)]
@@ -188,7 +159,7 @@ impl page_server::Handler for Collector {
 
 impl Reader {
     /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far.
-    pub(super) fn serve(self, lent: &mut Lent<'_>) -> Option<Result<Frozen, FrozenError>> {
+    pub(super) fn serve(self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
         let Ok(Order::Begin) = self.orders.recv() else { return None };
         let mut freeze = Freeze { root: self.root, lent, pending: self.pending };
         let mut frozen = Frozen::default();
@@ -214,7 +185,7 @@ impl Reader {
 }
 
 impl Frozen {
-    fn scan_files(&mut self, files: Option<&mut Files>) -> Result<(), FrozenError> {
+    fn scan_files(&mut self, files: Option<&mut Files>) -> Result<(), CaptureError> {
         if let Some(files) = files {
             self.files = files.frozen()?;
         }
@@ -229,7 +200,7 @@ impl Freeze<'_, '_> {
     /// A task that ended, or executed another program, between the last look at the tree and the freeze loses its
     /// tracker: if CRIU lists it, or another under its pid, that one is read whole. So does a task whose pass failed,
     /// because pages may be protected by then that nobody will report again.
-    fn pass(&mut self, frozen: &mut Frozen) -> Result<u64, FrozenError> {
+    fn pass(&mut self, frozen: &mut Frozen) -> Result<u64, CaptureError> {
         let (mut dirty, mut found) = (Vec::new(), 0);
         for pid in self.lent.tasks.keys().copied().collect::<Vec<_>>() {
             let Some(tracked) = self.lent.tasks.get_mut(&pid) else { continue };
@@ -258,7 +229,7 @@ impl Freeze<'_, '_> {
         frozen: &mut Frozen,
         manifest: Manifest,
         sent: Vec<Sent>,
-    ) -> Result<(), FrozenError> {
+    ) -> Result<(), CaptureError> {
         self.pass(frozen)?;
         let same = self.same_tasks()?;
         // No pass follows: what CRIU sent, and what is read from here on, is of the freeze itself.
@@ -296,26 +267,26 @@ impl Freeze<'_, '_> {
     }
 
     /// The spaces of tasks of which something is known; what is known under another task's pid is not of that one.
-    fn same_tasks(&mut self) -> Result<Vec<Space>, FrozenError> {
+    fn same_tasks(&mut self) -> Result<Vec<Space>, CaptureError> {
         Ok(match self.lent.tracking {
             Tracking::WriteProtect => self.lent.tasks.values().map(|tracked| tracked.space).collect(),
             Tracking::SoftDirty => self.lent.dumped.renew(&memory::tasks_of(self.root)?),
         })
     }
 
-    fn host_pid(&self, inside: u32) -> Result<i32, FrozenError> {
+    fn host_pid(&self, inside: u32) -> Result<i32, CaptureError> {
         let tracked = self.lent.tasks.iter().find(|(_, tracked)| tracked.space == Space::Task(inside));
         if let Some((&pid, _)) = tracked {
             return Ok(pid);
         }
         let tasks = memory::tasks_of(self.root)?;
         let task = tasks.iter().find(|task| task.inner_pid == inside);
-        task.map(|task| task.pid).ok_or(FrozenError::Stranger(inside))
+        task.map(|task| task.pid).ok_or(CaptureError::Stranger(inside))
     }
 }
 
-pub(super) fn unreadable(space: Space, first: Extent, missing: &[Extent]) -> FrozenError {
-    FrozenError::Unreadable { space, start: first.start, pages: extents::pages(missing) }
+pub(super) fn unreadable(space: Space, first: Extent, missing: &[Extent]) -> CaptureError {
+    CaptureError::Unreadable { space, start: first.start, pages: extents::pages(missing) }
 }
 
 /// Reads a list, all of it that can be read, as one more piece.
@@ -325,7 +296,7 @@ fn read(
     wanted: &[Extent],
     at: ReadStamp,
     pieces: &mut Vec<Piece>,
-) -> Result<(), FrozenError> {
+) -> Result<(), CaptureError> {
     if wanted.is_empty() {
         return Ok(());
     }

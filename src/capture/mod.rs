@@ -13,7 +13,7 @@
 //!
 //! Invariants:
 //! - The list of pages comes from CRIU (its holes), the content from us. A page on the list that is neither known to
-//!   the standby nor read fails the epoch loudly ([`CaptureError::Frozen`]).
+//!   the standby nor read fails the epoch loudly ([`CaptureError::Unreadable`]).
 //! - What a scan reports is marked stale in `Known` before anything else can fail; an epoch that fails leaves the
 //!   pages it sent unknown. So the next one sends them again.
 //! - With soft-dirty bits ([`Tracking::SoftDirty`]) CRIU lists and sends what was written, and its holes are pages that

@@ -65,12 +65,18 @@ pub(super) fn parse(text: &[u8]) -> Result<Vec<Mapping>, MapsError> {
     Ok(mappings)
 }
 
+/// The start and end in a line of `maps` or in the first of a mapping in `smaps`.
+pub(super) fn range_of(line: &[u8]) -> Option<(u64, u64)> {
+    let range = std::str::from_utf8(line.split(|b| *b == b' ').next()?).ok()?;
+    let (start, end) = range.split_once('-')?;
+    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+}
+
 /// `start-end perms offset dev inode  path`
 fn parse_line(line: &[u8]) -> Option<Mapping> {
     // The path may hold any byte: only the first five fields are text.
-    let mut fields = line.splitn(6, |b| *b == b' ');
-    let (start, end) = std::str::from_utf8(fields.next()?).ok()?.split_once('-')?;
-    let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+    let (start, end) = range_of(line)?;
+    let mut fields = line.splitn(6, |b| *b == b' ').skip(1);
     let shared = match fields.next()? {
         [_, _, _, b'p'] => false,
         [_, _, _, b's'] => true,

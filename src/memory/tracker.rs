@@ -253,14 +253,14 @@ impl Tracker {
     /// one in the place of one that was listed. Then its `mremap` of that fails (EFAULT) until the rest is registered
     /// too. So a call reaches over holes and over what is registered already, to where nothing private was.
     fn register_pending(&mut self) -> Result<(), TrackError> {
-        let (mut at, mut start) = (0, self.tracked.first().map_or(0, |first| first.mapping.extent.start));
+        let mut start = self.tracked.first().map_or(0, |first| first.mapping.extent.start);
+        let listed_end = self.tracked.last().map_or(0, |last| last.mapping.extent.end());
+        let mut at = 0;
         while at < self.tracked.len() {
             let len = self.tracked[at..].iter().take_while(|t| t.mapping.is_private()).count();
             let run = at..at + len;
-            let next = self.tracked.get(run.end).map(|other| other.mapping.extent);
-            let end = next
-                .or(self.tracked.last().map(|last| Extent { start: last.mapping.extent.end(), pages: 0 }));
-            let end = end.map_or(start, |end| end.start);
+            let other = self.tracked.get(run.end).map(|other| other.mapping.extent);
+            let end = other.map_or(listed_end, |other| other.start);
             if self.tracked[run.clone()].iter().any(|t| !t.registered) {
                 let whole = Extent { start, pages: (end - start) / PAGE_SIZE };
                 let all = sys::uffd_register(self.uffd.as_fd(), whole).is_ok();
@@ -272,7 +272,7 @@ impl Tracker {
                     return Err(TrackError::Replaced(self.pid));
                 }
             }
-            (at, start) = (run.end + 1, next.map_or(end, |other| other.end()));
+            (at, start) = (run.end + 1, other.map_or(end, |other| other.end()));
         }
         Ok(())
     }

@@ -252,30 +252,39 @@ fn the_copy_equals_the_tree_after_any_history() {
     }
 }
 
+/// Runs `write` again and again in a thread of its own, until `scan` returns or fails; no write is under way while `scan`
+/// holds the lock.
+fn beside(mut write: impl FnMut() + Send, pause: Duration, scan: impl FnOnce(&Mutex<()>)) {
+    let (stop, running) = (AtomicBool::new(false), Mutex::new(()));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                drop(running.lock().map(|_running| write()));
+                std::thread::sleep(pause);
+            }
+        });
+        let _stop = Stop(&stop);
+        scan(&running);
+    });
+}
+
 #[test]
 fn what_a_running_writer_does_during_the_scan_is_put_right_in_the_freeze() {
     for seed in 0..seeds(10) {
         let mut pair = Pair::new();
-        let (stop, running) = (AtomicBool::new(false), Mutex::new(()));
-        let root = pair.source.path().to_owned();
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let mut rng = Rng(seed);
-                while !stop.load(Ordering::Relaxed) {
-                    let _running = running.lock().unwrap();
-                    change(&mut rng, &root);
-                    swap(&mut rng, &root);
-                }
-            });
-            // Also when a check fails, so that the scope ends.
-            let stop = Stop(&stop);
+        let (root, mut writes) = (pair.source.path().to_owned(), Rng(seed));
+        let write = || {
+            change(&mut writes, &root);
+            swap(&mut writes, &root);
+        };
+        beside(write, Duration::ZERO, |running| {
             let mut rng = Rng(seed);
             for epoch in 0..8 {
                 let mut records = Vec::new();
                 for _ in 0..rng.below(4) {
                     pair.scan(Phase::Running, &mut records);
                 }
-                let frozen = running.lock().unwrap();
+                let _frozen = running.lock().unwrap();
                 if rng.below(2) == 0 {
                     // What was scanned is old enough to be believed.
                     std::thread::sleep(Duration::from_millis(30));
@@ -284,9 +293,7 @@ fn what_a_running_writer_does_during_the_scan_is_put_right_in_the_freeze() {
                 pair.scan(Phase::Frozen, &mut records);
                 pair.apply(&records, true);
                 pair.check(&format!("seed {seed}, epoch {epoch}"));
-                drop(frozen);
             }
-            drop(stop);
         });
     }
 }
@@ -301,26 +308,16 @@ fn a_name_that_a_file_gets_during_the_scan_is_the_same_files_at_the_other_end() 
     for name in 0..300 {
         fs::write(pair.source.path().join(format!("m{name}")), b"something to look at in between").unwrap();
     }
-    let (stop, running) = (AtomicBool::new(false), Mutex::new(()));
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let toggle = || drop(fs::hard_link(&first, &further).or_else(|_| fs::remove_file(&further)));
-            while !stop.load(Ordering::Relaxed) {
-                drop(running.lock().map(|_running| toggle()));
-                std::thread::sleep(Duration::from_micros(300));
-            }
-        });
-        let stop = Stop(&stop);
+    let toggle = || drop(fs::hard_link(&first, &further).or_else(|_| fs::remove_file(&further)));
+    beside(toggle, Duration::from_micros(300), |running| {
         for epoch in 0..100 {
             let mut records = Vec::new();
             pair.scan(Phase::Running, &mut records);
-            let frozen = running.lock().unwrap();
+            let _frozen = running.lock().unwrap();
             pair.scan(Phase::Frozen, &mut records);
             pair.apply(&records, true);
             pair.check(&format!("epoch {epoch}"));
-            drop(frozen);
         }
-        drop(stop);
     });
 }
 

@@ -24,7 +24,7 @@ use crate::{
     memory::{self, Vmas},
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
     observe::unix_ms,
-    wire::message::{FrameHead, Manifest},
+    wire::message::{FrameHead, Manifest, SpaceMap},
 };
 
 /// How long CRIU may be silent in a dump before it is told to give up.
@@ -149,7 +149,7 @@ impl Outlet<'_, '_> {
         for map in &manifest.spaces {
             let missing = known.missing(map.space, &map.extents);
             if let Some(&first) = missing.first() {
-                return Err(frozen::unreadable(map.space, first, &missing).into());
+                return Err(frozen::unreadable(map.space, first, &missing));
             }
         }
         for (record, body) in frozen.files {
@@ -157,7 +157,7 @@ impl Outlet<'_, '_> {
         }
         images::emit::<io::Error>(&self.dir, &self.note, &mut |head, body| emit(head, body))?;
         known.retain(&manifest);
-        let pages = |map: &crate::wire::message::SpaceMap| extents::pages(&map.extents);
+        let pages = |map: &SpaceMap| extents::pages(&map.extents);
         figures.resident_bytes = manifest.spaces.iter().map(|map| pages(map) * PAGE_SIZE).sum();
         emit(FrameHead::Manifest(manifest.clone()), Vec::new())?;
         Ok(manifest)

@@ -17,7 +17,7 @@ use std::{
 
 use super::{
     files::{Files, FilesError},
-    frozen::{FrozenError, Tracked},
+    frozen::Tracked,
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -70,9 +70,19 @@ pub enum CaptureError {
     /// The tree cannot be listed.
     #[error(transparent)]
     Tree(#[from] TreeError),
-    /// Reading the frozen tree failed.
-    #[error(transparent)]
-    Frozen(#[from] FrozenError),
+    /// CRIU lists a task that we cannot find.
+    #[error("CRIU dumps a task with pid {0} inside, which is not in the tree")]
+    Stranger(u32),
+    /// The image needs pages that nobody has.
+    #[error("{pages} pages of {space:?} from {start:#x} on are needed for the image and cannot be read")]
+    Unreadable {
+        /// Whose.
+        space: Space,
+        /// The first.
+        start: u64,
+        /// How many.
+        pages: u64,
+    },
     /// The replicated directories.
     #[error(transparent)]
     Files(#[from] FilesError),

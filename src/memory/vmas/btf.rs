@@ -50,7 +50,7 @@ impl Btf {
     /// The number of the type of a function.
     pub(super) fn function(&self, name: &str) -> Option<u32> {
         let found = self.find(KIND_FUNCTION, name)?;
-        self.types.iter().position(|at| *at == found.at).map(|index| index as u32 + 1)
+        self.types.binary_search(&found.at).ok().map(|index| index as u32 + 1)
     }
 
     /// How many bytes from the start of a structure on a member lies, also one of an unnamed part.

@@ -7,9 +7,9 @@
 //! Owns: the BPF program, where the kernel keeps what it reads (by the kernel's own type information), and what each
 //! flag is called.
 //!
-//! Invariant: nothing is guessed. [`Vmas::open`] makes a mapping with each flag that CRIU looks for and compares what it
-//! says with what `smaps` says; a flag that it does not know is an error ([`VmasError::Flag`]) for that process, and the
-//! caller lets CRIU read `smaps`.
+//! Invariant: a flag that is not known is an error ([`VmasError::Flag`]) for that process, and the caller lets CRIU read
+//! `smaps`. [`Vmas::open`] makes a mapping with each flag that CRIU looks for and compares what it says with what `smaps`
+//! says, but for those that need a device, huge pages set aside or a shadow stack (pf, io, ht, ss).
 
 mod btf;
 mod sys;
@@ -22,11 +22,12 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
+use super::maps::range_of;
 use btf::Btf;
 
 /// `VM_*` of linux/mm.h and their names in show_smap_vma_flags (fs/proc/task_mmu.c), as far as CRIU's parse_vmflags
-/// (proc_parse.c) looks for them. On x86-64, Linux 6.7 to 6.18.
-const NAMES: [(u32, &str); 15] = [
+/// (proc_parse.c) looks for them. On x86-64, Linux 6.7 to 6.18; dp came with 6.11, at the place of nothing else.
+const NAMES: [(u32, &str); 16] = [
     (8, "gd"),
     (10, "pf"),
     (13, "lo"),
@@ -42,9 +43,8 @@ const NAMES: [(u32, &str); 15] = [
     (30, "nh"),
     (31, "mg"),
     (37, "ss"),
+    (40, "dp"),
 ];
-/// `MAP_DROPPABLE`, which only kernels from 6.11 on have, at the place of nothing else before.
-const DROPPABLE: (u32, &str) = (40, "dp");
 /// Flags that CRIU passes over: accesses and what may become of them (0-7), userfaultfd (9, 12), no expansion (18), lock
 /// on fault (19), accounting (20), synchronous page faults (23), PAT (24), soft-dirty (27), device pages (28), protection
 /// keys (32-36), sealed (42).
@@ -213,18 +213,11 @@ fn join(maps: &[u8], vmas: &[Vma]) -> Result<Vec<u8>, VmasError> {
     vmas.next().map_or(Ok(essence), |vma| Err(VmasError::Changed(vma.start)))
 }
 
-/// The start and end in a line of `maps`.
-fn range_of(line: &[u8]) -> Option<(u64, u64)> {
-    let range = std::str::from_utf8(line.split(|byte| *byte == b' ').next()?).ok()?;
-    let (start, end) = range.split_once('-')?;
-    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
-}
-
 /// The flags that CRIU looks for, each behind a space.
 fn names_of(vma: &Vma) -> Result<String, VmasError> {
     let mut names = String::new();
     let mut left = vma.flags & !PASSED_OVER;
-    for (bit, name) in NAMES.iter().chain([&DROPPABLE]) {
+    for (bit, name) in NAMES {
         if left & 1 << bit != 0 {
             left &= !(1 << bit);
             let _ = write!(names, " {name}");
@@ -267,7 +260,7 @@ mod tests {
 
     #[test]
     fn names_and_those_passed_over_do_not_meet() {
-        for (bit, name) in NAMES.iter().chain([&DROPPABLE]) {
+        for (bit, name) in NAMES {
             assert_eq!(PASSED_OVER & 1 << bit, 0, "{name}");
         }
     }

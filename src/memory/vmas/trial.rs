@@ -2,7 +2,7 @@
 
 use std::{fs, io};
 
-use super::{DROPPABLE, NAMES, Vma, Vmas, VmasError, names_of, range_of, sys::Page};
+use super::{NAMES, Vma, Vmas, VmasError, names_of, range_of, sys::Page};
 
 /// Linux 6.11; asm-generic/mman-common.h.
 const MAP_DROPPABLE: i32 = 0x08;
@@ -32,7 +32,7 @@ fn made() -> io::Result<Vec<(&'static str, Page)>> {
         }
     }
     // Older kernels take the kind for none.
-    pages.extend(Page::map(MAP_DROPPABLE).ok().map(|page| (DROPPABLE.1, page)));
+    pages.extend(Page::map(MAP_DROPPABLE).ok().map(|page| ("dp", page)));
     Ok(pages)
 }
 
@@ -58,7 +58,6 @@ fn said_of(smaps: &str, vma: &Vma) -> Option<String> {
     let mut lines = smaps.lines();
     lines.find(|line| range_of(line.as_bytes()) == Some((vma.start, vma.end)))?;
     let flags = lines.find_map(|line| line.strip_prefix("VmFlags:"))?;
-    let said =
-        NAMES.iter().chain([&DROPPABLE]).filter(|(_, name)| flags.split(' ').any(|flag| flag == *name));
+    let said = NAMES.iter().filter(|(_, name)| flags.split(' ').any(|flag| flag == *name));
     Some(said.flat_map(|(_, name)| [" ", name]).collect())
 }
