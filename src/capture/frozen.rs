@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     io,
     sync::mpsc::{Receiver, Sender, channel},
+    time::Instant,
 };
 
 use super::{
@@ -58,12 +59,30 @@ pub(super) struct Frozen {
     pub(super) files: Vec<Change>,
     /// Private pages found written in the freeze.
     pub(super) dirty_pages: u64,
+    /// What took how long.
+    pub(super) parts: FreezeParts,
+}
+
+/// What of the frozen time is ours. Scan and read run beside CRIU's work; it waits for the lists and at the close.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FreezeParts {
+    /// CRIU's figure: from the first task stopped to the last task stopped.
+    pub stopping_us: u64,
+    /// Listing the mappings for CRIU, which waits.
+    pub lists_us: u64,
+    /// Finding the written pages, in both passes.
+    pub scan_us: u64,
+    /// Reading those, and what was found stale before the freeze, in both passes.
+    pub read_us: u64,
+    /// From CRIU's close of the page server to our answer, for which it waits: what is left of the first pass, the second
+    /// one, and the replicated directories.
+    pub close_us: u64,
 }
 
 /// From the page server's thread to the reader's.
 enum Order {
     Begin,
-    Finish { manifest: Manifest, sent: Vec<Sent> },
+    Finish { manifest: Manifest, sent: Vec<Sent>, closed: Instant },
 }
 
 /// The page server's side: collects CRIU's list and the pages that it sends itself.
@@ -144,6 +163,7 @@ impl page_server::Handler for Collector {
     }
 
     fn close(&mut self) -> io::Result<()> {
+        let closed = Instant::now();
         let spaces = std::mem::take(&mut self.listed)
             .into_iter()
             .map(|(space, mut extents)| {
@@ -151,7 +171,8 @@ impl page_server::Handler for Collector {
                 SpaceMap { space, extents }
             })
             .collect();
-        let order = Order::Finish { manifest: Manifest { spaces }, sent: std::mem::take(&mut self.sent) };
+        let order =
+            Order::Finish { manifest: Manifest { spaces }, sent: std::mem::take(&mut self.sent), closed };
         let read = self.orders.send(order).is_ok() && self.verdict.recv().unwrap_or(false);
         if read { Ok(()) } else { Err(io::Error::other("the frozen memory could not be read")) }
     }
@@ -171,13 +192,14 @@ impl Reader {
         if first.is_ok() && early {
             first = frozen.scan_files(freeze.lent.files.as_mut());
         }
-        let Ok(Order::Finish { manifest, sent }) = self.orders.recv() else {
+        let Ok(Order::Finish { manifest, sent, closed }) = self.orders.recv() else {
             return first.err().map(Err);
         };
         let mut result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
         if result.is_ok() && !early {
             result = frozen.scan_files(freeze.lent.files.as_mut());
         }
+        frozen.parts.close_us = us_since(closed);
         // CRIU that is gone by now rolls back by itself.
         let _ = self.verdict.send(result.is_ok());
         Some(result.map(|()| frozen))
@@ -204,6 +226,7 @@ impl Freeze<'_, '_> {
         let (mut dirty, mut found) = (Vec::new(), 0);
         for pid in self.lent.tasks.keys().copied().collect::<Vec<_>>() {
             let Some(tracked) = self.lent.tasks.get_mut(&pid) else { continue };
+            let began = Instant::now();
             if let Err(error) = tracked.tracker.take_dirty(&mut dirty) {
                 self.lent.tasks.remove(&pid);
                 match error {
@@ -217,7 +240,10 @@ impl Freeze<'_, '_> {
             wanted.extend_from_slice(&dirty);
             extents::normalize(&mut wanted);
             let at = self.lent.known.stamp();
+            frozen.parts.scan_us += us_since(began);
+            let began = Instant::now();
             read(tracked.tracker.memory(), tracked.space, &wanted, at, &mut frozen.pieces)?;
+            frozen.parts.read_us += us_since(began);
         }
         Ok(found)
     }
@@ -283,6 +309,10 @@ impl Freeze<'_, '_> {
         let task = tasks.iter().find(|task| task.inner_pid == inside);
         task.map(|task| task.pid).ok_or(CaptureError::Stranger(inside))
     }
+}
+
+fn us_since(began: Instant) -> u64 {
+    began.elapsed().as_micros() as u64
 }
 
 pub(super) fn unreadable(space: Space, first: Extent, missing: &[Extent]) -> CaptureError {

@@ -78,15 +78,19 @@ struct Leaf {
     fingerprints: [Fingerprint; LEAF_PAGES as usize],
     /// When the last pass reported the page.
     marked: [u64; LEAF_PAGES as usize],
-    stale: [bool; LEAF_PAGES as usize],
+    /// A bit for each page that is known and not stale: a whole image is checked against these in the freeze.
+    fresh: [u64; LEAF_WORDS],
 }
+
+const WORD_BITS: usize = u64::BITS as usize;
+const LEAF_WORDS: usize = LEAF_PAGES as usize / WORD_BITS;
 
 impl Leaf {
     fn new(marked: u64) -> Box<Self> {
         Box::new(Self {
             fingerprints: [Fingerprint::UNKNOWN; LEAF_PAGES as usize],
             marked: [marked; LEAF_PAGES as usize],
-            stale: [false; LEAF_PAGES as usize],
+            fresh: [0; LEAF_WORDS],
         })
     }
 
@@ -94,18 +98,33 @@ impl Leaf {
     fn forget(&mut self, slots: Range<usize>, floor: u64) {
         self.fingerprints[slots.clone()].fill(Fingerprint::UNKNOWN);
         self.marked[slots.clone()].fill(floor);
-        self.stale[slots].fill(false);
+        self.set_fresh(slots, false);
     }
 
     fn is_fresh(&self, slot: usize) -> bool {
-        self.fingerprints[slot] != Fingerprint::UNKNOWN && !self.stale[slot]
+        self.fresh[slot / WORD_BITS] & 1 << (slot % WORD_BITS) != 0
+    }
+
+    fn set_fresh(&mut self, slots: Range<usize>, fresh: bool) {
+        for (word, mask) in words_of(slots) {
+            if fresh {
+                self.fresh[word] |= mask;
+            } else {
+                self.fresh[word] &= !mask;
+            }
+        }
+    }
+
+    /// Whether all of the pages are known and not stale.
+    fn all_fresh(&self, slots: Range<usize>) -> bool {
+        words_of(slots).all(|(word, mask)| self.fresh[word] & mask == mask)
     }
 }
 
 /// Leaves by address of their first page.
 type PageTable = BTreeMap<u64, Box<Leaf>>;
 
-/// What the standby holds, per page of each address space: 25 bytes for each page of 4096.
+/// What the standby holds, per page of each address space: some 24 bytes for each page of 4096.
 #[derive(Default)]
 pub struct Known {
     spaces: HashMap<Space, PageTable>,
@@ -131,10 +150,8 @@ impl Known {
         let table = self.spaces.entry(space).or_default();
         for (leaf_at, slots) in reported.iter().flat_map(leaves_of) {
             let leaf = table.entry(leaf_at).or_insert_with(|| Leaf::new(floor));
-            for slot in slots {
-                leaf.marked[slot] = now;
-                leaf.stale[slot] = true;
-            }
+            leaf.marked[slots.clone()].fill(now);
+            leaf.set_fresh(slots, false);
         }
     }
 
@@ -160,6 +177,9 @@ impl Known {
         let mut missing = Vec::new();
         for (leaf_at, slots) in needed.iter().flat_map(leaves_of) {
             let leaf = table.and_then(|table| table.get(&leaf_at));
+            if leaf.is_some_and(|leaf| leaf.all_fresh(slots.clone())) {
+                continue;
+            }
             for slot in slots {
                 if !leaf.is_some_and(|leaf| leaf.is_fresh(slot)) {
                     let start = leaf_at + slot as u64 * PAGE_SIZE;
@@ -207,7 +227,8 @@ impl Known {
             let Some(table) = self.spaces.get_mut(&space) else { continue };
             for (leaf_at, slots) in leaves_of(&extent) {
                 if let Some(leaf) = table.get_mut(&leaf_at) {
-                    leaf.fingerprints[slots].fill(Fingerprint::UNKNOWN);
+                    leaf.fingerprints[slots.clone()].fill(Fingerprint::UNKNOWN);
+                    leaf.set_fresh(slots, false);
                 }
             }
         }
@@ -232,7 +253,7 @@ impl Known {
             PageContent::Zero => Fingerprint::ZERO,
             PageContent::Bytes(bytes) => Fingerprint::of(bytes),
         };
-        leaf.stale[slot] = false;
+        leaf.set_fresh(slot..slot + 1, true);
         if leaf.fingerprints[slot] == fingerprint {
             return Verdict::Unchanged;
         }
@@ -276,6 +297,17 @@ fn retain_pages(table: &mut PageTable, held: &[Extent], floor: u64) {
 fn place_of(page: u64) -> (u64, usize) {
     let number = page / PAGE_SIZE;
     (number / LEAF_PAGES * LEAF_PAGES * PAGE_SIZE, (number % LEAF_PAGES) as usize)
+}
+
+/// The words of a leaf's bits that hold some pages, and which bits of each those are.
+fn words_of(slots: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
+    let Range { start, end } = slots;
+    let words = if start < end { start / WORD_BITS..end.div_ceil(WORD_BITS) } else { 0..0 };
+    words.map(move |word| {
+        let first = start.saturating_sub(word * WORD_BITS);
+        let past = (end - word * WORD_BITS).min(WORD_BITS);
+        (word, u64::MAX >> (WORD_BITS - (past - first)) << first)
+    })
 }
 
 /// The parts of the leaves that a run covers.

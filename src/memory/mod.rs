@@ -24,6 +24,7 @@
 //! stopped tree sees everything that synchronous system calls wrote.
 
 mod inject;
+mod listing;
 mod maps;
 mod ptrace;
 mod read;

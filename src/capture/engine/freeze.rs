@@ -13,7 +13,7 @@ use super::{CaptureError, Capturer, Emit, Finish, Spare, encode};
 use crate::{
     capture::{
         blame,
-        frozen::{self, Frozen, Lent, Piece},
+        frozen::{self, FreezeParts, Frozen, Lent, Piece},
         images::{self, Note},
         maps,
         tracking::Tracking,
@@ -41,7 +41,8 @@ struct Outlet<'a, 'e> {
 }
 
 impl Capturer {
-    /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed.
+    /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed, and
+    /// what took how long.
     pub(super) fn freeze(
         &mut self,
         began: Instant,
@@ -49,7 +50,7 @@ impl Capturer {
         finish: &mut Finish<'_>,
         figures: &mut EpochFigures,
         emit: &mut Emit<'_>,
-    ) -> Result<bool, CaptureError> {
+    ) -> Result<(bool, FreezeParts), CaptureError> {
         let Spare { mut swrk, dir } = self.spare.take().ok_or(CaptureError::NoMemory)?;
         let socket = swrk.take_page_server().ok_or(CaptureError::NoMemory)?;
         let version = swrk.version();
@@ -76,7 +77,7 @@ impl Capturer {
             files: &mut self.files,
         });
         // What was read, and how it went out if that was before the thaw.
-        let (mut taken, mut sent) = (None, None);
+        let (mut taken, mut sent, mut lists_us) = (None, None, 0);
         let dumped = std::thread::scope(|scope| {
             let (mut collector, reader) = frozen::channels(root, pending);
             let lent = &lent;
@@ -94,7 +95,12 @@ impl Capturer {
             let mut read = || reading.take().and_then(|reading| reading.join().expect("it does not panic"));
             let mut notify = |stage: &str| match (stage, &mut *finish) {
                 // The first stage at which the tree is frozen (cr_dump_tasks, behind collect_pstree).
-                ("query-ext-files", _) => list_mappings(vmas, root, &outlet.dir),
+                ("query-ext-files", _) => {
+                    let began = Instant::now();
+                    let listed = list_mappings(vmas, root, &outlet.dir);
+                    lists_us = began.elapsed().as_micros() as u64;
+                    listed
+                }
                 ("post-dump", Finish::Final { hold, conclude }) => {
                     if !hold() {
                         return false;
@@ -120,7 +126,7 @@ impl Capturer {
         let frozen = taken.transpose()?;
         match sent {
             // The handoff may have been called off after all was sent: then CRIU's refusal is ours.
-            Some(sent) => return sent.map(|()| dumped.is_ok()),
+            Some(sent) => return sent.map(|()| (dumped.is_ok(), FreezeParts::default())),
             None => dumped.map_err(|source| match blame::explain(&source, root) {
                 Some(reason) => CaptureError::Holds { source, reason },
                 None => source.into(),
@@ -129,8 +135,10 @@ impl Capturer {
         let (freezing_us, frozen_us) = stats::frozen(&outlet.dir)?;
         outlet.figures.frozen_us = freezing_us + frozen_us;
         outlet.figures.capture_us = began.elapsed().as_micros() as u64;
-        outlet.send(&mut self.known, frozen.ok_or(CaptureError::NoMemory)?)?;
-        Ok(false)
+        let frozen = frozen.ok_or(CaptureError::NoMemory)?;
+        let parts = FreezeParts { stopping_us: freezing_us, lists_us, ..frozen.parts };
+        outlet.send(&mut self.known, frozen)?;
+        Ok((false, parts))
     }
 }
 
