@@ -1,7 +1,7 @@
 //! What is read while the tree is frozen.
 //!
-//! CRIU's page-server records arrive on one thread; the scan and the reads run on another, begun at the first record
-//! so that they overlap with what CRIU does anyway, and finished when CRIU closes.
+//! CRIU's page-server records arrive on one thread; the scan and the reads run on another, begun when the tree stands so
+//! that they overlap with what CRIU does anyway, and finished when CRIU closes.
 
 use std::{
     collections::BTreeMap,
@@ -13,6 +13,7 @@ use std::{
 use super::{
     engine::CaptureError,
     files::{Change, Files},
+    maps::{self, Ours},
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -81,15 +82,33 @@ pub struct FreezeParts {
 
 /// From the page server's thread to the reader's.
 enum Order {
-    Begin,
-    Finish { manifest: Manifest, sent: Vec<Sent>, closed: Instant },
+    /// All tasks stand; of these mappings we list the pages.
+    Begin(Ours),
+    /// CRIU has come to the first task's memory.
+    Opened,
+    Finish {
+        manifest: Manifest,
+        sent: Vec<Sent>,
+        closed: Instant,
+    },
+}
+
+/// Begins the reader's work; dropped without that, there was no freeze.
+pub(super) struct Starter(Sender<Order>);
+
+impl Starter {
+    /// All tasks stand.
+    pub(super) fn begin(self, ours: Ours) {
+        // A reader that has ended says so at the close.
+        let _ = self.0.send(Order::Begin(ours));
+    }
 }
 
 /// The page server's side: collects CRIU's list and the pages that it sends itself.
 pub(super) struct Collector {
     orders: Sender<Order>,
     verdict: Receiver<bool>,
-    begun: bool,
+    opened: bool,
     listed: BTreeMap<Space, Vec<Extent>>,
     sent: Vec<Sent>,
 }
@@ -113,30 +132,35 @@ pub(super) struct Lent<'a> {
     pub(super) files: &'a mut Option<Files>,
 }
 
-/// Makes the two sides.
-pub(super) fn channels(root: i32, pending: BTreeMap<Space, Vec<Extent>>) -> (Collector, Reader) {
+/// Makes the two sides, and what begins.
+pub(super) fn channels(root: i32, pending: BTreeMap<Space, Vec<Extent>>) -> (Starter, Collector, Reader) {
     let (orders, ordered) = channel();
     let (verdict, judged) = channel();
+    let starter = Starter(orders.clone());
     let collector =
-        Collector { orders, verdict: judged, begun: false, listed: BTreeMap::new(), sent: Vec::new() };
-    (collector, Reader { orders: ordered, verdict, root, pending })
+        Collector { orders, verdict: judged, opened: false, listed: BTreeMap::new(), sent: Vec::new() };
+    (starter, collector, Reader { orders: ordered, verdict, root, pending })
 }
+
+/// How a pass takes what was written.
+type Take<'a> = dyn FnMut(&mut Tracker, &mut Vec<Extent>) -> Result<(), TrackError> + 'a;
 
 /// What the reader works on.
 struct Freeze<'a, 'b> {
     root: i32,
     lent: &'a mut Lent<'b>,
     pending: BTreeMap<Space, Vec<Extent>>,
+    ours: Ours,
 }
 
 impl page_server::Handler for Collector {
     /// Tasks have a parent (CRIU sends holes, we the pages); shared memory has none, because a store through another
     /// mapping leaves no trace in the one that is looked at.
     fn opened(&mut self, space: Space) -> io::Result<bool> {
-        if !self.begun {
-            self.begun = true;
+        if !self.opened {
+            self.opened = true;
             // A reader that has ended says so at the close.
-            let _ = self.orders.send(Order::Begin);
+            let _ = self.orders.send(Order::Opened);
         }
         self.listed.entry(space).or_default();
         Ok(matches!(space, Space::Task(_)))
@@ -181,21 +205,26 @@ impl page_server::Handler for Collector {
 impl Reader {
     /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far.
     pub(super) fn serve(self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
-        let Ok(Order::Begin) = self.orders.recv() else { return None };
-        let mut freeze = Freeze { root: self.root, lent, pending: self.pending };
+        let Ok(Order::Begin(ours)) = self.orders.recv() else { return None };
+        let mut freeze = Freeze { root: self.root, lent, pending: self.pending, ours };
         let mut frozen = Frozen::default();
-        let mut first = freeze.pass(&mut frozen).map(|found| frozen.dirty_pages = found);
+        let mut first = freeze.pass(&mut frozen, &mut |tracker, dirty| tracker.take_dirty(dirty).map(drop));
+        frozen.dirty_pages = *first.as_ref().unwrap_or(&0);
+        let mut next = self.orders.recv();
         // For a file that is open and has lost this name CRIU makes another one, which the restore needs: when it dumps
         // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
         // run beside CRIU's work.
         let early = memory::tasks_of(freeze.root).is_ok_and(|tasks| tasks.len() == 1);
-        if first.is_ok() && early {
-            first = frozen.scan_files(freeze.lent.files.as_mut());
+        if matches!(next, Ok(Order::Opened)) {
+            if first.is_ok() && early {
+                first = frozen.scan_files(freeze.lent.files.as_mut()).map(|()| 0);
+            }
+            next = self.orders.recv();
         }
-        let Ok(Order::Finish { manifest, sent, closed }) = self.orders.recv() else {
+        let Ok(Order::Finish { manifest, sent, closed }) = next else {
             return first.err().map(Err);
         };
-        let mut result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
+        let mut result = first.and_then(|_| freeze.finish(&mut frozen, manifest, sent));
         if result.is_ok() && !early {
             result = frozen.scan_files(freeze.lent.files.as_mut());
         }
@@ -216,18 +245,18 @@ impl Frozen {
 }
 
 impl Freeze<'_, '_> {
-    /// Scans every tracked task and reads what was written. What cannot be read stays stale, which matters only if CRIU
+    /// Takes what was written of every tracked task and reads it; gives the number of pages that were. What cannot be read stays stale, which matters only if CRIU
     /// lists it.
     ///
     /// A task that ended, or executed another program, between the last look at the tree and the freeze loses its
     /// tracker: if CRIU lists it, or another under its pid, that one is read whole. So does a task whose pass failed,
     /// because pages may be protected by then that nobody will report again.
-    fn pass(&mut self, frozen: &mut Frozen) -> Result<u64, CaptureError> {
+    fn pass(&mut self, frozen: &mut Frozen, take: &mut Take<'_>) -> Result<u64, CaptureError> {
         let (mut dirty, mut found) = (Vec::new(), 0);
         for pid in self.lent.tasks.keys().copied().collect::<Vec<_>>() {
             let Some(tracked) = self.lent.tasks.get_mut(&pid) else { continue };
             let began = Instant::now();
-            if let Err(error) = tracked.tracker.take_dirty(&mut dirty) {
+            if let Err(error) = take(&mut tracked.tracker, &mut dirty) {
                 self.lent.tasks.remove(&pid);
                 match error {
                     TrackError::Gone(_) | TrackError::Replaced(_) => continue,
@@ -253,10 +282,16 @@ impl Freeze<'_, '_> {
     fn finish(
         &mut self,
         frozen: &mut Frozen,
-        manifest: Manifest,
+        mut manifest: Manifest,
         sent: Vec<Sent>,
     ) -> Result<(), CaptureError> {
-        self.pass(frozen)?;
+        self.pass(frozen, &mut Tracker::take_touched)?;
+        for map in &mut manifest.spaces {
+            if let Some(ours) = self.ours.get(&map.space) {
+                let pages_of = |mapping| self.pages_of(map.space, mapping);
+                map.extents = maps::with_ours(&map.extents, ours, pages_of)?;
+            }
+        }
         let same = self.same_tasks()?;
         // No pass follows: what CRIU sent, and what is read from here on, is of the freeze itself.
         let at = self.lent.known.stamp();
@@ -290,6 +325,16 @@ impl Freeze<'_, '_> {
         }
         frozen.manifest = manifest;
         Ok(())
+    }
+
+    /// The pages of a mapping of ours.
+    fn pages_of(&self, space: Space, mapping: Extent) -> Result<Vec<Extent>, CaptureError> {
+        let tracked = self.lent.tasks.values().find(|tracked| tracked.space == space);
+        if let Some(pages) = tracked.and_then(|tracked| tracked.tracker.listed(mapping)) {
+            return Ok(pages);
+        }
+        let Space::Task(inside) = space else { return Ok(Vec::new()) };
+        Ok(memory::pages_of(self.host_pid(inside)?, mapping)?)
     }
 
     /// The spaces of tasks of which something is known; what is known under another task's pid is not of that one.

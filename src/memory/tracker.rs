@@ -40,6 +40,15 @@ const POPULATED: u64 = category::PRESENT | category::SWAPPED;
 /// Written pages with fewer pages between them are protected by one call: a call costs as much as a walk over so many.
 const GAP_PAGES_MAX: u64 = 1024;
 
+/// Pages that exist, but for the kernel's page of zeroes.
+const OWN: Query = Query {
+    write_protect: false,
+    inverted: category::PFNZERO,
+    all: category::PFNZERO,
+    any: POPULATED,
+    told: 0,
+};
+
 /// Why tracking failed. After any of these nothing is known of what was written: every page is stale.
 #[derive(Debug, thiserror::Error)]
 pub enum TrackError {
@@ -272,12 +281,10 @@ impl Tracker {
         if !self.tracked.iter().any(is_new) {
             return Ok(());
         }
-        let own =
-            Query { inverted: category::PFNZERO, all: category::PFNZERO, any: POPULATED, ..Query::default() };
         for at in 0..self.tracked.len() {
             if is_new(&self.tracked[at]) {
                 let (mapping, mut pages) = (self.tracked[at].mapping.extent, Vec::new());
-                self.scan(pagemap, mapping, self.readable(own), &mut pages)?;
+                self.scan(pagemap, mapping, self.readable(OWN), &mut pages)?;
                 self.listing.begin(mapping, &pages);
                 self.tracked[at].listed = true;
             }
@@ -349,7 +356,7 @@ impl Tracker {
         let mut tracked = Vec::with_capacity(mappings.len());
         for mapping in mappings {
             while old.next_if(|t| t.mapping.extent.start < mapping.extent.start).is_some() {}
-            let same = old.peek().filter(|t| t.mapping == mapping && t.registered);
+            let same = old.peek().filter(|t| t.mapping.is_same(mapping) && t.registered);
             new += usize::from(same.is_none() && mapping.is_private());
             tracked.push(Tracked {
                 mapping,
@@ -465,6 +472,32 @@ impl Tracker {
         } else {
             TrackError::Io { what, pid: self.pid, source }
         }
+    }
+}
+
+/// The pages that a mapping of a process has, but for the kernel's page of zeroes, if no tracker [lists](Tracker::listed)
+/// them.
+pub fn pages_of(pid: i32, mapping: Extent) -> io::Result<Vec<Extent>> {
+    let pagemap = open_pagemap(pid)?;
+    let guard = category::GUARD;
+    let known = Query { inverted: OWN.inverted | guard, all: OWN.all | guard, ..OWN };
+    let mut regions = vec![PageRegion::default(); REGIONS];
+    let mut pages = Vec::new();
+    let (mut query, mut from) = (known, mapping.start);
+    loop {
+        let filled = match sys::pagemap_scan(&pagemap, from, mapping.end(), query, &mut regions) {
+            // A kernel without guard regions in its page map.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && query.all != OWN.all => {
+                query = OWN;
+                continue;
+            }
+            filled => filled?,
+        };
+        regions[..filled].iter().for_each(|run| extents::push(&mut pages, run.start, run.end));
+        if filled < regions.len() {
+            return Ok(pages);
+        }
+        from = regions[filled - 1].end;
     }
 }
 

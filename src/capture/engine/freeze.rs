@@ -15,7 +15,7 @@ use crate::{
         blame,
         frozen::{self, FreezeParts, Frozen, Lent, Piece},
         images::{self, Note},
-        maps,
+        maps::{self, Ours},
         tracking::Tracking,
     },
     criu::{hurry, page_server, parent, stats, swrk::DumpOptions},
@@ -66,8 +66,7 @@ impl Capturer {
         };
         let mut outlet = Outlet { encoder: &mut self.encoder, dir, note, figures, emit };
         let root = self.source.root;
-        // With soft-dirty bits there is no bridge that would find them.
-        let vmas = self.source.vmas.as_deref().filter(|_| self.source.tracking == Tracking::WriteProtect);
+        let (vmas, tracking) = (self.source.vmas.as_deref(), self.source.tracking);
         // They go to the reader and come back when it ends.
         let lent = Mutex::new(Lent {
             tracking: self.source.tracking,
@@ -79,7 +78,8 @@ impl Capturer {
         // What was read, and how it went out if that was before the thaw.
         let (mut taken, mut sent, mut lists_us) = (None, None, 0);
         let dumped = std::thread::scope(|scope| {
-            let (mut collector, reader) = frozen::channels(root, pending);
+            let (starter, mut collector, reader) = frozen::channels(root, pending);
+            let mut starter = Some(starter);
             let lent = &lent;
             let reading = scope.spawn(move || {
                 hurry();
@@ -97,14 +97,23 @@ impl Capturer {
                 // The first stage at which the tree is frozen (cr_dump_tasks, behind collect_pstree).
                 ("query-ext-files", _) => {
                     let began = Instant::now();
-                    let listed = list_mappings(vmas, root, &outlet.dir);
+                    let ours = list_mappings(tracking, vmas, root, &outlet.dir);
                     lists_us = began.elapsed().as_micros() as u64;
-                    listed
+                    match (ours, starter.take()) {
+                        (Ok(ours), Some(starter)) => starter.begin(ours),
+                        (Ok(_), None) => {}
+                        (Err(error), _) => {
+                            tracing::warn!(%error, "the mappings could not be listed for CRIU");
+                            return false;
+                        }
+                    }
+                    true
                 }
                 ("post-dump", Finish::Final { hold, conclude }) => {
                     if !hold() {
                         return false;
                     }
+                    starter = None;
                     let frozen = match read() {
                         Some(Ok(frozen)) => frozen,
                         failed => {
@@ -120,6 +129,8 @@ impl Capturer {
                 _ => true,
             };
             let dumped = swrk.dump(&options, &mut notify);
+            // Without a freeze the reader waits for nothing any more.
+            drop(starter);
             taken = taken.take().or_else(read);
             dumped
         });
@@ -172,13 +183,12 @@ impl Outlet<'_, '_> {
     }
 }
 
-/// Lists the mappings of the frozen tree for CRIU, which waits. False: the dump is called off.
-fn list_mappings(vmas: Option<&Vmas>, root: i32, dir: &Path) -> bool {
-    let Some(vmas) = vmas else { return true };
-    let tasks = memory::tasks_of(root).map_err(io::Error::other);
-    let written = tasks.and_then(|tasks| maps::write(vmas, &tasks, dir));
-    if let Err(error) = &written {
-        tracing::warn!(%error, "the mappings could not be listed for CRIU");
+/// Lists the mappings of the frozen tree for CRIU, which waits; gives those whose pages we list.
+fn list_mappings(tracking: Tracking, vmas: Option<&Vmas>, root: i32, dir: &Path) -> io::Result<Ours> {
+    if tracking == Tracking::SoftDirty {
+        // There is no bridge that would find them.
+        return Ok(Ours::new());
     }
-    written.is_ok()
+    let tasks = memory::tasks_of(root).map_err(io::Error::other)?;
+    maps::write(vmas, &tasks, dir)
 }
