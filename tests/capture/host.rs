@@ -21,7 +21,6 @@ use standin::{
         spawn::{Place, Spawn},
         swrk::{RestoreOptions, Swrk},
     },
-    delta,
     memory::Vmas,
     model::{Epoch, EpochId, Name, Term},
     store::{Durability, Staging, Store},
@@ -204,16 +203,7 @@ fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
 /// What a standby does with a frame.
 fn stage(staging: &mut Staging, head: FrameHead, body: &[u8]) -> io::Result<()> {
     let staged = match head {
-        FrameHead::Pages(head) => {
-            return delta::decode(&head, body, |space, start, content| -> Result<(), delta::DecodeError> {
-                match content {
-                    delta::Content::Bytes(bytes) => staging.pages(space, start, bytes).unwrap(),
-                    delta::Content::Zero { pages } => staging.zero(space, start, pages).unwrap(),
-                }
-                Ok(())
-            })
-            .map_err(io::Error::other);
-        }
+        FrameHead::Pages(head) => staging.batch(&head, body),
         FrameHead::Image { name, .. } => staging.image_file(&name, body),
         FrameHead::Manifest(manifest) => staging.manifest(manifest),
         FrameHead::File(_) | FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),
