@@ -1,9 +1,8 @@
-//! A standby's memory, as pages by address.
+//! A program's memory, as pages by address.
 
 use std::collections::BTreeMap;
 
 use standin::{
-    delta::{BatchHead, Content, DecodeError, Decoder},
     extents,
     model::{Extent, PAGE_SIZE, Space},
 };
@@ -16,36 +15,9 @@ const PAGE: usize = PAGE_SIZE as usize;
 #[derive(Default)]
 pub(crate) struct Memory {
     pages: BTreeMap<(Space, u64), Vec<u8>>,
-    decoder: Decoder,
 }
 
 impl Memory {
-    /// Applies a batch.
-    pub(crate) fn apply(&mut self, head: &BatchHead, body: &[u8]) -> Result<(), DecodeError> {
-        let pages = &mut self.pages;
-        let decoded = self.decoder.decode(head, body, |start, buf| {
-            for (i, page) in buf.chunks_mut(PAGE).enumerate() {
-                let at = (head.space, start + i as u64 * PAGE_SIZE);
-                page.copy_from_slice(&pages[&at]);
-            }
-            Ok::<_, DecodeError>(())
-        })?;
-        for (start, content) in decoded.runs() {
-            let list: Vec<&[u8]> = match content {
-                Content::Bytes(bytes) => bytes.chunks(PAGE).collect(),
-                Content::Zero { pages } => vec![&[0; PAGE]; pages as usize],
-            };
-            for (i, page) in list.into_iter().enumerate() {
-                let at = (head.space, start + i as u64 * PAGE_SIZE);
-                match self.pages.get_mut(&at) {
-                    Some(held) => held.copy_from_slice(page),
-                    None => drop(self.pages.insert(at, page.to_vec())),
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// The pages.
     pub(crate) fn pages(&self) -> &BTreeMap<(Space, u64), Vec<u8>> {
         &self.pages

@@ -72,7 +72,7 @@ const REDIS_INCREMENTS: usize = 5_000;
 const PYTHON: &str = "
 import random, time
 random.seed(7)
-people = [{'id': i, 'name': 'user%d' % i, 'balance': i * 1.5, 'tags': ['a%d' % (i % 97)]} for i in range(60000)]
+people = [{'id': i, 'name': 'user%d' % i, 'balance': i * 1.5, 'tags': ['a%d' % (i % 97)]} for i in range(25000)]
 index = {person['name']: person for person in people}
 print('ready', flush=True)
 while True:
