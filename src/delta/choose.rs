@@ -4,8 +4,10 @@
 //! Encoding and shipping overlap in a large epoch and hardly do in a small one. What is no slower than raw when their
 //! times add up is no slower when they overlap, so the sum is what is compared, for both.
 //!
-//! Promise: by the times that it was told, a chooser is slower than raw by at most [`PROBE_SHARE`] of the whole, and by
-//! what the first try of each packing costs.
+//! What the others would do is found out by trials: a sample is packed another way, and what comes of it is thrown away.
+//!
+//! Promise: by the times that it was told, all trials together take at most `TRIAL_SHARE` of the time that the best
+//! packing takes, the first and the last trial not counted.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -14,11 +16,15 @@ use std::{
 
 use super::Packing;
 
-/// Of the time that the best packing takes, what may be spent on looking whether another has become better.
-pub const PROBE_SHARE: f64 = 1.0 / 32.0;
-/// A packing that is not the best is left alone for so many times the bytes that it would be tried on.
-const TRY_EVERY: f64 = 16.0;
-/// Weight of a new sample.
+/// Of the time that the best packing takes, what trials of others may take.
+const TRIAL_SHARE: f64 = 1.0 / 32.0;
+/// Bytes of a trial, at most: as many as show what a packing can do.
+pub(super) const TRIAL_BYTES: usize = 64 << 10;
+/// A packing that is not the best is not tried again before so many bytes were packed.
+const TRIAL_EVERY_BYTES: f64 = (1 << 20) as f64;
+/// What the first trials may take before there is any time that they could be a share of.
+const FIRST_TRIALS_NS: f64 = 500_000.0;
+/// Weight of what was learned anew, from as many bytes as a trial has or more.
 const WEIGHT: f64 = 0.25;
 /// Unpacking takes the standby about a third of the time that packing took.
 const WITH_UNPACKING: f64 = 4.0 / 3.0;
@@ -64,9 +70,10 @@ struct Estimate {
     ns_per_byte: f64,
     /// Packed ÷ unpacked.
     ratio: f64,
-    /// Bytes that were packed in other ways since this one was tried.
+    /// Bytes that were packed in other ways since something was learned of this one.
     untried_bytes: f64,
-    tried: bool,
+    /// Whether this is more than a guess.
+    learned: bool,
 }
 
 /// Chooses among the packings for one kind of content.
@@ -74,15 +81,20 @@ struct Estimate {
 pub(super) struct Chooser {
     lz4: Estimate,
     zstd: Estimate,
-    /// Nanoseconds that may be spent on trying another packing.
+    /// Nanoseconds that trials may take.
     credit_ns: f64,
 }
 
 impl Default for Chooser {
     /// What both do to common pages, until it was tried.
     fn default() -> Self {
-        let guess = |ns_per_byte, ratio| Estimate { ns_per_byte, ratio, untried_bytes: 0.0, tried: false };
-        Self { lz4: guess(1.0, 0.4), zstd: guess(1.7, 0.3), credit_ns: 0.0 }
+        let guess = |ns_per_byte, ratio| Estimate {
+            ns_per_byte,
+            ratio,
+            untried_bytes: TRIAL_EVERY_BYTES,
+            learned: false,
+        };
+        Self { lz4: guess(1.0, 0.4), zstd: guess(1.7, 0.3), credit_ns: FIRST_TRIALS_NS }
     }
 }
 
@@ -92,7 +104,7 @@ fn ship_ns_per_byte(rate: u64) -> f64 {
 
 impl Chooser {
     fn estimates(&self) -> [(Packing, Estimate); 3] {
-        let raw = Estimate { ns_per_byte: 0.0, ratio: 1.0, untried_bytes: 0.0, tried: true };
+        let raw = Estimate { ns_per_byte: 0.0, ratio: 1.0, untried_bytes: 0.0, learned: true };
         [(Packing::Raw, raw), (Packing::Lz4, self.lz4), (Packing::Zstd, self.zstd)]
     }
 
@@ -107,28 +119,32 @@ impl Chooser {
         self.best(rate).1
     }
 
-    /// How to pack so many bytes now. Each choice that is not raw must be told to [`learn`](Self::learn).
+    /// How to pack so many bytes now. What comes of it must be told to [`learn`](Self::learn).
     pub(super) fn choose(&mut self, bytes: usize, rate: u64) -> Packing {
         let (best, time) = self.best(rate);
-        let (ship, bytes) = (ship_ns_per_byte(rate), bytes as f64);
-        self.credit_ns += time * bytes * PROBE_SHARE;
+        let bytes = bytes as f64;
+        self.credit_ns += time * bytes * TRIAL_SHARE;
         self.lz4.untried_bytes += bytes;
         self.zstd.untried_bytes += bytes;
+        best
+    }
+
+    /// Which packing to try on a sample now, if any. What comes of it must be told to [`tried`](Self::tried).
+    pub(super) fn trial(&self, rate: u64) -> Option<Packing> {
+        let best = self.best(rate).0;
         let others =
-            self.estimates().into_iter().filter(|(packing, _)| *packing != best && *packing != Packing::Raw);
+            self.estimates().into_iter().filter(|(packing, _)| ![best, Packing::Raw].contains(packing));
         // Only the longest untried: the credit is saved up for it, however dear it is.
-        let next = others.max_by(|a, b| a.1.untried_bytes.total_cmp(&b.1.untried_bytes));
-        match next {
-            // It is tried in vain at worst: then its packing is what that costs.
-            Some((packing, is))
-                if is.untried_bytes >= TRY_EVERY * bytes
-                    && is.ns_per_byte * WITH_UNPACKING * bytes <= self.credit_ns =>
-            {
-                self.credit_ns -= (is.time(ship) - time).max(0.0) * bytes;
-                packing
-            }
-            _ => best,
-        }
+        let (packing, is) = others.max_by(|a, b| a.1.untried_bytes.total_cmp(&b.1.untried_bytes))?;
+        let due =
+            is.untried_bytes >= TRIAL_EVERY_BYTES && is.ns_per_byte * TRIAL_BYTES as f64 <= self.credit_ns;
+        due.then_some(packing)
+    }
+
+    /// What a trial has cost and left.
+    pub(super) fn tried(&mut self, packing: Packing, bytes: usize, packed: usize, took: Duration) {
+        self.credit_ns -= took.as_nanos() as f64;
+        self.learn(packing, bytes, packed, took);
     }
 
     /// What packing has cost and left.
@@ -138,13 +154,15 @@ impl Chooser {
             Packing::Lz4 => &mut self.lz4,
             Packing::Zstd => &mut self.zstd,
         };
-        let weight = if estimate.tried { WEIGHT } else { 1.0 };
+        // Of few bytes little is learned: what a call costs by itself is a large part of their time.
+        let size = (bytes as f64 / TRIAL_BYTES as f64).min(1.0);
+        let weight = if estimate.learned { WEIGHT * size } else { 1.0 };
         let bytes = bytes as f64;
         let (ns_per_byte, ratio) = (took.as_nanos() as f64 / bytes, (packed as f64 / bytes).min(1.0));
         estimate.ns_per_byte += (ns_per_byte - estimate.ns_per_byte) * weight;
         estimate.ratio += (ratio - estimate.ratio) * weight;
         estimate.untried_bytes = 0.0;
-        estimate.tried = true;
+        estimate.learned = true;
     }
 }
 
@@ -179,53 +197,61 @@ mod tests {
         (cost * WITH_UNPACKING + ratio * ship_ns_per_byte(rate)) * BATCH as f64
     }
 
-    /// Packs so many batches; the time that all took.
-    fn run(chooser: &mut Chooser, truth: &Truth, rate: u64, batches: u32) -> f64 {
-        let mut total = 0.0;
+    /// Packs so many batches; the time that all took, and that of trials alone.
+    fn run(chooser: &mut Chooser, truth: &Truth, rate: u64, batches: u32) -> (f64, f64) {
+        let (mut total, mut trials) = (0.0, 0.0);
+        let of = |packing, bytes: usize| {
+            let (cost, ratio) = truth[usize::from(packing == Packing::Zstd)];
+            (Duration::from_nanos((cost * bytes as f64) as u64), (ratio * bytes as f64) as usize)
+        };
         for _ in 0..batches {
+            if let Some(packing) = chooser.trial(rate) {
+                let (took, packed) = of(packing, TRIAL_BYTES);
+                trials += took.as_nanos() as f64;
+                chooser.tried(packing, TRIAL_BYTES, packed, took);
+            }
             let packing = chooser.choose(BATCH, rate);
             total += time(truth, packing, rate);
-            if packing != Packing::Raw {
-                let (cost, ratio) = truth[usize::from(packing == Packing::Zstd)];
-                let took = Duration::from_nanos((cost * BATCH as f64) as u64);
-                chooser.learn(packing, BATCH, (ratio * BATCH as f64) as usize, took);
-            }
+            let (took, packed) = of(packing, BATCH);
+            chooser.learn(packing, BATCH, packed, took);
         }
-        total
+        (total + trials, trials)
     }
 
-    fn best(truth: &Truth, rate: u64) -> f64 {
-        [Packing::Raw, Packing::Lz4, Packing::Zstd]
-            .map(|packing| time(truth, packing, rate))
-            .into_iter()
-            .fold(f64::MAX, f64::min)
-    }
-
-    fn first_tries(truth: &Truth, rate: u64) -> f64 {
-        time(truth, Packing::Lz4, rate) + time(truth, Packing::Zstd, rate)
+    /// The best that one who knows could do, and what no more than a trial of each costs.
+    fn best(truth: &Truth, rate: u64, batches: u32) -> (f64, f64) {
+        let times = [Packing::Raw, Packing::Lz4, Packing::Zstd].map(|packing| time(truth, packing, rate));
+        let trials = (truth[0].0 + truth[1].0) * TRIAL_BYTES as f64;
+        (times.into_iter().fold(f64::MAX, f64::min) * f64::from(batches), trials)
     }
 
     proptest! {
         #[test]
         fn it_is_never_slower_than_raw_and_comes_to_the_best(truth in truth(), mbytes_per_s in 1u64..5_000) {
             let (mut chooser, rate) = (Chooser::default(), mbytes_per_s * 1_000_000);
-            let total = run(&mut chooser, &truth, rate, 2_000);
-            let bound = |each: f64| 2_000.0 * each * (1.0 + PROBE_SHARE * 1.01) + first_tries(&truth, rate);
-            prop_assert!(total <= bound(time(&truth, Packing::Raw, rate)), "slower than raw");
-            // Twice as much for what is tried once more while the guesses are being replaced.
-            let settled = run(&mut chooser, &truth, rate, 2_000);
-            prop_assert!(settled <= bound(best(&truth, rate)) * 1.001, "{settled} not near {}", best(&truth, rate) * 2e3);
+            let (total, _) = run(&mut chooser, &truth, rate, 2_000);
+            // A guess that is wrong costs a batch at most.
+            let guesses = time(&truth, Packing::Lz4, rate) + time(&truth, Packing::Zstd, rate);
+            let raw = time(&truth, Packing::Raw, rate) * 2_000.0;
+            let (_, each_trial) = best(&truth, rate, 1);
+            let bound = |time: f64| time * (1.0 + TRIAL_SHARE) + FIRST_TRIALS_NS + 2.0 * each_trial;
+            prop_assert!(total <= bound(raw) + guesses, "{total} is slower than {raw}");
+            let (settled, trials) = run(&mut chooser, &truth, rate, 2_000);
+            let (least, _) = best(&truth, rate, 2_000);
+            prop_assert!(settled <= bound(least) * 1.001, "{settled} is not near {least}");
+            prop_assert!(trials <= least * TRIAL_SHARE * 1.001 + FIRST_TRIALS_NS + each_trial);
         }
 
         #[test]
         fn it_follows_a_workload_that_changes(before in truth(), after in truth(), mbytes_per_s in 1u64..5_000) {
             let (mut chooser, rate) = (Chooser::default(), mbytes_per_s * 1_000_000);
             run(&mut chooser, &before, rate, 500);
-            // What is slow is looked at rarely, so that it takes long until it is found to be fast.
-            run(&mut chooser, &after, rate, 60_000);
-            let settled = run(&mut chooser, &after, rate, 2_000);
-            let allowed = 2_000.0 * best(&after, rate) * (1.0 + PROBE_SHARE * 1.01) + first_tries(&after, rate);
-            prop_assert!(settled <= allowed * 1.001, "{settled} not near {}", best(&after, rate) * 2e3);
+            // What is slow is looked at rarely, so that it takes a while until it is found to be fast.
+            run(&mut chooser, &after, rate, 4_000);
+            let (settled, _) = run(&mut chooser, &after, rate, 2_000);
+            let (least, each_trial) = best(&after, rate, 2_000);
+            let allowed = least * (1.0 + TRIAL_SHARE) + FIRST_TRIALS_NS + each_trial;
+            prop_assert!(settled <= allowed * 1.01, "{settled} is not near {least}");
         }
     }
 

@@ -34,7 +34,7 @@ mod packing;
 mod patch;
 mod reference;
 
-pub use choose::{LinkRate, PROBE_SHARE};
+pub use choose::LinkRate;
 pub use decode::{Content, DecodeError, Decoded, Decoder};
 pub use encode::{EncodeStats, Encoder};
 pub use known::{Known, REFERENCE_BYTES_MAX, ReadStamp};

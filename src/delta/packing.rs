@@ -6,13 +6,16 @@ use lz4_flex::block;
 use nix::time::ClockId;
 use zstd::bulk;
 
-use super::{DecodeError, Packing, choose::Chooser};
+use super::{
+    DecodeError, Packing,
+    choose::{Chooser, TRIAL_BYTES},
+};
 
 /// zstd's fastest ordinary level. The negative ones save less than LZ4 in more time, and 3 saves hardly more than 1 in
 /// twice the time (measured on pages of redis, PostgreSQL and Python).
 const ZSTD_LEVEL: i32 = 1;
-/// Of fewer bytes nothing is learned: what a call costs by itself would be taken for the cost of bytes.
-const LEARN_BYTES_MIN: usize = 1024;
+/// Nothing is tried on fewer bytes, and nothing learned of them: what a call costs by itself is most of their time.
+const LEARN_BYTES_MIN: usize = 4096;
 
 /// Packs bodies of one kind, and learns what that is worth.
 #[derive(Default)]
@@ -34,20 +37,28 @@ impl Packer {
         if bytes.is_empty() {
             return (Packing::Raw, Vec::new());
         }
-        let packing = self.chooser.choose(bytes.len(), rate);
-        if packing == Packing::Raw {
-            return (packing, bytes.to_vec());
+        let learns = bytes.len() >= LEARN_BYTES_MIN;
+        if let Some(packing) = self.chooser.trial(rate).filter(|_| learns) {
+            let sample = &bytes[..bytes.len().min(TRIAL_BYTES)];
+            let (packed, took) = self.timed(packing, sample);
+            let len = packed.map_or(sample.len(), <[u8]>::len);
+            self.chooser.tried(packing, sample.len(), len, took);
         }
-        let began = thread_time();
-        let packed = self.packed(packing, bytes);
-        let took = thread_time().saturating_sub(began);
+        let packing = self.chooser.choose(bytes.len(), rate);
+        let (packed, took) = self.timed(packing, bytes);
         let len = packed.map_or(bytes.len(), <[u8]>::len);
         let result =
             packed.map_or_else(|| (Packing::Raw, bytes.to_vec()), |packed| (packing, packed.to_vec()));
-        if bytes.len() >= LEARN_BYTES_MIN {
+        if learns {
             self.chooser.learn(packing, bytes.len(), len, took);
         }
         result
+    }
+
+    fn timed(&mut self, packing: Packing, bytes: &[u8]) -> (Option<&[u8]>, Duration) {
+        let began = thread_time();
+        let packed = self.packed(packing, bytes);
+        (packed, thread_time().saturating_sub(began))
     }
 
     /// None if it would not get shorter.
