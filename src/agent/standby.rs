@@ -206,7 +206,12 @@ fn commit_refusal(error: &CommitError) -> EpochAnswer {
 
 fn stage_refusal(error: &StageError) -> EpochAnswer {
     let reason = error.to_string();
-    if error.needs_full() { EpochAnswer::NeedFull { held: None, reason } } else { refused(reason) }
+    if !error.needs_full() {
+        return refused(reason);
+    }
+    // The primary tells its operator too; but it is here that an image or a memory may be damaged.
+    tracing::error!(%error, "an epoch does not fit what is held");
+    EpochAnswer::NeedFull { held: None, reason }
 }
 
 fn refused(reason: String) -> EpochAnswer {

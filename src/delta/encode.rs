@@ -81,7 +81,7 @@ impl Encoder {
         Arc::clone(&self.link)
     }
 
-    /// Encodes pages that were read at `at`: `data` is their content, one after the other. Between
+    /// Encodes pages that were read at `at`, each page once: `data` is their content, one after the other. Between
     /// [`Known::begin_epoch`] and the epoch's outcome only; each batch is given to `emit`, which must send it
     /// in that epoch, in this order.
     ///
