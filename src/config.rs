@@ -10,7 +10,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::ha::{Timing, TimingError};
+use crate::{
+    delta::REFERENCE_BYTES_MAX,
+    ha::{Timing, TimingError},
+};
 
 /// Where the agent looks for its file when none is named.
 pub const DEFAULT_FILE: &str = "/etc/standin/agent.toml";
@@ -55,6 +58,10 @@ pub struct Settings {
     /// Scratch space in RAM (tmpfs) for CRIU's small images [default: /dev/shm/standin/work]
     #[arg(long, value_name = "DIR")]
     pub work_dir: Option<PathBuf>,
+    /// Memory for each protected workload's copies of pages as the standby holds them, in MiB; 0: pages are sent whole
+    /// [default: 256]
+    #[arg(long, value_name = "MIB")]
+    pub reference_mb: Option<u32>,
     /// The CRIU to use [default: /opt/standin/criu if there, else the distribution's]
     #[arg(long, value_name = "FILE")]
     pub criu: Option<PathBuf>,
@@ -89,6 +96,8 @@ pub struct Config {
     pub store_dir: PathBuf,
     /// Scratch space in RAM.
     pub work_dir: PathBuf,
+    /// Most memory for each workload's copies of pages.
+    pub reference_bytes: u64,
     /// A CRIU named by the operator.
     pub criu: Option<PathBuf>,
     /// Heartbeat, lease and margin.
@@ -154,6 +163,7 @@ impl Settings {
             store: self.store.or(other.store),
             store_dir: self.store_dir.or(other.store_dir),
             work_dir: self.work_dir.or(other.work_dir),
+            reference_mb: self.reference_mb.or(other.reference_mb),
             criu: self.criu.or(other.criu),
             heartbeat_ms: self.heartbeat_ms.or(other.heartbeat_ms),
             lease_ms: self.lease_ms.or(other.lease_ms),
@@ -203,6 +213,7 @@ impl Settings {
             store,
             store_dir,
             work_dir,
+            reference_bytes: self.reference_mb.map_or(REFERENCE_BYTES_MAX, |mb| u64::from(mb) << 20),
             criu: self.criu,
             timing,
             log: self.log.unwrap_or_else(|| "info".into()),

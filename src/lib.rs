@@ -5,8 +5,8 @@
 //!
 //! ```text
 //!  workload ──► capture ──► delta ──► wire ──► transport ─ ─QUIC─ ─► store ──► restore ──► workload
-//!  (frozen for    CRIU +      zero,     frames   bulk streams +        flat warm   lazy, from RAM
-//!   ~ms)          uffd-wp     LZ4       + term   lease connection      image
+//!  (frozen for    CRIU +      patches,  frames   bulk streams +        flat warm   lazy, from RAM
+//!   ~ms)          uffd-wp     LZ4, zstd + term   lease connection      image
 //!                                ▲                                        │
 //!                                └────────── ack(term, epoch) ────────────┘
 //!  ha/ (no IO): terms, leases, promote, fence, handoff.   agent/ executes what ha/ decides.
@@ -25,7 +25,7 @@
 //! | [`criu`] | CRIU as a part: start, RPC, page server, preload bridge, lazy pages, images, probe |
 //! | [`memory`] | dirty tracking (userfaultfd write protection), batched reads of other processes, flags of their mappings |
 //! | [`capture`] | an epoch: spawn-ahead, pre-copy, freeze, read, thaw; the pace of epochs |
-//! | [`delta`] | pure: what the standby is known to hold, zero and unchanged pages, packing |
+//! | [`delta`] | pure: what the standby is known to hold, zero and unchanged pages, patches of pages, packing by the link's rate |
 //! | [`files`] | replicated directory trees, consistent with the epoch |
 //! | [`wire`] | pure: frames, messages, limits (bincode only here) |
 //! | [`transport`] | QUIC: identities, pairing, lease and bulk connections |

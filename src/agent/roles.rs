@@ -239,8 +239,15 @@ impl Owner {
             permit: self.permit_epochs.subscribe(),
         };
         let owner = self.to_self.clone();
+        let reference_bytes = self.agent.config.reference_bytes;
         let task = tokio::spawn(async move {
-            match tokio::task::spawn_blocking(move || Capturer::new(source)).await {
+            let begin = move || {
+                Capturer::new(source).map(|mut capturer| {
+                    capturer.limit_references(reference_bytes);
+                    capturer
+                })
+            };
+            match tokio::task::spawn_blocking(begin).await {
                 Ok(Ok(capturer)) => session.run(capturer).await,
                 Ok(Err(error)) => {
                     let _ = owner.send(Msg::EpochFailed { term, error: error.into() }).await;

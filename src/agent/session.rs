@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{api::ErrorCode, links::Link, owner::Msg};
 use crate::{
     capture::{CaptureError, Captured, Capturer, Finish, pace::Pace},
+    delta::LinkRate,
     model::{Epoch, EpochFigures, EpochId, Name, Term},
     transport::{connection::RequestError, epoch::SendEpochError},
     wire::message::{EpochAnswer, FrameHead, Reply, Request},
@@ -25,6 +26,8 @@ use crate::{
 
 /// Frames between capture and QUIC: with bodies of up to a MiB, what an epoch may hold in between.
 const FRAMES_MAX: usize = 8;
+/// So often the rate of a long shipment is taken. More than the transport buffers, which takes no time.
+const RATE_EVERY_BYTES: u64 = 128 << 20;
 /// How long the standby may take to verify and commit an epoch.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may take to accept or refuse an offer.
@@ -319,6 +322,7 @@ impl Session {
         let (verdict, judged) = verdict.unzip();
         let owner = self.owner.clone();
         let mut capturer = progress.capturer;
+        let rate = capturer.link();
         let capturing = tokio::task::spawn_blocking(move || {
             let mut emit = |head, body| {
                 frames_tx
@@ -340,7 +344,7 @@ impl Session {
             (capturer, result)
         });
         let thawed_by = Instant::now();
-        let shipped = self.ship(id, frames, verdict).await;
+        let shipped = self.ship(id, frames, &rate, verdict).await;
         let shipped_at = Instant::now();
         let (capturer, captured) = capturing.await.ok()?;
         progress.capturer = capturer;
@@ -359,19 +363,29 @@ impl Session {
         Some((progress, result))
     }
 
-    /// Sends an epoch's frames and its end. `verdict` (a handoff) is handed to the owner with the commit.
+    /// Sends an epoch's frames and its end, and takes the link's rate. `verdict` (a handoff) is handed to the owner with
+    /// the commit.
     async fn ship(
         &mut self,
         id: EpochId,
         mut frames: mpsc::Receiver<(FrameHead, Vec<u8>)>,
+        rate: &LinkRate,
         verdict: Option<std::sync::mpsc::Sender<bool>>,
     ) -> Result<Shipped, SessionError> {
         let bulk = self.link.bulk().ok_or(SessionError::NoConnection)?;
         let mut sender = bulk.send_epoch().await?;
         let mut whole = false;
+        // What the link itself takes: without the wait for frames, and with that for the commit of what is buffered.
+        let (mut told, mut busy) = (0, Duration::ZERO);
         while let Some((head, body)) = frames.recv().await {
             whole = matches!(head, FrameHead::Manifest(_));
+            let began = Instant::now();
             sender.frame(&head, &body).await?;
+            busy += began.elapsed();
+            if sender.bytes() - told >= RATE_EVERY_BYTES {
+                rate.shipped(sender.bytes() - told, busy);
+                (told, busy) = (sender.bytes(), Duration::ZERO);
+            }
             if whole {
                 break;
             }
@@ -398,6 +412,7 @@ impl Session {
             EpochAnswer::NeedFull { reason, .. } => return Err(SessionError::NeedFull(reason)),
             EpochAnswer::Refused { reason, .. } => return Err(SessionError::Refused(reason)),
         }
+        rate.shipped(bytes - told, busy + asked.elapsed());
         tracing::trace!(%id, commit_us = asked.elapsed().as_micros() as u64, "committed");
         if let Some(verdict) = verdict {
             self.owner.send(Msg::FinalCommitted { id, verdict }).await.map_err(|_| SessionError::Ended)?;

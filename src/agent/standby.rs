@@ -32,11 +32,10 @@ use crate::{
         spawn::{Place, Spawn},
         swrk::{RestoreOptions, Swrk},
     },
-    delta,
     model::{EpochId, Extent, Name, Space, Term},
     observe::unix_ms,
     restore::{self, Mode},
-    store::{BeginError, CommitError, Durability, FileChanges, FoldError, Staging, Store, View},
+    store::{BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, View},
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
     workload::sandbox::Sandbox,
@@ -205,6 +204,16 @@ fn commit_refusal(error: &CommitError) -> EpochAnswer {
     if error.needs_full() { EpochAnswer::NeedFull { held: None, reason } } else { refused(reason) }
 }
 
+fn stage_refusal(error: &StageError) -> EpochAnswer {
+    let reason = error.to_string();
+    if !error.needs_full() {
+        return refused(reason);
+    }
+    // The primary tells its operator too; but it is here that an image or a memory may be damaged.
+    tracing::error!(%error, "an epoch does not fit what is held");
+    EpochAnswer::NeedFull { held: None, reason }
+}
+
 fn refused(reason: String) -> EpochAnswer {
     EpochAnswer::Refused { term: Term(0), reason }
 }
@@ -287,17 +296,7 @@ fn stage_frames(
     let mut note = None;
     while let Some((head, body)) = frames.blocking_recv() {
         let staged = match head {
-            FrameHead::Pages(head) => {
-                let staged: anyhow::Result<()> = delta::decode(&head, &body, |space, start, content| {
-                    match content {
-                        delta::Content::Bytes(bytes) => staging.pages(space, start, bytes)?,
-                        delta::Content::Zero { pages } => staging.zero(space, start, pages)?,
-                    }
-                    Ok(())
-                });
-                staged.map_err(|error| refused(error.to_string()))?;
-                Ok(())
-            }
+            FrameHead::Pages(head) => staging.batch(&head, &body),
             FrameHead::Image { name, .. } => {
                 if name == crate::capture::NOTE {
                     note = serde_json::from_slice(&body).ok();
@@ -308,7 +307,7 @@ fn stage_frames(
             FrameHead::Manifest(manifest) => staging.manifest(manifest),
             FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),
         };
-        staged.map_err(|error| refused(error.to_string()))?;
+        staged.map_err(|error| stage_refusal(&error))?;
     }
     let note = note.ok_or_else(|| refused("the epoch has no note".into()))?;
     Ok(Received { staging, note })

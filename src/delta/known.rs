@@ -19,12 +19,18 @@
 //!   [`ReadStamp`] of a reading proves that; an older reading changes nothing.
 //! - When an epoch fails, every page sent in it or in a later one is unknown: the standby may or may not have
 //!   folded it in.
+//! - The copy of a page, where there is one, is what its fingerprint would be of: what the standby holds. It goes when
+//!   the page becomes unknown.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
     ops::Range,
 };
 
+use super::{
+    patch::{self, Page},
+    reference::{References, Slot},
+};
 use crate::{
     extents,
     model::{Extent, PAGE_SIZE, Space},
@@ -33,8 +39,10 @@ use crate::{
 
 /// Pages of a leaf: 2 MiB.
 const LEAF_PAGES: u64 = 512;
+/// Memory for copies of pages, unless said otherwise.
+pub const REFERENCE_BYTES_MAX: u64 = 256 << 20;
 
-/// The first 16 bytes of a page's BLAKE3, or one of two special values.
+/// The first 16 bytes of a page's BLAKE3, or one of three special values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Fingerprint(u128);
 
@@ -43,20 +51,15 @@ impl Fingerprint {
     const UNKNOWN: Self = Self(0);
     /// Of a page of zeroes, so that those need no hashing.
     const ZERO: Self = Self(1);
+    /// Of a page with a copy, which is compared itself.
+    const COPIED: Self = Self(2);
 
-    fn of(page: &[u8]) -> Self {
+    fn of(page: &Page) -> Self {
         let hash = blake3::hash(page);
         let first = hash.as_bytes().first_chunk().expect("a BLAKE3 hash has 32 bytes");
         // Never one of the special values.
-        Self(u128::from_le_bytes(*first).max(2))
+        Self(u128::from_le_bytes(*first).max(3))
     }
-}
-
-/// Content of a page that is to be compared with what the standby holds.
-#[derive(Clone, Copy)]
-pub(super) enum PageContent<'a> {
-    Zero,
-    Bytes(&'a [u8]),
 }
 
 /// Whether a page that was read must be sent.
@@ -64,6 +67,10 @@ pub(super) enum PageContent<'a> {
 pub(super) enum Verdict {
     /// The standby holds it already.
     Unchanged,
+    /// It is zero and the standby does not hold that.
+    Zero,
+    /// It differs from what the standby holds by the patch that was appended.
+    Patched,
     /// It differs, or what the standby holds is unknown.
     Send,
     /// A pass has reported it since it was read: a newer reading must come.
@@ -80,6 +87,7 @@ struct Leaf {
     marked: [u64; LEAF_PAGES as usize],
     /// A bit for each page that is known and not stale: a whole image is checked against these in the freeze.
     fresh: [u64; LEAF_WORDS],
+    copies: [Slot; LEAF_PAGES as usize],
 }
 
 const WORD_BITS: usize = u64::BITS as usize;
@@ -91,14 +99,21 @@ impl Leaf {
             fingerprints: [Fingerprint::UNKNOWN; LEAF_PAGES as usize],
             marked: [marked; LEAF_PAGES as usize],
             fresh: [0; LEAF_WORDS],
+            copies: [Slot::NONE; LEAF_PAGES as usize],
         })
     }
 
-    /// Makes pages unknown, and readings that are older than `floor` worthless.
-    fn forget(&mut self, slots: Range<usize>, floor: u64) {
+    /// Makes what the standby holds of pages unknown.
+    fn doubt(&mut self, slots: Range<usize>, references: &mut References) {
         self.fingerprints[slots.clone()].fill(Fingerprint::UNKNOWN);
-        self.marked[slots.clone()].fill(floor);
-        self.set_fresh(slots, false);
+        self.set_fresh(slots.clone(), false);
+        self.copies[slots].iter_mut().for_each(|copy| references.release(copy));
+    }
+
+    /// Makes pages unknown, and readings that are older than `floor` worthless.
+    fn forget(&mut self, slots: Range<usize>, floor: u64, references: &mut References) {
+        self.doubt(slots.clone(), references);
+        self.marked[slots].fill(floor);
     }
 
     fn is_fresh(&self, slot: usize) -> bool {
@@ -124,23 +139,62 @@ impl Leaf {
 /// Leaves by address of their first page.
 type PageTable = BTreeMap<u64, Box<Leaf>>;
 
-/// What the standby holds, per page of each address space: some 24 bytes for each page of 4096.
-#[derive(Default)]
+/// An epoch that is neither committed nor failed.
+struct Flight {
+    sent: Vec<(Space, Extent)>,
+    /// It has a base, which its patches may be made against.
+    has_base: bool,
+}
+
+/// What the standby holds, per page of each address space: some 28 bytes for each page of 4096, and copies of as many pages as
+/// there is room for, with 32 bytes each.
 pub struct Known {
     spaces: HashMap<Space, PageTable>,
+    references: References,
+    /// Number of epochs begun.
+    epochs: u64,
     /// Grows with each stamp that is taken after a pass.
     clock: u64,
     marked_since_stamp: bool,
     /// What is assumed of pages without a leaf: they may have been reported at this time.
     floor: u64,
-    /// Pages sent in each epoch that is neither committed nor failed, oldest first.
-    in_flight: VecDeque<Vec<(Space, Extent)>>,
+    /// What was sent in each epoch that is neither committed nor failed, oldest first.
+    in_flight: VecDeque<Flight>,
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Self::new(REFERENCE_BYTES_MAX)
+    }
+}
+
+/// A page whose content is to be compared with what the standby holds.
+#[derive(Clone, Copy)]
+pub(super) struct Candidate<'a> {
+    pub(super) space: Space,
+    pub(super) page: u64,
+    pub(super) content: &'a Page,
+    /// When it was read.
+    pub(super) at: ReadStamp,
 }
 
 impl Known {
-    /// Nothing is known.
-    pub fn new() -> Self {
-        Self::default()
+    /// Nothing is known. Copies of pages may take so much memory.
+    pub fn new(reference_bytes_max: u64) -> Self {
+        Self {
+            spaces: HashMap::new(),
+            references: References::new(reference_bytes_max),
+            epochs: 0,
+            clock: 0,
+            marked_since_stamp: false,
+            floor: 0,
+            in_flight: VecDeque::new(),
+        }
+    }
+
+    /// Memory that copies of pages take now, bytes.
+    pub fn reference_bytes(&self) -> u64 {
+        self.references.len() as u64 * PAGE_SIZE
     }
 
     /// Pages that a pass has reported: they must be read again before the next commit.
@@ -195,10 +249,12 @@ impl Known {
         // A reading from before now must not bring a forgotten page back, nor one whose mark is forgotten.
         self.floor = self.clock + u64::from(self.marked_since_stamp);
         let held: HashSet<Space> = manifest.spaces.iter().map(|map| map.space).collect();
-        self.spaces.retain(|space, _| held.contains(space));
+        for (_, mut table) in self.spaces.extract_if(|space, _| !held.contains(space)) {
+            retain_pages(&mut table, &[], self.floor, &mut self.references);
+        }
         for map in &manifest.spaces {
             if let Some(table) = self.spaces.get_mut(&map.space) {
-                retain_pages(table, &map.extents, self.floor);
+                retain_pages(table, &map.extents, self.floor, &mut self.references);
             }
         }
     }
@@ -206,14 +262,19 @@ impl Known {
     /// Forgets everything: the next epoch sends all memory.
     pub fn clear(&mut self) {
         self.spaces.clear();
+        self.references.clear();
         self.in_flight.clear();
         self.floor = self.clock + u64::from(self.marked_since_stamp);
     }
 
     /// Begins an epoch: what is encoded from now on belongs to it. Epochs may be in flight together; they are
-    /// committed in order, and fail together.
-    pub fn begin_epoch(&mut self) {
-        self.in_flight.push_back(Vec::new());
+    /// committed in order, and fail together. One without a base forgets everything first.
+    pub fn begin_epoch(&mut self, has_base: bool) {
+        if !has_base {
+            self.clear();
+        }
+        self.epochs += 1;
+        self.in_flight.push_back(Flight { sent: Vec::new(), has_base });
     }
 
     /// The oldest epoch in flight is committed.
@@ -223,25 +284,20 @@ impl Known {
 
     /// The oldest epoch in flight has failed, and with it all later ones: what they sent is unknown.
     pub fn epoch_failed(&mut self) {
-        for (space, extent) in self.in_flight.drain(..).flatten() {
+        for (space, extent) in self.in_flight.drain(..).flat_map(|flight| flight.sent) {
             let Some(table) = self.spaces.get_mut(&space) else { continue };
             for (leaf_at, slots) in leaves_of(&extent) {
                 if let Some(leaf) = table.get_mut(&leaf_at) {
-                    leaf.fingerprints[slots.clone()].fill(Fingerprint::UNKNOWN);
-                    leaf.set_fresh(slots, false);
+                    leaf.doubt(slots, &mut self.references);
                 }
             }
         }
     }
 
-    /// Takes note of a page's content and says whether it must be sent; if so the caller sends it.
-    pub(super) fn judge(
-        &mut self,
-        space: Space,
-        page: u64,
-        content: PageContent<'_>,
-        at: ReadStamp,
-    ) -> Verdict {
+    /// Takes note of a page's content and says whether it must be sent; if so the caller sends it. If a patch of at most
+    /// `len_max` bytes does for it, that is appended to `patches`.
+    pub(super) fn judge(&mut self, of: Candidate<'_>, patches: &mut Vec<u8>, len_max: usize) -> Verdict {
+        let Candidate { space, page, content, at } = of;
         let (leaf_at, slot) = place_of(page);
         let floor = self.floor;
         let table = self.spaces.entry(space).or_default();
@@ -249,48 +305,116 @@ impl Known {
         if leaf.marked[slot] > at.0 {
             return Verdict::Outdated;
         }
-        let fingerprint = match content {
-            PageContent::Zero => Fingerprint::ZERO,
-            PageContent::Bytes(bytes) => Fingerprint::of(bytes),
-        };
         leaf.set_fresh(slot..slot + 1, true);
-        if leaf.fingerprints[slot] == fingerprint {
+        let flight =
+            self.in_flight.back_mut().expect("pages are encoded between begin_epoch and its outcome");
+        let held = leaf.fingerprints[slot];
+        if is_zero(content) {
+            if held == Fingerprint::ZERO {
+                return Verdict::Unchanged;
+            }
+            leaf.fingerprints[slot] = Fingerprint::ZERO;
+            self.references.release(&mut leaf.copies[slot]);
+            flight.sends(space, page);
+            return Verdict::Zero;
+        }
+        let copied = leaf.copies[slot];
+        if copied == Slot::NONE {
+            let fingerprint = match held {
+                Fingerprint::UNKNOWN | Fingerprint::ZERO => None,
+                _ => Some(Fingerprint::of(content)),
+            };
+            if fingerprint == Some(held) {
+                return Verdict::Unchanged;
+            }
+            flight.sends(space, page);
+            self.remember(space, page, content, fingerprint);
+            return Verdict::Send;
+        }
+        let copy = self.references.copy(copied);
+        if copy == content {
             return Verdict::Unchanged;
         }
-        leaf.fingerprints[slot] = fingerprint;
-        let sent = self.in_flight.back_mut().expect("pages are encoded between begin_epoch and its outcome");
-        match sent.last_mut() {
-            Some((last, run)) if *last == space && run.end() == page => run.pages += 1,
-            _ => sent.push((space, Extent { start: page, pages: 1 })),
+        let patched = flight.has_base && len_max > 0 && patch::append(patches, copy, content, len_max);
+        *copy = *content;
+        if patched || !flight.has_base {
+            self.references.used(copied, self.epochs);
+        } else {
+            self.references.useless(copied);
         }
-        Verdict::Send
+        flight.sends(space, page);
+        if patched { Verdict::Patched } else { Verdict::Send }
     }
+
+    /// Keeps what the standby will hold of a page: a copy, or if there is no room the fingerprint.
+    fn remember(&mut self, space: Space, page: u64, content: &Page, fingerprint: Option<Fingerprint>) {
+        if let Some((space, page, mut copied)) = self.references.make_room(self.epochs) {
+            let fingerprint = Fingerprint::of(self.references.copy(copied));
+            self.references.release(&mut copied);
+            let (leaf, slot) = self.leaf_of(space, page);
+            leaf.fingerprints[slot] = fingerprint;
+            leaf.copies[slot] = Slot::NONE;
+        }
+        let copy = self.references.keep(space, page, content, self.epochs);
+        let (leaf, slot) = self.leaf_of(space, page);
+        leaf.copies[slot] = copy;
+        leaf.fingerprints[slot] = match fingerprint {
+            _ if copy != Slot::NONE => Fingerprint::COPIED,
+            Some(fingerprint) => fingerprint,
+            None => Fingerprint::of(content),
+        };
+    }
+
+    /// The leaf of a page that has one, and its place in it.
+    fn leaf_of(&mut self, space: Space, page: u64) -> (&mut Leaf, usize) {
+        let (leaf_at, slot) = place_of(page);
+        let leaf = self.spaces.get_mut(&space).and_then(|table| table.get_mut(&leaf_at));
+        (leaf.expect("a page of which something is kept has a leaf"), slot)
+    }
+}
+
+impl Flight {
+    fn sends(&mut self, space: Space, page: u64) {
+        match self.sent.last_mut() {
+            Some((last, run)) if *last == space && run.end() == page => run.pages += 1,
+            _ => self.sent.push((space, Extent { start: page, pages: 1 })),
+        }
+    }
+}
+
+fn is_zero(page: &Page) -> bool {
+    const ZERO: Page = [0; PAGE_SIZE as usize];
+    // A comparison by memcmp, which ends at the first word of nearly every page that is not zero.
+    *page == ZERO
 }
 
 /// Forgets all but the pages of an ascending list. Leaves move, their content does not: a manifest comes with
 /// every epoch.
-fn retain_pages(table: &mut PageTable, held: &[Extent], floor: u64) {
+fn retain_pages(table: &mut PageTable, held: &[Extent], floor: u64, references: &mut References) {
+    const END: usize = LEAF_PAGES as usize;
     let mut kept = PageTable::new();
     // The leaf that is being worked on, and its first page that the list has not come to.
     let mut current: Option<(u64, Box<Leaf>, usize)> = None;
-    let mut finish = |current: Option<(u64, Box<Leaf>, usize)>| {
-        if let Some((at, mut leaf, next)) = current {
-            leaf.forget(next..LEAF_PAGES as usize, floor);
-            kept.insert(at, leaf);
-        }
-    };
     for (leaf_at, slots) in held.iter().flat_map(leaves_of) {
         if current.as_ref().is_none_or(|(at, ..)| *at != leaf_at) {
-            finish(current.take());
-            current = table.remove(&leaf_at).map(|leaf| (leaf_at, leaf, 0));
+            let next = table.remove(&leaf_at).map(|leaf| (leaf_at, leaf, 0));
+            if let Some((at, mut leaf, from)) = std::mem::replace(&mut current, next) {
+                leaf.forget(from..END, floor, references);
+                kept.insert(at, leaf);
+            }
         }
         if let Some((_, leaf, next)) = &mut current {
-            leaf.forget(*next..slots.start.max(*next), floor);
+            leaf.forget(*next..slots.start.max(*next), floor, references);
             *next = slots.end.max(*next);
         }
     }
-    finish(current);
-    *table = kept;
+    if let Some((at, mut leaf, from)) = current {
+        leaf.forget(from..END, floor, references);
+        kept.insert(at, leaf);
+    }
+    for leaf in std::mem::replace(table, kept).values_mut() {
+        leaf.forget(0..END, floor, references);
+    }
 }
 
 /// The leaf of a page and its place in it.

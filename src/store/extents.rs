@@ -169,6 +169,14 @@ impl RunMap {
         }
     }
 
+    /// The runs that overlap the extent, cut to it, ascending.
+    pub(super) fn overlapping(&self, extent: Extent) -> impl Iterator<Item = Run> {
+        let before = self.runs.range(..extent.start).next_back().map(|(_, run)| run);
+        let before = before.filter(|run| run.extent.end() > extent.start);
+        let within = self.runs.range(extent.start..extent.end()).map(|(_, run)| run);
+        before.into_iter().chain(within).map(move |run| run.clip(extent.start, extent.end()))
+    }
+
     /// The pages recorded, ascending.
     pub(super) fn extents(&self) -> Vec<Extent> {
         let mut list = Vec::new();
@@ -248,6 +256,14 @@ mod tests {
                 log += if zero { 0 } else { pages };
             }
             prop_assert_eq!(set(&map.extents()), model.keys().copied().collect::<BTreeSet<_>>());
+            for (page, pages) in (0..48).flat_map(|page| [(page, 1), (page, 5)]) {
+                let runs = map.overlapping(Extent { start: page * PAGE_SIZE, pages });
+                let each = runs.flat_map(|run| {
+                    (0..run.extent.pages).map(move |i| (run.extent.start / PAGE_SIZE + i, run.source.skip(i)))
+                });
+                let wanted = model.range(page..page + pages).map(|(page, source)| (*page, *source));
+                prop_assert!(each.eq(wanted));
+            }
             let mut found = BTreeMap::new();
             for run in map.within(&list(&kept)) {
                 for i in 0..run.extent.pages {

@@ -32,6 +32,8 @@
 //! - What the store holds is the newest image with all committed epochs laid over it. Folding moves
 //!   pages from the lowest epoch into the image, where no reader looks for them before: so a fold that
 //!   was interrupted, or is under way, changes nothing that can be read, and doing it again does no harm.
+//! - Patches are resolved into whole pages as they are staged, against what is held and what was staged before, and
+//!   what comes of them is compared with the sender's digest: no file here depends on another's content.
 //! - A page of a manifest is in the epoch or in what was held before it; else the commit is refused.
 //! - While a [`View`] of an epoch lives, no later epoch is folded, and no file it needs is removed.
 //! - What waits is bounded: with 32 epochs waiting, the next one is begun only after a fold. A view that is
@@ -39,6 +41,7 @@
 //!
 //! The agent's part: [`Store::fold`] after each commit, off the critical path, and again after an error.
 
+mod batch;
 mod commit;
 mod disk;
 mod extents;

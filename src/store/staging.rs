@@ -23,6 +23,7 @@ use super::{
     sum::{self, Sum},
 };
 use crate::{
+    delta::{DecodeError, Decoder},
     model::{EpochId, Extent, PAGE_SIZE, Space},
     wire::message::{FileRecord, Manifest},
 };
@@ -117,6 +118,25 @@ pub enum StageError {
         "{0:?} is refused as the name of a CRIU image (page maps and pages are made here from the manifest)"
     )]
     BadImageName(String),
+    /// Patches for what is not held any more, or in an epoch of all memory.
+    #[error("patches were received for an epoch that is not held here: the whole memory is needed")]
+    NoBase,
+    /// A patch of a page that the base does not have.
+    #[error(
+        "a patch was received for the {} pages from {:#x} of {space:?}, which are not held here: \
+         the whole memory is needed",
+        extent.pages,
+        extent.start
+    )]
+    NotHeld {
+        /// Which.
+        space: Space,
+        /// Which.
+        extent: Extent,
+    },
+    /// A batch of pages cannot be decoded, or its patches do not fit what is held.
+    #[error(transparent)]
+    Batch(#[from] DecodeError),
     /// A limit is exceeded.
     #[error("the epoch has more {what} than {max}, the most that is accepted")]
     TooMany {
@@ -143,6 +163,13 @@ impl BeginError {
     }
 }
 
+impl StageError {
+    /// Whether the sender should send the whole memory.
+    pub fn needs_full(&self) -> bool {
+        matches!(self, Self::NoBase | Self::NotHeld { .. } | Self::Batch(DecodeError::Base { .. }))
+    }
+}
+
 /// Where the pages go.
 pub(super) enum Pages {
     /// Of a delta: appended to a log, since the image must not change before the commit.
@@ -165,6 +192,7 @@ pub struct Staging {
     pub(super) images: u64,
     pub(super) files: Option<BufWriter<File>>,
     pub(super) manifest: Option<Manifest>,
+    pub(super) decoder: Decoder,
     pub(super) committed: bool,
 }
 
@@ -237,6 +265,7 @@ impl Staging {
             images: 0,
             files: None,
             manifest: None,
+            decoder: Decoder::new(),
             committed: false,
         })
     }

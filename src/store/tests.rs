@@ -18,22 +18,22 @@ use crate::{
 };
 
 /// What each page of an epoch holds: a number that fills it, 0 for a zero page.
-type Pages = BTreeMap<((u8, u64), u64), u64>;
+pub(super) type Pages = BTreeMap<((u8, u64), u64), u64>;
 
 /// One epoch of a history.
 #[derive(Clone)]
-struct Step {
-    id: EpochId,
-    full: bool,
-    writes: Vec<(Space, u64, u64)>,
-    after: Pages,
+pub(super) struct Step {
+    pub(super) id: EpochId,
+    pub(super) full: bool,
+    pub(super) writes: Vec<(Space, u64, u64)>,
+    pub(super) after: Pages,
 }
 
 /// xorshift64*: reproducible, and good enough to pick pages.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, end: u64) -> u64 {
+    pub(super) fn below(&mut self, end: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -55,7 +55,7 @@ fn space_of(key: (u8, u64)) -> Space {
     if key.0 == 0 { Space::Task(key.1 as u32) } else { Space::Shared(key.1) }
 }
 
-fn id(term: u64, epoch: u64) -> EpochId {
+pub(super) fn id(term: u64, epoch: u64) -> EpochId {
     EpochId { term: Term(term), epoch: Epoch(epoch) }
 }
 
@@ -87,11 +87,11 @@ fn history(seed: u64, len: u64) -> Vec<Step> {
     steps
 }
 
-fn page_of(content: u64) -> Vec<u8> {
+pub(super) fn page_of(content: u64) -> Vec<u8> {
     content.to_le_bytes().repeat(PAGE_SIZE as usize / 8)
 }
 
-fn manifest_of(pages: &Pages) -> Manifest {
+pub(super) fn manifest_of(pages: &Pages) -> Manifest {
     let mut spaces: Vec<SpaceMap> = Vec::new();
     for (space, page) in pages.keys() {
         let (space, start) = (space_of(*space), page * PAGE_SIZE);
@@ -127,7 +127,7 @@ fn stage(store: &Store, step: &Step) -> Result<Staging, String> {
     Ok(staging)
 }
 
-fn receive(store: &Store, step: &Step) -> Result<Committed, String> {
+pub(super) fn receive(store: &Store, step: &Step) -> Result<Committed, String> {
     stage(store, step)?.commit().map_err(|error| error.to_string())
 }
 
@@ -143,7 +143,7 @@ fn keep_label() -> ApplyFiles {
     })
 }
 
-fn open(root: &Path, durability: Durability) -> Result<Store, OpenError> {
+pub(super) fn open(root: &Path, durability: Durability) -> Result<Store, OpenError> {
     let name: Name = "redis".parse().expect("a name");
     Store::open(root, &name, durability, keep_label())
 }
@@ -170,7 +170,7 @@ fn assert_is(store: &Store, step: &Step) {
     assert_eq!(label, step.id.to_string());
 }
 
-fn root() -> TempDir {
+pub(super) fn root() -> TempDir {
     tempfile::tempdir_in("/dev/shm").expect("a directory in RAM")
 }
 
@@ -179,7 +179,7 @@ fn label_in_tree(store: &Store) -> String {
 }
 
 /// Names in the store's directory but `lock` and `files`.
-fn leftovers(store: &Store) -> Vec<String> {
+pub(super) fn leftovers(store: &Store) -> Vec<String> {
     let names = fs::read_dir(store.dir()).expect("the directory").map(|e| e.expect("an entry").file_name());
     let mut names: Vec<String> = names.filter_map(|name| name.into_string().ok()).collect();
     names.retain(|name| name != "lock" && name != "files");
@@ -293,7 +293,7 @@ fn a_fold_that_fails_anywhere_can_be_retried_and_never_changes_what_is_read() {
     }
 }
 
-fn small() -> Step {
+pub(super) fn small() -> Step {
     let after = Pages::from([((space_order(Space::Task(2)), 5), 9), ((space_order(Space::Task(2)), 6), 8)]);
     let writes = vec![(Space::Task(2), 5, 9), (Space::Task(2), 6, 8)];
     Step { id: id(1, 1), full: true, writes, after }

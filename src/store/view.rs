@@ -200,7 +200,7 @@ impl View {
 
 /// Splits what is asked for between the uppermost layer and what lies below it. Deep at most as many
 /// calls as there are layers, which staging bounds.
-fn read(
+pub(super) fn read(
     image: &Image,
     layers: &[Arc<Layer>],
     space: Space,

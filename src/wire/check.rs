@@ -8,7 +8,7 @@ use super::{
     message::{Datagram, FileKind, FileMeta, FileRecord, FrameHead, Manifest, Request},
 };
 use crate::{
-    delta::{BATCH_PAGES_MAX, BATCH_RUNS_MAX, BatchHead, Packing},
+    delta::{BATCH_PAGES_MAX, BATCH_RUNS_MAX, BatchHead, Form, PATCH_LEN_MAX, Packing},
     ha::Message,
     model::{PAGE_SIZE, Space},
     workload::spec::{Net, WorkloadSpec},
@@ -171,12 +171,20 @@ fn pages(batch: &BatchHead, body_len: usize) -> Result<(), Illegal> {
     }
     let fits = full_pages <= BATCH_PAGES_MAX as u64;
     require(fits, || format!("{full_pages} pages in a batch, at most {BATCH_PAGES_MAX}"))?;
-    let unpacked = full_pages * PAGE_SIZE;
+    let unpacked = match batch.form {
+        Form::Pages => full_pages * PAGE_SIZE,
+        Form::Patches { len, .. } => {
+            let zero = batch.runs.iter().any(|part| part.zero);
+            let fits = !zero && u64::from(len) <= full_pages * PATCH_LEN_MAX as u64;
+            require(fits, || format!("patches of {len} bytes for {full_pages} pages, or of zero pages"))?;
+            len.into()
+        }
+    };
     let len = body_len as u64;
     let fits = match batch.packing {
         Packing::Raw => len == unpacked,
-        // An LZ4 block may be longer than its content by 1/255 and 16 bytes.
-        Packing::Lz4 => (len == 0) == (unpacked == 0) && len <= unpacked + unpacked / 255 + 16,
+        // What does not get shorter is sent as it is.
+        Packing::Lz4 | Packing::Zstd => (1..unpacked).contains(&len),
     };
     require(fits, || format!("a body of {len} bytes for {full_pages} pages"))
 }

@@ -17,7 +17,7 @@ use super::{
 };
 
 /// Version of the frames, in the upper half of the first byte.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// Bytes of a header.
 pub const HEADER_LEN: usize = 9;
 /// Most bytes of a body. Longer files travel in pieces.

@@ -50,6 +50,25 @@ fn after_a_page_server_that_failed_the_next_epoch_is_right() {
 }
 
 #[test]
+fn a_standby_that_holds_other_pages_is_found_out_and_all_memory_mends_it() {
+    let mut primary = Primary::start("churn", Tracking::WriteProtect);
+    primary.true_epoch(false);
+    primary.damage_image();
+    // The first page that changed by little.
+    let refused = (0..50).find_map(|_| {
+        let ticks = primary.home.ticks();
+        primary.home.await_ticks(ticks);
+        primary.try_epoch(Finish::Continue).err()
+    });
+    let refused = refused.expect("a patch meets a damaged page").to_string();
+    assert!(refused.contains("the whole memory is needed"), "{refused}");
+    primary.capturer.failed();
+    primary.base = None;
+    primary.true_epoch(false);
+    primary.true_epoch(false);
+}
+
+#[test]
 fn a_tree_that_criu_refuses_runs_on_and_the_reason_is_named() {
     let mut primary = Primary::start("churn", Tracking::WriteProtect);
     primary.true_epoch(false);

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -21,9 +21,8 @@ use standin::{
         spawn::{Place, Spawn},
         swrk::{RestoreOptions, Swrk},
     },
-    delta,
     memory::Vmas,
-    model::{Epoch, EpochId, Name, Term},
+    model::{Epoch, EpochId, Name, PAGE_SIZE, Space, Term},
     store::{Durability, Staging, Store},
     wire::message::FrameHead,
     workload::{
@@ -147,16 +146,39 @@ impl Primary {
 
     /// An epoch into the store.
     pub(crate) fn epoch(&mut self, finish: Finish<'_>) -> Captured {
+        self.try_epoch(finish).unwrap_or_else(|error| panic!("after epoch {:?}: {error}", self.base))
+    }
+
+    /// An epoch that the store may refuse.
+    pub(crate) fn try_epoch(&mut self, finish: Finish<'_>) -> Result<Captured, CaptureError> {
         let head = self.next_head();
         let FrameHead::Begin { id, base, .. } = head else { unreachable!() };
         let mut staging = self.store.begin(id, base).unwrap();
         let captured =
-            self.capturer.capture(head, finish, &mut |head, body| stage(&mut staging, head, &body));
-        let captured = captured.unwrap_or_else(|error| panic!("epoch {id}: {error}"));
+            self.capturer.capture(head, finish, &mut |head, body| stage(&mut staging, head, &body))?;
         staging.commit().unwrap();
         self.capturer.committed();
         self.base = Some(id);
-        captured
+        Ok(captured)
+    }
+
+    /// Changes a byte of every page that the image holds.
+    pub(crate) fn damage_image(&self) {
+        self.store.fold().unwrap();
+        let is_image = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with("image-");
+        let image = fs::read_dir(self.store.dir()).unwrap().map(Result::unwrap).find(is_image).unwrap();
+        self.store.view().unwrap().for_each_extent(|space, extent| {
+            let Space::Task(pid) = space else { return };
+            let name = format!("task-{pid}.{}", extent.start >> 40);
+            let path = image.path().join("pages").join(name);
+            let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+            for page in 0..extent.pages {
+                let at = extent.start % (1 << 40) + page * PAGE_SIZE + 2048;
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, at).unwrap();
+                file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+            }
+        });
     }
 
     /// An epoch into the store, compared with the frozen tree page by page.
@@ -204,16 +226,7 @@ fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
 /// What a standby does with a frame.
 fn stage(staging: &mut Staging, head: FrameHead, body: &[u8]) -> io::Result<()> {
     let staged = match head {
-        FrameHead::Pages(head) => {
-            return delta::decode(&head, body, |space, start, content| -> Result<(), delta::DecodeError> {
-                match content {
-                    delta::Content::Bytes(bytes) => staging.pages(space, start, bytes).unwrap(),
-                    delta::Content::Zero { pages } => staging.zero(space, start, pages).unwrap(),
-                }
-                Ok(())
-            })
-            .map_err(io::Error::other);
-        }
+        FrameHead::Pages(head) => staging.batch(&head, body),
         FrameHead::Image { name, .. } => staging.image_file(&name, body),
         FrameHead::Manifest(manifest) => staging.manifest(manifest),
         FrameHead::File(_) | FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use standin::{
-    delta::{BatchHead, Packing, PageRun},
+    delta::{BatchHead, Form, Packing, PageRun},
     model::{Epoch, EpochId, Extent, Space, Term},
     transport::{
         Channel, Connection, EpochReceiver,
@@ -23,7 +23,7 @@ pub(crate) fn begin() -> FrameHead {
 
 fn batch(number: u64) -> (FrameHead, Vec<u8>) {
     let runs = vec![PageRun { start: number << 20, pages: 256, zero: false }];
-    let head = BatchHead { space: Space::Task(1), runs, packing: Packing::Raw };
+    let head = BatchHead { space: Space::Task(1), runs, form: Form::Pages, packing: Packing::Raw };
     (FrameHead::Pages(head), vec![number as u8; 1 << 20])
 }
 

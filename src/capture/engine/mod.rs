@@ -28,7 +28,7 @@ use crate::{
         spawn::{Place, Spawn},
         swrk::{CriuError, Swrk},
     },
-    delta::{Encoder, Known, ReadStamp},
+    delta::{Encoder, Known, LinkRate, ReadStamp},
     extents,
     memory::{self, AttachError, Pages, ReadError, TrackError, Tracker, TreeError, Vmas},
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
@@ -155,7 +155,8 @@ pub struct Capturer {
     dumped: Dumped,
     files: Option<Files>,
     known: Known,
-    encoder: Encoder,
+    /// In a box: its hash's state would be moved about with the capturer.
+    encoder: Box<Encoder>,
     spare: Option<Spare>,
     next_dir: u32,
     /// An epoch failed: of pages that were sent in it nothing is known.
@@ -179,7 +180,7 @@ impl Capturer {
             tasks: BTreeMap::new(),
             dumped: Dumped::default(),
             known: Known::default(),
-            encoder: Encoder::default(),
+            encoder: Box::default(),
             spare: None,
             next_dir: 0,
             unsure: false,
@@ -187,6 +188,16 @@ impl Capturer {
         capturer.track()?;
         capturer.spawn_ahead()?;
         Ok(capturer)
+    }
+
+    /// Lets copies of pages, which patches are made against, take so much memory. Before the first epoch.
+    pub fn limit_references(&mut self, bytes_max: u64) {
+        self.known = Known::new(bytes_max);
+    }
+
+    /// The rate at which frames are shipped, to be told by who ships them.
+    pub fn link(&self) -> Arc<LinkRate> {
+        self.encoder.link()
     }
 
     /// What a standby must have room for; see [`memory::resident_bytes`].
@@ -214,10 +225,9 @@ impl Capturer {
         self.spawn_ahead()?;
         self.track()?;
         if base.is_none() {
-            self.known.clear();
             self.files.iter_mut().for_each(Files::reset);
         }
-        self.known.begin_epoch();
+        self.known.begin_epoch(base.is_some());
         emit(head, Vec::new())?;
         let mut figures = EpochFigures { id, full: base.is_none(), ..EpochFigures::default() };
         if let Some(files) = &mut self.files {

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    delta::{BatchHead, Packing, PageRun},
+    delta::{BatchHead, DIGEST_LEN, Form, Packing, PageRun},
     model::{Epoch, EpochId, Extent, Space, Term},
     wire::message::{FileKind, FileMeta, FileRecord, Manifest, SpaceMap},
 };
@@ -61,13 +61,23 @@ fn any_space() -> impl Strategy<Value = Space> {
 
 fn any_pages() -> impl Strategy<Value = (FrameHead, Vec<u8>)> {
     let run = (0..1u64 << 34, 1..4u32, any::<bool>());
-    (any_space(), prop::collection::vec(run, 1..20), any::<u8>()).prop_map(|(space, runs, fill)| {
-        let runs: Vec<_> =
-            runs.into_iter().map(|(page, pages, zero)| PageRun { start: page * 4096, pages, zero }).collect();
-        let full: u32 = runs.iter().filter(|run| !run.zero).map(|run| run.pages).sum();
-        let body = vec![fill; full as usize * 4096];
-        (FrameHead::Pages(BatchHead { space, runs, packing: Packing::Raw }), body)
-    })
+    (any_space(), prop::collection::vec(run, 1..20), any::<u8>(), any::<bool>()).prop_map(
+        |(space, runs, fill, patches)| {
+            let zero = |zero| zero && !patches;
+            let runs: Vec<_> = runs
+                .into_iter()
+                .map(|(page, pages, is_zero)| PageRun { start: page * 4096, pages, zero: zero(is_zero) })
+                .collect();
+            let full: u32 = runs.iter().filter(|run| !run.zero).map(|run| run.pages).sum();
+            let (form, len) = if patches {
+                (Form::Patches { len: full * 9, digest: [fill; DIGEST_LEN] }, full * 9)
+            } else {
+                (Form::Pages, full * 4096)
+            };
+            let body = vec![fill; len as usize];
+            (FrameHead::Pages(BatchHead { space, runs, form, packing: Packing::Raw }), body)
+        },
+    )
 }
 
 fn any_file() -> impl Strategy<Value = (FrameHead, Vec<u8>)> {
@@ -206,7 +216,13 @@ fn an_image_that_comes_twice_or_with_a_gap_is_refused() {
 fn what_breaks_a_rule_is_refused_by_the_sender_already() {
     let run = |start, pages| Extent { start, pages };
     let batch = |runs: Vec<PageRun>, packing, body: usize| {
-        (FrameHead::Pages(BatchHead { space: Space::Task(1), runs, packing }), vec![0; body])
+        let form = Form::Pages;
+        (FrameHead::Pages(BatchHead { space: Space::Task(1), runs, form, packing }), vec![0; body])
+    };
+    let patches = |runs: Vec<PageRun>, len: u32| {
+        let form = Form::Patches { len, digest: [0; DIGEST_LEN] };
+        let head = BatchHead { space: Space::Task(1), runs, form, packing: Packing::Raw };
+        (FrameHead::Pages(head), vec![0; len as usize])
     };
     let full = |start, pages| PageRun { start, pages, zero: false };
     let remove = |path: &[u8]| (FrameHead::File(FileRecord::Remove { tree: 0, path: path.into() }), vec![]);
@@ -221,7 +237,10 @@ fn what_breaks_a_rule_is_refused_by_the_sender_already() {
         batch(vec![full(0, 257)], Packing::Raw, 257 * 4096),
         batch(vec![full(0, 2)], Packing::Raw, 4096),
         batch(vec![full(0, 1)], Packing::Lz4, 0),
-        batch(vec![full(0, 1)], Packing::Lz4, 5000),
+        batch(vec![full(0, 1)], Packing::Lz4, 4096),
+        batch(vec![full(0, 1)], Packing::Zstd, 4096),
+        patches(vec![full(0, 1)], 3073),
+        patches(vec![full(0, 1), PageRun { start: 4096, pages: 1, zero: true }], 2),
         image("../x", 0, false, b""),
         image(".x", 0, false, b""),
         image("a/b", 0, false, b""),
