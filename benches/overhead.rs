@@ -37,7 +37,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use serde_json::Value;
-use standin::model::{EpochFigures, PAGE_SIZE};
+use standin::model::{EpochFigures, EpochId, PAGE_SIZE};
 
 #[expect(dead_code, reason = "shared with the integration tests")]
 #[path = "../tests/it/cluster.rs"]
@@ -161,14 +161,15 @@ struct Watch<'a> {
     name: &'a str,
     began: Instant,
     cpu_ms: [f64; 2],
-    epoch: u64,
+    /// The newest epoch before it.
+    newest: EpochId,
 }
 
 impl<'a> Watch<'a> {
     fn begin(cluster: &'a Cluster, name: &'a str) -> Result<Self> {
         let cpu_ms = [cpu_ms(cluster, Host::A)?, cpu_ms(cluster, Host::B)?];
-        let epoch = epochs(cluster, name)?.last().map_or(0, |epoch| epoch.id.epoch.0);
-        Ok(Self { cluster, name, began: Instant::now(), cpu_ms, epoch })
+        let newest = epochs(cluster, name)?.last().map_or(EpochId::default(), |epoch| epoch.id);
+        Ok(Self { cluster, name, began: Instant::now(), cpu_ms, newest })
     }
 
     /// Epochs a second, and what they took.
@@ -177,7 +178,7 @@ impl<'a> Watch<'a> {
         let mut used_ms = [cpu_ms(self.cluster, Host::A)?, cpu_ms(self.cluster, Host::B)?];
         used_ms.iter_mut().zip(self.cpu_ms).for_each(|(after, before)| *after -= before);
         let mut epochs = epochs(self.cluster, self.name)?;
-        epochs.retain(|epoch| epoch.id.epoch.0 > self.epoch && !epoch.full);
+        epochs.retain(|epoch| epoch.id > self.newest && !epoch.full);
         let count = epochs.len() as f64;
         let dirty_mb = epochs.iter().map(|epoch| epoch.dirty_bytes).sum::<u64>() as f64 / 1e6;
         let mut frozen_us: Vec<u64> = epochs.iter().map(|epoch| epoch.frozen_us).collect();
@@ -251,6 +252,8 @@ fn throughput(plan: &Plan) -> Result<Vec<Throughput>> {
         for (i, rate) in RATES.into_iter().enumerate() {
             let every = format!("{}ms", 1000 / rate);
             cluster.standin(Host::A, &["protect", "redis", "--to", "b", "--every", &every]);
+            // The first sync is folded meanwhile.
+            std::thread::sleep(Duration::from_millis(500));
             let watch = Watch::begin(&cluster, "redis")?;
             protected[i].push(benchmark(&cluster, plan)?);
             (_, costs[i]) = watch.end()?;
@@ -294,12 +297,12 @@ fn throughput(plan: &Plan) -> Result<Vec<Throughput>> {
     Ok(rows)
 }
 
-/// Requests a second, by redis' own benchmark on the client host.
+/// Requests a second, by redis' own benchmark; beside it on host A, from where it is reached protected or not.
 fn benchmark(cluster: &Cluster, plan: &Plan) -> Result<f64> {
     let asked = ["-h", redis::VIP, "-t", "set", "-n", plan.requests, "-r", KEYS, "-d", VALUE_BYTES, "--csv"];
     let mut args = vec!["redis-benchmark"];
     args.extend(asked);
-    let text = cluster.lab.ok(Host::Client, &args);
+    let text = cluster.lab.ok(Host::A, &args);
     let line = text.lines().find(|line| line.starts_with("\"SET\""));
     let line = line.ok_or("redis-benchmark says nothing of SET")?;
     let field = line.split(',').nth(1).ok_or("no requests per second")?;
