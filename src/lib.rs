@@ -24,7 +24,7 @@
 //! | [`workload`] | the place of a workload: sandbox with its init and guard, bare tree, cgroup, network |
 //! | [`criu`] | CRIU as a part: start, RPC, page server, preload bridge, lazy pages, images, probe |
 //! | [`memory`] | dirty tracking (userfaultfd write protection), batched reads of other processes, flags of their mappings |
-//! | [`capture`] | an epoch: spawn-ahead, pre-copy, freeze, read, thaw; the pace of epochs |
+//! | [`capture`] | an epoch: spawn-ahead, pre-copy, freeze, read, thaw; the pace of epochs and how a handoff converges |
 //! | [`delta`] | pure: what the standby is known to hold, zero and unchanged pages, patches of pages, packing by the link's rate |
 //! | [`files`] | replicated directory trees, consistent with the epoch |
 //! | [`wire`] | pure: frames, messages, limits (bincode only here) |

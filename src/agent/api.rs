@@ -22,8 +22,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    capture::pace::StretchedBy,
     model::{EpochFigures, EpochId, Name, Term},
-    workload::spec::{Cidr, Vip},
+    workload::spec::{Cidr, PaceSpec, Vip},
 };
 
 /// Start a command in a sandbox.
@@ -86,17 +87,12 @@ pub struct ProtectRequest {
     pub source: Source,
     /// The standby: a paired peer's name.
     pub to: String,
-    /// Interval between epochs.
-    #[serde(default = "default_every_ms")]
-    pub every_ms: u64,
+    /// When epochs start.
+    #[serde(default)]
+    pub pace: PaceSpec,
     /// Addresses that follow it.
     #[serde(default)]
     pub vips: Vec<Vip>,
-}
-
-/// Default interval between epochs, milliseconds.
-pub const fn default_every_ms() -> u64 {
-    200
 }
 
 /// End protection; the workload runs on.
@@ -114,6 +110,9 @@ pub struct HandoffRequest {
     /// Longest time that clients may be without it; the final freeze waits until the rest fits.
     #[serde(default = "default_max_downtime_ms")]
     pub max_downtime_ms: u64,
+    /// The workload may be slowed down if it does not fit otherwise.
+    #[serde(default)]
+    pub throttle: bool,
     /// The standby it must be; for certainty only, there is one.
     #[serde(default)]
     pub to: Option<String>,
@@ -137,6 +136,8 @@ pub struct HandoffReport {
     pub epoch: EpochId,
     /// Pre-copy epochs before the final freeze.
     pub rounds: u32,
+    /// Share of its time for which the workload ran at last before that, in percent; 100: it was not slowed down.
+    pub run_percent: u8,
     /// From the final freeze to the target's word that it runs, milliseconds: what clients may have noticed.
     pub downtime_ms: f64,
     /// From the request to the source's end, milliseconds.
@@ -180,8 +181,8 @@ pub struct WorkloadStatus {
     pub lag_ms: Option<u64>,
     /// Time since the lease was last renewed, milliseconds.
     pub lease_age_ms: Option<u64>,
-    /// Interval between epochs.
-    pub every_ms: u64,
+    /// When epochs start.
+    pub pace: PaceStatus,
     /// Pid of the workload's first process on this host, if it runs here.
     pub pid: Option<i32>,
     /// Addresses that follow it.
@@ -192,6 +193,18 @@ pub struct WorkloadStatus {
     pub summary: Option<Summary>,
     /// What went wrong last, if it still matters.
     pub error: Option<String>,
+}
+
+/// When epochs start, as wanted and as it is.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct PaceStatus {
+    /// What the operator wants.
+    #[serde(flatten)]
+    pub wanted: PaceSpec,
+    /// Time from the begin of one to that of the next, of late (primary).
+    pub interval_ms: Option<f64>,
+    /// What makes it longer than wanted (primary).
+    pub stretched_by: StretchedBy,
 }
 
 /// Figures over the epochs remembered.

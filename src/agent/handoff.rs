@@ -23,6 +23,7 @@ use super::{
     session::{HandoffDone, HandoffOrder, Order, SessionError},
 };
 use crate::{
+    capture::converge::Allowed,
     ha::{Core, Input, Standing},
     model::Term,
 };
@@ -65,7 +66,10 @@ impl Owner {
         }
         let (done, finished) = oneshot::channel();
         let order = Order::Handoff(HandoffOrder {
-            max_downtime: Duration::from_millis(request.max_downtime_ms),
+            allowed: Allowed {
+                downtime_max: Duration::from_millis(request.max_downtime_ms),
+                throttle: request.throttle,
+            },
             done,
         });
         let sent = self.session.as_ref().is_some_and(|session| session.orders.try_send(order).is_ok());
@@ -104,6 +108,7 @@ impl Owner {
                     term: self.core.as_ref().map_or(Term(0), |core| core.record().term),
                     epoch: done.id,
                     rounds: done.rounds,
+                    run_percent: done.run_percent,
                     downtime_ms: since(handoff.frozen, handoff.running),
                     total_ms: handoff.began.elapsed().as_secs_f64() * 1e3,
                     restore_ms: since(handoff.committed, handoff.running),

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`api`], `http` | the control API: its shapes, its socket |
 //! | `owner`, `roles`, `fencing`, `handoff`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
-//! | `session` | the primary's epochs: capture, ship, commit |
+//! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
 //! | `standby` | the standby's: receive, commit, fold, restore |
 //! | `home` | the workload's place and addresses |
 //! | `trees` | the files of its declared paths |
@@ -18,6 +18,7 @@ pub mod api;
 mod durable;
 mod ending;
 mod fencing;
+mod flight;
 mod handoff;
 mod home;
 mod http;
@@ -28,6 +29,7 @@ mod roles;
 mod session;
 mod standby;
 mod telling;
+mod throttle;
 mod trees;
 
 use std::{
@@ -69,7 +71,7 @@ use crate::{
     wire::message::Reply,
     workload::{
         control::{Command, User},
-        spec::{Net, SandboxSpec, WorkloadSpec},
+        spec::{Net, PaceSpec, SandboxSpec, WorkloadSpec},
     },
 };
 
@@ -321,7 +323,7 @@ impl Agent {
             let _ = Home::destroy(self, &name);
         })?;
         let durable = Durable {
-            spec: WorkloadSpec { sandbox: spec, vips: Vec::new(), every_ms: api::default_every_ms() },
+            spec: WorkloadSpec { sandbox: spec, vips: Vec::new(), pace: PaceSpec::default() },
             peer: None,
             record: None,
             bare: false,
@@ -385,7 +387,7 @@ impl Agent {
                 let hostname = nix::unistd::gethostname()
                     .map_or_else(|_| name.to_string(), |name| name.to_string_lossy().into_owned());
                 let sandbox = SandboxSpec { name: name.clone(), net: Net::Host, paths: Vec::new(), hostname };
-                let spec = WorkloadSpec { sandbox, vips: Vec::new(), every_ms: request.every_ms };
+                let spec = WorkloadSpec { sandbox, vips: Vec::new(), pace: request.pace };
                 self.own(Durable { spec, peer: None, record: None, bare: true }, Some(home));
             }
         }

@@ -37,6 +37,7 @@ use super::{
     standby::{Received, Standby},
 };
 use crate::{
+    capture::pace::{Report, StretchedBy},
     ha::{self, Action, Core, Input, Message, Standing, Ticket},
     model::{Epoch, EpochFigures, EpochId, Name, Term},
     observe::HistoryLog,
@@ -108,10 +109,18 @@ pub(super) enum Msg {
         id: EpochId,
         permit: oneshot::Sender<()>,
     },
-    EpochCommitted(EpochFigures),
+    EpochCommitted {
+        figures: EpochFigures,
+        pace: Report,
+    },
     EpochFailed {
         term: Term,
         error: SessionError,
+    },
+    /// The workload is to run for a share of its time only.
+    Throttle {
+        run_percent: u8,
+        answer: oneshot::Sender<Result<(), String>>,
     },
     Hold(oneshot::Sender<bool>),
     FinalCommitted {
@@ -173,6 +182,9 @@ pub(super) struct Owner {
     /// The newest message that is on its way to the peer.
     telling: Option<tokio::task::JoinHandle<()>>,
     pub(super) last_committed: Option<(EpochFigures, Instant)>,
+    /// How epochs go of late, and what of it the history was told when.
+    pub(super) pace: Report,
+    pub(super) pace_told: (StretchedBy, Option<Instant>),
     pub(super) lease_renewed: Option<Instant>,
     pub(super) error: Option<String>,
     pub(super) gone: bool,
@@ -220,6 +232,8 @@ impl Owner {
             stopping: None,
             telling: None,
             last_committed: None,
+            pace: Report::default(),
+            pace_told: (StretchedBy::None, None),
             lease_renewed: None,
             error: None,
             gone: false,
@@ -324,14 +338,20 @@ impl Owner {
             }
             // A session of a term that has passed: dropping the permit tells it so.
             Msg::AskCommit { id, .. } if !self.is_current(id.term) => {}
-            Msg::EpochCommitted(figures) if !self.is_current(figures.id.term) => {}
+            Msg::EpochCommitted { figures, .. } if !self.is_current(figures.id.term) => {}
             Msg::EpochFailed { term, .. } if !self.is_current(term) => {}
             Msg::AskCommit { id, permit } => {
                 self.permit = Some(permit);
                 self.feed(Input::AskCommit(id));
             }
-            Msg::EpochCommitted(figures) => self.epoch_committed(figures),
+            Msg::EpochCommitted { figures, pace } => {
+                self.note_pace(pace, figures.id);
+                self.epoch_committed(figures);
+            }
             Msg::EpochFailed { error, .. } => self.epoch_failed(&error),
+            Msg::Throttle { run_percent, answer } => {
+                let _ = answer.send(self.throttle(run_percent));
+            }
             Msg::Hold(answer) => {
                 let _ = answer.send(self.hold());
             }
@@ -524,7 +544,7 @@ impl Owner {
                 if let Some(standby) = standby {
                     standby.committed(id, note);
                 }
-                EpochAnswer::Committed { id }
+                EpochAnswer::Committed { id, busy_us: 0 }
             }
             Err(answer) => answer,
         }

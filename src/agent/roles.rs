@@ -134,9 +134,7 @@ impl Owner {
                 self.name, self.name
             )));
         }
-        if !(10..=3_600_000).contains(&request.every_ms) {
-            return Err(ApiError::invalid("--every must be between 10ms and 1h"));
-        }
+        request.pace.check().map_err(ApiError::invalid)?;
         let peer = request.to.parse().map_err(ApiError::invalid)?;
         if self.agent.endpoint.peers().by_name(&peer).is_none() {
             return Err(ApiError::not_found(format!(
@@ -177,7 +175,7 @@ impl Owner {
         }
         let mut durable = self.durable.clone();
         durable.spec.vips.clone_from(&request.vips);
-        durable.spec.every_ms = request.every_ms;
+        durable.spec.pace = request.pace;
         durable.peer = Some(request.to.clone());
         // A term that no earlier protection of this name has used here.
         let term = Term(unused_term(&self.history));

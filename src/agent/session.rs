@@ -1,39 +1,46 @@
-//! The primary's side of an epoch: capture it, ship it, wait for the commit. One task a workload while it runs here.
+//! The primary's epochs: capture, ship, wait for the commit, at the workload's pace. One task a workload while it runs
+//! here.
 //!
 //! ```text
-//!  offer ──► accepted(held) ──► epoch ──► committed ──► wait ──► epoch …
-//!    ▲            │                │ failed: what does the standby hold?
-//!    └────────────┴────────────────┘
+//!  offer ──► accepted(held) ──► capture ──► ship ──► committed
+//!    ▲                             │ ▲        │ meanwhile the next is captured
+//!    └── what does it hold? ───────┴─┴────────┘ failed
 //! ```
 //!
-//! Invariants: one epoch is in flight; the next begins when the last was committed or has failed, so nothing is captured
-//! that cannot be shipped yet, and the interval stretches with the link. The last frame of an epoch is sent only when the
-//! workload's owner has permitted the commit, because a commit is what lets the standby promote.
+//! Invariants: one epoch is shipped, and at most one captured ahead of it, which is sent only when that one is
+//! committed: so the interval stretches with the link and nothing piles up. The last frame of an epoch is sent only when
+//! the workload's owner has permitted the commit, because a commit is what lets the standby promote.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{api::ErrorCode, links::Link, owner::Msg};
+use super::{
+    api::ErrorCode,
+    flight::{self, Capturing, Committed, Failed, Final, Hand, Shipping},
+    links::Link,
+    owner::Msg,
+    throttle::Brake,
+};
 use crate::{
-    capture::{CaptureError, Captured, Capturer, Finish, pace::Pace},
-    delta::LinkRate,
-    model::{Epoch, EpochFigures, EpochId, Name, Term},
+    capture::{
+        CaptureError, Capturer,
+        converge::{Allowed, Convergence, Step},
+        pace::Pace,
+    },
+    model::{Epoch, EpochId, Name, Term},
     transport::{connection::RequestError, epoch::SendEpochError},
     wire::message::{EpochAnswer, FrameHead, Reply, Request},
     workload::spec::WorkloadSpec,
 };
 
-/// Frames between capture and QUIC: with bodies of up to a MiB, what an epoch may hold in between.
-const FRAMES_MAX: usize = 8;
-/// So often the rate of a long shipment is taken. More than the transport buffers, which takes no time.
-const RATE_EVERY_BYTES: u64 = 128 << 20;
-/// How long the standby may take to verify and commit an epoch.
-const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long it may take to accept or refuse an offer.
+/// How long the standby may take to accept or refuse an offer.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long permission to commit may be waited for: the lease must hold for it.
-const PERMISSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// What restoring on the target takes beside shipping.
+const RESTORE_ALLOWANCE: Duration = Duration::from_millis(60);
 
 /// Orders to a session.
 pub(super) enum Order {
@@ -43,8 +50,7 @@ pub(super) enum Order {
 
 /// A handoff to be done.
 pub(super) struct HandoffOrder {
-    /// Budget of the final epoch.
-    pub(super) max_downtime: Duration,
+    pub(super) allowed: Allowed,
     /// Told how the final epoch went; a failure before the final freeze leaves nothing changed.
     pub(super) done: oneshot::Sender<Result<HandoffDone, SessionError>>,
 }
@@ -52,6 +58,8 @@ pub(super) struct HandoffOrder {
 /// The final epoch of a handoff that the peer confirmed, or that was rolled back by its owner.
 pub(super) struct HandoffDone {
     pub(super) rounds: u32,
+    /// Share of its time for which the workload ran in the last round.
+    pub(super) run_percent: u8,
     pub(super) id: EpochId,
     /// Whether the source's tree was killed.
     pub(super) killed: bool,
@@ -75,18 +83,20 @@ pub(super) enum SessionError {
     #[error("the lease did not hold for long enough to commit an epoch")]
     NoPermission,
     #[error(
-        "the handoff does not converge: after {rounds} rounds an epoch still takes {needed_ms} ms; allow more with --max-downtime, or lower the load"
+        "the handoff does not converge: after {rounds} rounds it would still take {needed_ms} ms; allow that with --max-downtime, or slowing the workload down with --throttle, or lower the load"
     )]
     NoConvergence { rounds: u32, needed_ms: u64 },
+    #[error("the workload cannot be slowed down: {0}; try without --throttle")]
+    NoThrottle(String),
     #[error("the workload is not running on this host any more")]
     Ended,
 }
 
 impl SessionError {
     /// An answer that is no commit.
-    fn answered(answer: EpochAnswer) -> Self {
+    pub(super) fn answered(answer: EpochAnswer) -> Self {
         match answer {
-            EpochAnswer::Committed { id } => {
+            EpochAnswer::Committed { id, .. } => {
                 Self::Refused(format!("it committed epoch {id}, which was not sent"))
             }
             EpochAnswer::NeedFull { reason, .. } => Self::NeedFull(reason),
@@ -124,28 +134,6 @@ pub(super) struct Session {
     pub(super) permit: watch::Receiver<Permit>,
 }
 
-/// What is known between two epochs.
-struct Progress {
-    capturer: Capturer,
-    /// The newest epoch that the standby holds and that the capturer's knowledge is of.
-    base: Option<EpochId>,
-    /// An epoch whose outcome is unknown.
-    unsettled: Option<EpochId>,
-    next: Epoch,
-    /// Frozen time of the last committed epoch, and that with its shipping.
-    last_frozen: Duration,
-    last_cost: Option<Duration>,
-    /// The standby has accepted the workload, and nothing has gone wrong since.
-    offered: bool,
-}
-
-/// What a step came to.
-enum Step {
-    Committed,
-    /// The tree is on the other host.
-    Gone,
-}
-
 /// What the owner permits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Permit {
@@ -155,313 +143,334 @@ pub(super) struct Permit {
     pub(super) first_epoch: Epoch,
 }
 
+/// What is known between two epochs.
+struct Progress {
+    hand: Hand,
+    /// Commits of which the capturer was not told yet.
+    commits: u32,
+    /// The newest epoch that the standby holds and that the capturer's knowledge is of.
+    base: Option<EpochId>,
+    /// An epoch whose outcome is unknown.
+    unsettled: Option<EpochId>,
+    /// What was captured failed, and the capturer was not told yet.
+    failed: bool,
+    next: Epoch,
+    /// Captured, on its way.
+    shipping: Option<Shipping>,
+    /// From the freeze of the last committed epoch to its commit.
+    last_cost: Duration,
+    /// The standby has accepted the workload, and nothing has gone wrong since.
+    offered: bool,
+    pace: Pace,
+}
+
+/// What ended a pause between two epochs.
+enum Next {
+    Due,
+    Ordered(HandoffOrder),
+}
+
 impl Session {
     /// Runs until the owner drops it. `capturer` is fresh.
     pub(super) async fn run(mut self, capturer: Capturer) {
-        let next = Epoch(1);
         let mut progress = Progress {
-            capturer,
+            hand: Hand::Here(Box::new(capturer)),
+            commits: 0,
             base: None,
             unsettled: None,
-            next,
-            last_cost: None,
-            last_frozen: Duration::ZERO,
+            failed: false,
+            next: Epoch(1),
+            shipping: None,
+            last_cost: Duration::ZERO,
             offered: false,
+            pace: Pace::new(self.spec.pace),
         };
-        let mut pace = Pace::new(Duration::from_millis(self.spec.every_ms));
-        let mut order: Option<HandoffOrder> = None;
+        // It ends when the owner is gone, or the capturer was lost with its thread.
+        while self.turn(&mut progress).await.is_some() {}
+        // What the next session begins with, its directory and the way to the standby, must be free.
+        if let Some(shipping) = progress.shipping.take() {
+            shipping.abandon().await;
+        }
+        let _ = progress.hand.get().await;
+    }
+
+    /// One epoch, or a whole handoff if one is ordered. `None`: the session ends.
+    async fn turn(&mut self, at: &mut Progress) -> Option<()> {
+        let next = self.pause(at).await?;
+        let permit = *self.permit.wait_for(|permit| permit.may_capture).await.ok()?;
+        at.next = at.next.max(permit.first_epoch);
+        match next {
+            Next::Due => match self.epoch(at).await? {
+                Ok(()) => Some(()),
+                Err(error) => self.report(at, error).await,
+            },
+            Next::Ordered(HandoffOrder { allowed, done }) => {
+                let result = self.handoff(at, allowed).await?;
+                let gone = result.as_ref().is_ok_and(|done| done.killed);
+                if result.is_err() {
+                    at.pace.failed(Instant::now());
+                }
+                // Whatever became of it, what the standby holds is asked anew. The one who asked may have gone away.
+                at.offered = false;
+                let _ = done.send(result);
+                (!gone).then_some(())
+            }
+        }
+    }
+
+    /// Waits until the next epoch is due, or something is ordered. What ships meanwhile is concluded.
+    async fn pause(&mut self, at: &mut Progress) -> Option<Next> {
         loop {
-            let Ok(permit) = self.permit.wait_for(|permit| permit.may_capture).await.map(|permit| *permit)
-            else {
-                return;
-            };
-            progress.next = progress.next.max(permit.first_epoch);
-            let began = Instant::now();
-            let Some((back, outcome)) = self.step(progress, &mut order).await else { return };
-            progress = back;
-            match outcome {
-                Ok(Step::Gone) => return,
-                Ok(Step::Committed) => pace.committed(began, Instant::now(), progress.last_frozen),
-                Err(error) => {
-                    progress.offered = false;
-                    pace.failed(Instant::now());
-                    if let Some(order) = order.take() {
-                        // The one who asked may have gone away.
-                        let _ = order.done.send(Err(error));
-                    } else if self.owner.send(Msg::EpochFailed { term: self.term, error }).await.is_err() {
-                        return;
+            let due = tokio::time::Instant::from_std(at.pace.due(Instant::now()));
+            // Nothing tells how long all memory will be on its way.
+            let may_begin = !at.shipping.as_ref().is_some_and(Shipping::full);
+            tokio::select! {
+                Some(outcome) = outcome(&mut at.shipping) => {
+                    at.shipping = None;
+                    if let Err(error) = self.conclude(at, outcome?).await? {
+                        self.report(at, error).await?;
                     }
                 }
-            }
-            let due = tokio::time::Instant::from_std(pace.due(Instant::now()));
-            tokio::select! {
-                () = tokio::time::sleep_until(due) => {}
-                received = self.orders.recv() => match received {
-                    Some(Order::Handoff(handoff)) => order = Some(handoff),
-                    None => return,
-                },
+                () = tokio::time::sleep_until(due), if may_begin => return Some(Next::Due),
+                received = self.orders.recv() => {
+                    return received.map(|Order::Handoff(handoff)| Next::Ordered(handoff));
+                }
             }
         }
     }
 
-    /// One epoch, or a whole handoff if one is ordered. `None`: the capturer was lost with its thread, or the owner is
-    /// gone.
-    async fn step(
-        &mut self,
-        mut progress: Progress,
-        order: &mut Option<HandoffOrder>,
-    ) -> Option<(Progress, Result<Step, SessionError>)> {
-        if !progress.offered {
-            if let Err(error) = self.offer(&mut progress).await {
-                return Some((progress, Err(error)));
-            }
-            progress.offered = true;
+    /// Tells the owner of a failure.
+    async fn report(&mut self, at: &mut Progress, error: SessionError) -> Option<()> {
+        at.offered = false;
+        at.pace.failed(Instant::now());
+        self.owner.send(Msg::EpochFailed { term: self.term, error }).await.ok()
+    }
+
+    /// Offers the workload to the standby and settles what it holds. Nothing is on its way.
+    async fn offer(&mut self, at: &mut Progress) -> Option<Result<(), SessionError>> {
+        let capturer = at.hand.get().await?;
+        for _ in 0..std::mem::take(&mut at.commits) {
+            capturer.committed();
         }
-        let Some(HandoffOrder { max_downtime, done }) = order.take() else {
-            let (progress, result) = self.epoch(progress).await?;
-            return Some((progress, result.map(|()| Step::Committed)));
+        let resident = tokio::task::block_in_place(|| capturer.resident_bytes());
+        let held = match resident {
+            Ok(resident_bytes) => self.ask_standby(resident_bytes).await,
+            Err(error) => Err(error.into()),
         };
-        let (mut progress, result) = self.handoff(progress, max_downtime).await?;
-        let step = if result.as_ref().is_ok_and(|done| done.killed) { Step::Gone } else { Step::Committed };
-        // Whatever became of it, what the standby holds is asked anew.
-        progress.offered = false;
-        let _ = done.send(result);
-        Some((progress, Ok(step)))
+        let held = match held {
+            Ok(held) => held,
+            Err(error) => return Some(Err(error)),
+        };
+        if let Some(unsettled) = at.unsettled.take() {
+            if held == Some(unsettled) {
+                capturer.committed();
+                at.base = held;
+            } else {
+                at.failed = true;
+            }
+        }
+        if at.base != held {
+            at.base = None;
+        }
+        if let Some(held) = held.filter(|held| held.term == self.term) {
+            at.next = at.next.max(Epoch(held.epoch.0 + 1));
+        }
+        at.offered = true;
+        Some(Ok(()))
     }
 
-    /// Offers the workload to the standby and settles what it holds.
-    async fn offer(&mut self, progress: &mut Progress) -> Result<(), SessionError> {
+    /// Offers it; what the standby holds.
+    async fn ask_standby(&mut self, resident_bytes: u64) -> Result<Option<EpochId>, SessionError> {
         if tokio::time::timeout(OFFER_TIMEOUT, self.link.up()).await.is_err() {
             return Err(SessionError::NoConnection);
         }
         let lease = self.link.lease().ok_or(SessionError::NoConnection)?;
-        let resident_bytes = tokio::task::block_in_place(|| progress.capturer.resident_bytes())?;
         let request = Request::Offer { spec: self.spec.clone(), term: self.term, resident_bytes };
-        let held = match lease.request(&request, OFFER_TIMEOUT).await? {
-            Reply::Accepted { held } => held,
-            Reply::Refused { reason, .. } => return Err(SessionError::Refused(reason)),
-            other => return Err(SessionError::Refused(format!("an answer that makes no sense: {other:?}"))),
-        };
-        if let Some(unsettled) = progress.unsettled.take() {
-            if held == Some(unsettled) {
-                progress.capturer.committed();
-                progress.base = held;
-            } else {
-                progress.capturer.failed();
-            }
+        match lease.request(&request, OFFER_TIMEOUT).await? {
+            Reply::Accepted { held } => Ok(held),
+            Reply::Refused { reason, .. } => Err(SessionError::Refused(reason)),
+            other => Err(SessionError::Refused(format!("an answer that makes no sense: {other:?}"))),
         }
-        if progress.base != held {
-            progress.base = None;
-        }
-        if let Some(held) = held.filter(|held| held.term == self.term) {
-            progress.next = progress.next.max(Epoch(held.epoch.0 + 1));
-        }
-        Ok(())
     }
 
-    /// One epoch. `None`: the capturer was lost with its thread, or the owner is gone.
-    async fn epoch(&mut self, progress: Progress) -> Option<(Progress, Result<(), SessionError>)> {
-        let (progress, result) = self.capture_and_ship(progress, None).await?;
-        let result = match result {
-            Ok((figures, _)) => {
-                self.owner.send(Msg::EpochCommitted(figures)).await.ok()?;
-                Ok(())
-            }
-            Err(error) => Err(error),
-        };
-        Some((progress, result))
+    /// Captures one epoch, and sends it as soon as the one before is committed. It is left on its way.
+    async fn epoch(&mut self, at: &mut Progress) -> Option<Result<(), SessionError>> {
+        let brake = Arc::new(Brake::new(self.owner.clone()));
+        self.braked_epoch(at, &brake).await
     }
 
-    /// Pre-copy epochs until the last one's cost fits the budget, then the final one.
+    /// The same, of a workload that may be slowed down.
+    async fn braked_epoch(
+        &mut self,
+        at: &mut Progress,
+        brake: &Arc<Brake>,
+    ) -> Option<Result<(), SessionError>> {
+        if !at.offered
+            && let Err(error) = self.offer(at).await?
+        {
+            return Some(Err(error));
+        }
+        let capturing = self.begin(at, None, brake).await?;
+        if let Some(mut before) = at.shipping.take() {
+            let outcome = before.outcome().await?;
+            if let Err(error) = self.conclude(at, outcome).await? {
+                capturing.abandon().await;
+                at.failed = true;
+                return Some(Err(error));
+            }
+        }
+        match capturing.ship(&self.link, self.owner.clone(), None).captured().await? {
+            Ok(shipping) => {
+                at.pace.captured(shipping.thawed(), shipping.frozen());
+                at.pace.shipping(shipping.since());
+                at.shipping = Some(shipping);
+                Some(Ok(()))
+            }
+            Err(failed) => Some(Err(at.fail(failed))),
+        }
+    }
+
+    /// Begins to capture the next epoch; what is on its way is taken for committed.
+    async fn begin(
+        &mut self,
+        at: &mut Progress,
+        judged: Option<std::sync::mpsc::Receiver<bool>>,
+        brake: &Arc<Brake>,
+    ) -> Option<Capturing> {
+        at.hand.get().await?;
+        let Hand::Here(mut capturer) = std::mem::replace(&mut at.hand, Hand::Lost) else { return None };
+        for _ in 0..std::mem::take(&mut at.commits) {
+            capturer.committed();
+        }
+        if std::mem::take(&mut at.failed) {
+            capturer.failed();
+        }
+        let id = EpochId { term: self.term, epoch: at.next };
+        at.next = Epoch(at.next.0 + 1);
+        let base = at.shipping.as_ref().map(Shipping::id).or(at.base);
+        let head =
+            FrameHead::Begin { name: self.name.clone(), id, base: base.filter(|_| !capturer.needs_full()) };
+        at.pace.began(Instant::now());
+        let freeze_after = at.pace.freeze_after().filter(|_| judged.is_none());
+        let (hand, capturing) =
+            flight::begin(capturer, (id, head), freeze_after, judged, self.owner.clone(), Arc::clone(brake));
+        at.hand = hand;
+        Some(capturing)
+    }
+
+    /// Takes note of how an epoch ended that was on its way. `None`: the owner is gone.
+    async fn conclude(
+        &mut self,
+        at: &mut Progress,
+        outcome: Result<Committed, Failed>,
+    ) -> Option<Result<(), SessionError>> {
+        match outcome {
+            Ok(Committed { figures, cost, .. }) => {
+                at.commit(figures.id, cost.latency);
+                at.pace.committed(&cost);
+                let pace = at.pace.report();
+                self.owner.send(Msg::EpochCommitted { figures, pace }).await.ok()?;
+                Some(Ok(()))
+            }
+            Err(failed) => Some(Err(at.fail(failed))),
+        }
+    }
+
+    /// Rounds of epochs until what is left is little enough, then the final one.
     async fn handoff(
         &mut self,
-        mut progress: Progress,
-        max_downtime: Duration,
-    ) -> Option<(Progress, Result<HandoffDone, SessionError>)> {
-        const ROUNDS_MAX: u32 = 10;
-        /// What restoring on the target takes beside shipping.
-        const RESTORE_ALLOWANCE: Duration = Duration::from_millis(60);
-        let mut rounds = 0;
+        at: &mut Progress,
+        allowed: Allowed,
+    ) -> Option<Result<HandoffDone, SessionError>> {
+        let brake = Arc::new(Brake::new(self.owner.clone()));
+        let result = self.handoff_with(at, allowed, &brake).await?;
+        if let Err(error) = brake.set(100).await {
+            tracing::warn!(error, name = %self.name, "the workload may still be slowed down");
+        }
+        Some(result)
+    }
+
+    async fn handoff_with(
+        &mut self,
+        at: &mut Progress,
+        allowed: Allowed,
+        brake: &Arc<Brake>,
+    ) -> Option<Result<HandoffDone, SessionError>> {
+        let mut convergence = Convergence::new(allowed);
+        let mut run_percent = convergence.run_percent();
         loop {
-            let (back, result) = self.epoch(progress).await?;
-            progress = back;
-            if let Err(error) = result {
-                return Some((progress, Err(error)));
+            if let Err(error) = brake.set(run_percent).await {
+                return Some(Err(SessionError::NoThrottle(error)));
             }
-            rounds += 1;
-            let cost = progress.last_cost.unwrap_or_default() + RESTORE_ALLOWANCE;
-            if cost <= max_downtime {
-                break;
+            if let Err(error) = self.round(at, brake).await? {
+                return Some(Err(error));
             }
-            if rounds == ROUNDS_MAX {
-                let needed_ms = cost.as_millis() as u64;
-                return Some((progress, Err(SessionError::NoConvergence { rounds, needed_ms })));
+            let downtime = at.last_cost + RESTORE_ALLOWANCE;
+            tracing::debug!(name = %self.name, rounds = convergence.rounds(), run_percent, ?downtime, "a round");
+            match convergence.after(downtime) {
+                Step::Round { run_percent: next } => run_percent = next,
+                Step::Final => break,
+                Step::GiveUp => {
+                    let (rounds, needed_ms) = (convergence.rounds(), downtime.as_millis() as u64);
+                    return Some(Err(SessionError::NoConvergence { rounds, needed_ms }));
+                }
             }
         }
-        let (verdict, judged) = std::sync::mpsc::channel();
-        let (progress, result) = self.capture_and_ship(progress, Some((verdict, judged))).await?;
-        let result = result.map(|(figures, killed)| HandoffDone { rounds, id: figures.id, killed });
-        Some((progress, result))
-    }
-
-    /// Captures and ships at the same time. With a verdict's channel it is the final epoch of a handoff: the tree stays
-    /// frozen until the owner has judged.
-    async fn capture_and_ship(
-        &mut self,
-        mut progress: Progress,
-        verdict: Option<(std::sync::mpsc::Sender<bool>, std::sync::mpsc::Receiver<bool>)>,
-    ) -> Option<(Progress, Result<(EpochFigures, bool), SessionError>)> {
-        let id = EpochId { term: self.term, epoch: progress.next };
-        progress.next = Epoch(progress.next.0 + 1);
-        let head = FrameHead::Begin {
-            name: self.name.clone(),
-            id,
-            base: progress.base.filter(|_| !progress.capturer.needs_full()),
+        let last = Final::new();
+        let capturing = self.begin(at, Some(last.judged), brake).await?;
+        let leaving = capturing.ship(&self.link, self.owner.clone(), Some(last.verdict));
+        let outcome = match leaving.captured().await? {
+            Ok(mut shipping) => shipping.outcome().await?,
+            Err(failed) => Err(failed),
         };
-        let (frames_tx, frames) = mpsc::channel::<(FrameHead, Vec<u8>)>(FRAMES_MAX);
-        let (verdict, judged) = verdict.unzip();
-        let owner = self.owner.clone();
-        let mut capturer = progress.capturer;
-        let rate = capturer.link();
-        let capturing = tokio::task::spawn_blocking(move || {
-            let mut emit = |head, body| {
-                frames_tx
-                    .blocking_send((head, body))
-                    .map_err(|_| std::io::Error::other("the connection to the standby is lost"))
-            };
-            let mut hold = || {
-                let (held_tx, held) = oneshot::channel();
-                owner.blocking_send(Msg::Hold(held_tx)).is_ok() && held.blocking_recv().unwrap_or(false)
-            };
-            // No verdict (the session has ended) is no: the tree runs on, or its owner has cut it off.
-            let mut conclude = |_: &_| judged.as_ref().is_some_and(|judged| judged.recv().unwrap_or(false));
-            let finish = if judged.is_some() {
-                Finish::Final { hold: &mut hold, conclude: &mut conclude }
-            } else {
-                Finish::Continue
-            };
-            let result = capturer.capture(head, finish, &mut emit);
-            (capturer, result)
-        });
-        let thawed_by = Instant::now();
-        let shipped = self.ship(id, frames, &rate, verdict).await;
-        let shipped_at = Instant::now();
-        let (capturer, captured) = capturing.await.ok()?;
-        progress.capturer = capturer;
-        let (progress, result) = settle(progress, id, captured, shipped, thawed_by, shipped_at);
-        // The next freeze shall not wait for a CRIU to start.
-        let mut progress = progress;
-        if result.is_ok() {
-            let (back, _) = tokio::task::spawn_blocking(move || {
-                let spawned = progress.capturer.spawn_ahead();
-                (progress, spawned)
-            })
-            .await
-            .ok()?;
-            progress = back;
-        }
-        Some((progress, result))
+        Some(match outcome {
+            Ok(Committed { figures, cost, killed }) => {
+                at.commit(figures.id, cost.latency);
+                let (rounds, run_percent) = (convergence.rounds(), convergence.run_percent());
+                Ok(HandoffDone { rounds, run_percent, id: figures.id, killed })
+            }
+            Err(failed) => Err(at.fail(failed)),
+        })
     }
 
-    /// Sends an epoch's frames and its end, and takes the link's rate. `verdict` (a handoff) is handed to the owner with
-    /// the commit.
-    async fn ship(
-        &mut self,
-        id: EpochId,
-        mut frames: mpsc::Receiver<(FrameHead, Vec<u8>)>,
-        rate: &LinkRate,
-        verdict: Option<std::sync::mpsc::Sender<bool>>,
-    ) -> Result<Shipped, SessionError> {
-        let bulk = self.link.bulk().ok_or(SessionError::NoConnection)?;
-        let mut sender = bulk.send_epoch().await?;
-        let mut whole = false;
-        // What the link itself takes: without the wait for frames, and with that for the commit of what is buffered.
-        let (mut told, mut busy) = (0, Duration::ZERO);
-        while let Some((head, body)) = frames.recv().await {
-            whole = matches!(head, FrameHead::Manifest(_));
-            let began = Instant::now();
-            sender.frame(&head, &body).await?;
-            busy += began.elapsed();
-            if sender.bytes() - told >= RATE_EVERY_BYTES {
-                rate.shipped(sender.bytes() - told, busy);
-                (told, busy) = (sender.bytes(), Duration::ZERO);
-            }
-            if whole {
-                break;
-            }
+    /// An epoch and its commit.
+    async fn round(&mut self, at: &mut Progress, brake: &Arc<Brake>) -> Option<Result<(), SessionError>> {
+        if let Err(error) = self.braked_epoch(at, brake).await? {
+            return Some(Err(error));
         }
-        if !whole {
-            // The capture has failed and says why.
-            return Err(SessionError::Ended);
-        }
-        // The rest of a capture that goes on (CRIU ending its dump) must not meet a closed channel.
-        let (permit, permitted) = oneshot::channel();
-        self.owner.send(Msg::AskCommit { id, permit }).await.map_err(|_| SessionError::Ended)?;
-        match tokio::time::timeout(PERMISSION_TIMEOUT, permitted).await {
-            Ok(Ok(())) => {}
-            _ => return Err(SessionError::NoPermission),
-        }
-        let bytes = sender.bytes();
-        let asked = Instant::now();
-        let answer = sender.finish(COMMIT_TIMEOUT).await?;
-        match answer {
-            EpochAnswer::Committed { id: committed } if committed == id => {}
-            EpochAnswer::Committed { .. } => {
-                return Err(SessionError::Refused("it committed another epoch".into()));
-            }
-            EpochAnswer::NeedFull { reason, .. } => return Err(SessionError::NeedFull(reason)),
-            EpochAnswer::Refused { reason, .. } => return Err(SessionError::Refused(reason)),
-        }
-        rate.shipped(bytes - told, busy + asked.elapsed());
-        tracing::trace!(%id, commit_us = asked.elapsed().as_micros() as u64, "committed");
-        if let Some(verdict) = verdict {
-            self.owner.send(Msg::FinalCommitted { id, verdict }).await.map_err(|_| SessionError::Ended)?;
-        }
-        Ok(Shipped { bytes })
+        let Some(mut shipping) = at.shipping.take() else { return Some(Ok(())) };
+        let outcome = shipping.outcome().await?;
+        self.conclude(at, outcome).await
     }
 }
 
-struct Shipped {
-    bytes: u64,
+impl Progress {
+    fn commit(&mut self, id: EpochId, cost: Duration) {
+        self.commits += 1;
+        self.base = Some(id);
+        self.last_cost = cost;
+    }
+
+    /// Takes note of an epoch that failed; says why.
+    fn fail(&mut self, failed: Failed) -> SessionError {
+        let Failed { id, error, held } = failed;
+        match &error {
+            _ if held => self.commit(id, self.last_cost),
+            SessionError::NeedFull(_) => {
+                self.failed = true;
+                self.base = None;
+            }
+            SessionError::Send(_) | SessionError::NoConnection => self.unsettled = Some(id),
+            _ => self.failed = true,
+        }
+        error
+    }
 }
 
-/// Brings together how capture and shipping went.
-fn settle(
-    mut progress: Progress,
-    id: EpochId,
-    captured: Result<Captured, CaptureError>,
-    shipped: Result<Shipped, SessionError>,
-    began: Instant,
-    shipped_at: Instant,
-) -> (Progress, Result<(EpochFigures, bool), SessionError>) {
-    let error = match (captured, shipped) {
-        (Ok(Captured { mut figures, killed, .. }), Ok(shipped)) => {
-            progress.capturer.committed();
-            progress.base = Some(id);
-            figures.shipped_bytes = shipped.bytes;
-            let total_us = (shipped_at - began).as_micros() as u64;
-            figures.ship_us = total_us.saturating_sub(figures.capture_us);
-            progress.last_frozen = Duration::from_micros(figures.frozen_us);
-            progress.last_cost = Some(progress.last_frozen + Duration::from_micros(figures.ship_us));
-            return (progress, Ok((figures, killed)));
-        }
-        (Err(error), Ok(_)) => {
-            // Committed, and then CRIU failed to end its dump: the standby holds it all the same.
-            progress.capturer.committed();
-            progress.base = Some(id);
-            return (progress, Err(error.into()));
-        }
-        // The link's error is why emitting failed.
-        (Err(CaptureError::Io(_)) | Ok(_), Err(error)) => error,
-        (Err(error), Err(_)) => error.into(),
-    };
-    match &error {
-        SessionError::NeedFull(_) => {
-            progress.capturer.failed();
-            progress.base = None;
-        }
-        SessionError::Send(_) | SessionError::NoConnection => progress.unsettled = Some(id),
-        _ => progress.capturer.failed(),
+/// How the epoch on its way ended; never, if there is none.
+async fn outcome(shipping: &mut Option<Shipping>) -> Option<Option<Result<Committed, Failed>>> {
+    match shipping {
+        Some(shipping) => Some(shipping.outcome().await),
+        None => std::future::pending().await,
     }
-    (progress, Err(error))
 }

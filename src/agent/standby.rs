@@ -15,7 +15,7 @@ use std::{
     os::fd::AsFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
@@ -230,24 +230,33 @@ pub(super) async fn receive(agent: &Arc<Agent>, mut receiver: EpochReceiver) -> 
         receiver.answer(&refused(format!("{name} has no standby here now"))).await?;
         return Ok(());
     };
-    let answer = match stage(&standby, id, base, &mut receiver).await? {
+    let mut waited = Duration::ZERO;
+    let mut answer = match stage(&standby, id, base, &mut receiver, &mut waited).await? {
         Ok(received) => {
             let (answer, answered) = oneshot::channel();
+            let asked = Instant::now();
             owner.send(Msg::Received { received: Box::new(received), answer }).await?;
-            answered.await?
+            let answer = answered.await?;
+            waited += asked.elapsed();
+            answer
         }
         Err(answer) => answer,
     };
+    if let EpochAnswer::Committed { busy_us, .. } = &mut answer {
+        *busy_us = waited.as_micros() as u64;
+    }
     receiver.answer(&answer).await?;
     Ok(())
 }
 
-/// Feeds the frames to the store on a thread of its own; an epoch that ends early leaves nothing.
+/// Feeds the frames to the store on a thread of its own; an epoch that ends early leaves nothing. Adds to `waited` how
+/// long the network waited for the store.
 async fn stage(
     standby: &Arc<Standby>,
     id: EpochId,
     base: Option<EpochId>,
     receiver: &mut EpochReceiver,
+    waited: &mut Duration,
 ) -> anyhow::Result<Result<Received, EpochAnswer>> {
     let (frames_tx, frames) = mpsc::channel::<(FrameHead, Vec<u8>)>(FRAMES_MAX);
     let store = standby.store.clone();
@@ -261,9 +270,11 @@ async fn stage(
         match receiver.next_frame().await {
             // A store that refuses stops taking frames: its answer is the one that counts.
             Ok(Some(frame)) => {
+                let handed = Instant::now();
                 if frames_tx.send(frame).await.is_err() {
                     break;
                 }
+                *waited += handed.elapsed();
             }
             Ok(None) => break,
             Err(error) => {
@@ -273,7 +284,9 @@ async fn stage(
         }
     }
     drop(frames_tx);
+    let ended = Instant::now();
     let staged = staging.await?;
+    *waited += ended.elapsed();
     whole?;
     if staged.is_ok() && !receiver.is_whole() {
         anyhow::bail!("epoch {id} is not whole");

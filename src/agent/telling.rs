@@ -1,16 +1,23 @@
 //! What an owner tells people: its workload's status and history.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use super::{
-    api::{Event, Role, WorkloadStatus},
+    api::{Event, PaceStatus, Role, WorkloadStatus},
     owner::Owner,
 };
 use crate::{
+    capture::pace::{Report, StretchedBy},
     ha::{Core, Standing},
     model::{EpochId, Term},
     observe::unix_ms,
 };
+
+/// The history tells of the pace no more often than this.
+const PACE_TELLING_INTERVAL: Duration = Duration::from_secs(60);
 
 impl Owner {
     pub(super) fn status(&self) -> WorkloadStatus {
@@ -40,6 +47,7 @@ impl Owner {
             Some(Standing::Forgotten) => "forgotten",
         };
         let root = self.home.as_ref().and_then(|home| home.root().ok().flatten());
+        let pace = self.last_committed.as_ref().map_or_else(Report::default, |_| self.pace);
         let primary_lag = self.last_committed.as_ref().map(|(figures, at)| {
             at.elapsed().as_millis() as u64 + (figures.frozen_us + figures.ship_us) / 1000
         });
@@ -55,13 +63,39 @@ impl Owner {
             lease_age_ms: standing
                 .and(self.lease_renewed)
                 .map(|renewed| renewed.elapsed().as_millis() as u64),
-            every_ms: self.durable.spec.every_ms,
+            pace: PaceStatus {
+                wanted: self.durable.spec.pace,
+                interval_ms: pace.interval.map(|interval| interval.as_secs_f64() * 1e3),
+                stretched_by: pace.stretched_by,
+            },
             pid: root.map(|root| root.host as i32),
             vips: self.durable.spec.vips.clone(),
             last: self.last_committed.as_ref().map(|(figures, _)| figures.clone()),
             summary: self.last_committed.as_ref().and_then(|_| self.history.summary()),
             error: self.error.clone().or_else(|| self.standby.as_ref().and_then(|standby| standby.trouble())),
         }
+    }
+
+    /// Notes how epochs go; that they are held up, or not any more, goes into the history, but not all the time.
+    pub(super) fn note_pace(&mut self, pace: Report, epoch: EpochId) {
+        self.pace = pace;
+        let (told, at) = self.pace_told;
+        if pace.stretched_by == told || at.is_some_and(|at| at.elapsed() < PACE_TELLING_INTERVAL) {
+            return;
+        }
+        self.pace_told = (pace.stretched_by, Some(Instant::now()));
+        let interval_ms = pace.interval.map_or(0, |interval| interval.as_millis());
+        let wanted = self.durable.spec.pace.mode;
+        let (kind, why) = match pace.stretched_by {
+            StretchedBy::None => ("pace-kept", ""),
+            StretchedBy::Link => ("pace-stretched", ": the link is slower than the workload writes"),
+            StretchedBy::Standby => ("pace-stretched", ": the standby is slower than the workload writes"),
+            StretchedBy::Freeze => {
+                ("pace-stretched", ": the workload would be frozen for too much of its time")
+            }
+            StretchedBy::Capture => ("pace-stretched", ": capturing an epoch takes longer"),
+        };
+        self.event(kind, &format!("an epoch every {interval_ms} ms, wanted: {wanted}{why}"), Some(epoch));
     }
 
     pub(super) fn event(&mut self, kind: &str, detail: &str, epoch: Option<EpochId>) {

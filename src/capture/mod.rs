@@ -22,6 +22,7 @@
 //! - A failed capture leaves the tree running: CRIU rolls back whenever we do not say yes.
 
 mod blame;
+pub mod converge;
 mod engine;
 mod files;
 mod frozen;

@@ -6,7 +6,7 @@ use super::{Failure, Outcome, client, parse_ms, print_json};
 use crate::{
     agent::api::{ErrorCode, ProtectRequest, Role, Source, UnprotectRequest, WorkloadStatus},
     model::Name,
-    workload::spec::Vip,
+    workload::spec::{PaceMode, PaceSpec, Vip},
 };
 
 #[derive(clap::Args)]
@@ -22,15 +22,44 @@ pub(super) struct Args {
     /// The standby: a paired peer
     #[arg(long, value_name = "PEER")]
     to: String,
-    /// Interval between two epochs
-    #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = parse_ms)]
-    every: u64,
+    #[command(flatten)]
+    pace: Pace,
     /// Address that clients use and that follows the workload, and the host's device for it
     #[arg(long = "vip", value_name = "CIDR@DEV")]
     vips: Vec<Vip>,
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+/// When epochs start: one of the three.
+#[derive(clap::Args)]
+struct Pace {
+    /// Interval between two epochs [default: 200ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_ms)]
+    every: Option<u64>,
+    /// Instead: as few epochs as keep what the standby holds no older than this
+    #[arg(long, value_name = "TIME", value_parser = parse_ms, conflicts_with = "every")]
+    lag: Option<u64>,
+    /// Instead: one epoch after the other without a pause
+    #[arg(long, conflicts_with_all = ["every", "lag"])]
+    continuous: bool,
+    /// Most of its time that the workload may be frozen for; epochs get rarer to keep it [default: 25]
+    #[arg(long, value_name = "PERCENT")]
+    max_frozen: Option<u8>,
+}
+
+impl Pace {
+    fn spec(&self) -> PaceSpec {
+        let default = PaceSpec::default();
+        let mode = match (self.every, self.lag) {
+            (Some(ms), _) => PaceMode::EveryMs(ms),
+            (None, Some(ms)) => PaceMode::LagMs(ms),
+            (None, None) if self.continuous => PaceMode::Continuous,
+            (None, None) => default.mode,
+        };
+        PaceSpec { mode, frozen_percent_max: self.max_frozen.unwrap_or(default.frozen_percent_max) }
+    }
 }
 
 #[derive(clap::Args)]
@@ -57,17 +86,17 @@ pub(super) fn main(socket: &Path, args: Args) -> Outcome {
         }
         (None, _) => Source::Run(args.name.clone()),
     };
-    let request =
-        ProtectRequest { name: args.name, source, to: args.to, every_ms: args.every, vips: args.vips };
+    let pace = args.pace.spec();
+    let request = ProtectRequest { name: args.name, source, to: args.to, pace, vips: args.vips };
     let status: WorkloadStatus = client::post(socket, "/v1/protect", &request)?;
     if args.json {
         return print_json(&status);
     }
     println!(
-        "{} is protected: standby {}, an epoch every {} ms; watch it with: standin status {} --watch",
+        "{} is protected: standby {}, epochs: {}; watch it with: standin status {} --watch",
         status.name,
         status.peer.as_deref().unwrap_or("?"),
-        status.every_ms,
+        status.pace.wanted.mode,
         status.name
     );
     Ok(())

@@ -4,7 +4,8 @@ use std::{io::IsTerminal, path::Path, time::Duration};
 
 use super::{Outcome, client, human_bytes, print_json};
 use crate::{
-    agent::api::{AgentStatus, Role, WorkloadStatus},
+    agent::api::{AgentStatus, PaceStatus, Role, WorkloadStatus},
+    capture::pace::StretchedBy,
     model::Name,
 };
 
@@ -67,6 +68,18 @@ fn print_line<T: serde::Serialize>(value: &T) -> Outcome {
     Ok(())
 }
 
+fn print_pace(pace: &PaceStatus) {
+    let of_late = pace.interval_ms.map_or_else(String::new, |ms| format!(", one every {ms:.0} ms of late"));
+    let why = match pace.stretched_by {
+        StretchedBy::None => "",
+        StretchedBy::Link => "; stretched: the link is slower than the workload writes",
+        StretchedBy::Standby => "; stretched: the standby is slower than the workload writes",
+        StretchedBy::Freeze => "; stretched: it would be frozen for too much of its time",
+        StretchedBy::Capture => "; stretched: capturing takes longer",
+    };
+    println!("  pace      {}{of_late}{why}", pace.wanted.mode);
+}
+
 fn print_workload(status: &WorkloadStatus) {
     let role = match status.role {
         Role::Unprotected => "unprotected",
@@ -84,7 +97,8 @@ fn print_workload(status: &WorkloadStatus) {
     }
     if let Some(epoch) = status.epoch {
         let lag = status.lag_ms.map_or_else(|| "unknown".into(), |ms| format!("{ms} ms"));
-        println!("  epoch     {epoch}, lag {lag}, one every {} ms", status.every_ms);
+        println!("  epoch     {epoch}, lag {lag}");
+        print_pace(&status.pace);
     }
     if let Some(age) = status.lease_age_ms {
         println!("  lease     renewed {age} ms ago");

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   agent A                                                      agent B
-//!   Endpoint ── standin-lease/1 ── requests, heartbeat datagrams ── Endpoint     one UDP port each
-//!       │    ── standin-bulk/1  ── one stream an epoch ───────────    │
+//!   Endpoint ── standin-lease/2 ── requests, heartbeat datagrams ── Endpoint     one UDP port each
+//!       │    ── standin-bulk/2  ── one stream an epoch ───────────    │
 //!       └─    ── standin-pair/1  ── only while a code is open ──────  ─┘
 //! ```
 //!
@@ -56,8 +56,8 @@ impl Channel {
     /// The channel's name in the handshake.
     fn alpn(self) -> &'static [u8] {
         match self {
-            Self::Lease => b"standin-lease/1",
-            Self::Bulk => b"standin-bulk/1",
+            Self::Lease => b"standin-lease/2",
+            Self::Bulk => b"standin-bulk/2",
         }
     }
 

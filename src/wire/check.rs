@@ -38,8 +38,6 @@ pub const XATTRS_MAX: usize = 128;
 pub const XATTR_LEN_MAX: usize = 65_536;
 /// Most addresses of a workload, inside or following it.
 pub const ADDRESSES_MAX: usize = 64;
-/// Longest interval between two epochs, milliseconds.
-pub const EVERY_MS_MAX: u64 = 3_600_000;
 /// Most bytes of a text for people.
 pub const REASON_LEN_MAX: usize = 2048;
 
@@ -105,8 +103,7 @@ fn workload(spec: &WorkloadSpec) -> Result<(), Illegal> {
         let device = &vip.device;
         require(is_device(device), || format!("{device:?} is no network device"))?;
     }
-    let every = spec.every_ms;
-    require((1..=EVERY_MS_MAX).contains(&every), || format!("an interval of {every} ms between epochs"))
+    spec.pace.check().map_err(|error| Illegal(error.to_string()))
 }
 
 /// Absolute, without `.`, `..`, doubled slashes or NUL.

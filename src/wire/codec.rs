@@ -188,7 +188,7 @@ mod tests {
     use crate::{
         ha,
         model::{Epoch, EpochId, Term},
-        workload::spec::{Net, SandboxSpec, Vip, WorkloadSpec},
+        workload::spec::{Net, PaceMode, PaceSpec, SandboxSpec, Vip, WorkloadSpec},
     };
 
     fn offer() -> Request {
@@ -199,7 +199,7 @@ mod tests {
             hostname: "db.example".into(),
         };
         let vips = vec!["10.0.0.5/24@eth0".parse().unwrap()];
-        let spec = WorkloadSpec { sandbox, vips, every_ms: 100 };
+        let spec = WorkloadSpec { sandbox, vips, pace: PaceSpec::default() };
         Request::Offer { spec, term: Term(3), resident_bytes: 1 << 33 }
     }
 
@@ -213,7 +213,7 @@ mod tests {
     fn messages_and_datagrams_read_back_as_written() {
         let request = offer();
         assert_eq!(decode_stream::<Request>(&encode_message(&request).unwrap()).unwrap(), request);
-        let answer = EpochAnswer::Committed { id: EpochId { term: Term(1), epoch: Epoch(9) } };
+        let answer = EpochAnswer::Committed { id: EpochId { term: Term(1), epoch: Epoch(9) }, busy_us: 5 };
         assert_eq!(decode_stream::<EpochAnswer>(&encode_message(&answer).unwrap()).unwrap(), answer);
         let sent_at = std::time::Duration::from_nanos(u64::MAX);
         let message = ha::Message::Heartbeat { term: Term(1), seq: 4, sent_at };
@@ -246,7 +246,7 @@ mod tests {
             |spec| spec.sandbox.paths = vec!["relative".into()],
             |spec| spec.sandbox.paths = vec!["/a/../b".into()],
             |spec| spec.sandbox.hostname = "a b".into(),
-            |spec| spec.every_ms = 0,
+            |spec| spec.pace.mode = PaceMode::EveryMs(0),
             |spec| spec.vips = vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "-x".into() }],
             |spec| spec.vips = vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "a/b".into() }],
         ];

@@ -198,6 +198,9 @@ pub enum EpochAnswer {
     Committed {
         /// Which.
         id: EpochId,
+        /// How long the standby kept the link waiting for it: its store behind the network, then the commit.
+        /// Microseconds.
+        busy_us: u64,
     },
     /// The delta does not apply: send the whole memory.
     NeedFull {

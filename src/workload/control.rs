@@ -141,6 +141,11 @@ pub(super) enum Request {
         /// In this order.
         steps: Vec<NetStep>,
     },
+    /// Let the tree run for a share of its time only, until told otherwise or the asker's connection closes.
+    Throttle {
+        /// 1 to 100, which ends it.
+        run_percent: u8,
+    },
     /// Leave, and the tree as it is (a bare tree's guard process only).
     Leave,
 }

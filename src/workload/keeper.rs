@@ -226,6 +226,12 @@ impl Keeper {
         self.command(&Request::Unfence { deadline_ns, steps: steps.to_owned() })
     }
 
+    /// Lets the tree run for so many percent of its time, in turns of a few milliseconds; 100 ends it, as does the end of
+    /// this process or the guard. A task that waits in the kernel is not slowed down.
+    pub fn throttle(&self, run_percent: u8) -> Result<(), ControlError> {
+        self.command(&Request::Throttle { run_percent })
+    }
+
     /// Asks for something whose answer is only "done".
     pub(super) fn command(&self, request: &Request) -> Result<(), ControlError> {
         match self.client.ask(request, &[])? {

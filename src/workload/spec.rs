@@ -116,6 +116,81 @@ pub struct WorkloadSpec {
     pub sandbox: SandboxSpec,
     /// Addresses that follow the workload.
     pub vips: Vec<Vip>,
-    /// Interval between the starts of two epochs, milliseconds.
-    pub every_ms: u64,
+    /// When its epochs start.
+    #[serde(default)]
+    pub pace: PaceSpec,
+}
+
+/// What the operator wants of the pace of epochs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PaceSpec {
+    /// When the next one starts.
+    pub mode: PaceMode,
+    /// Most of its time that the workload may be frozen for, in percent; epochs get rarer to keep it.
+    pub frozen_percent_max: u8,
+}
+
+/// When the next epoch starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PaceMode {
+    /// So many milliseconds after the last one.
+    EveryMs(u64),
+    /// So that what the standby holds is at most so many milliseconds old, with as few epochs as that needs.
+    LagMs(u64),
+    /// As soon as the last one is captured.
+    Continuous,
+}
+
+/// The shortest time that may be asked for, milliseconds.
+pub const PACE_MS_MIN: u64 = 10;
+/// The longest.
+pub const PACE_MS_MAX: u64 = 3_600_000;
+/// The most that a workload may be frozen for: with more it would hardly run.
+pub const FROZEN_PERCENT_MAX: u8 = 90;
+
+impl Default for PaceSpec {
+    fn default() -> Self {
+        Self { mode: PaceMode::EveryMs(200), frozen_percent_max: 25 }
+    }
+}
+
+/// Why a pace cannot be kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PaceSpecError {
+    /// Too short or too long.
+    #[error("an interval or a lag of {0} ms cannot be kept: --every and --lag take 10ms to 1h")]
+    Time(u64),
+    /// Too much or nothing.
+    #[error(
+        "a workload cannot be frozen for {0} % of its time: --max-frozen takes 1 to {FROZEN_PERCENT_MAX}"
+    )]
+    Frozen(u8),
+}
+
+impl PaceSpec {
+    /// Whether it can be kept.
+    pub fn check(&self) -> Result<(), PaceSpecError> {
+        match self.mode {
+            PaceMode::EveryMs(ms) | PaceMode::LagMs(ms) if !(PACE_MS_MIN..=PACE_MS_MAX).contains(&ms) => {
+                Err(PaceSpecError::Time(ms))
+            }
+            _ if !(1..=FROZEN_PERCENT_MAX).contains(&self.frozen_percent_max) => {
+                Err(PaceSpecError::Frozen(self.frozen_percent_max))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// As the commands print it.
+impl std::fmt::Display for PaceMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::EveryMs(ms) => write!(f, "every {ms} ms"),
+            Self::LagMs(ms) => write!(f, "lag at most {ms} ms"),
+            Self::Continuous => f.write_str("continuous"),
+        }
+    }
 }

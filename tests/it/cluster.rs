@@ -57,7 +57,10 @@ impl Cluster {
         let name = host.to_string().to_lowercase();
         let log = format!("/tmp/standin-it-{}-{name}.log", self.lab.name());
         let log = File::options().create(true).append(true).open(log).expect("a log file");
-        let mut args = vec![STANDIN, "agent", "--name", &name, "--log", "info,standin=debug"];
+        let mut args = vec![STANDIN, "agent", "--name", &name];
+        if !self.flags.contains(&"--log") {
+            args.extend(["--log", "info,standin=debug"]);
+        }
         args.extend(&self.flags);
         let child = self
             .lab

@@ -5,6 +5,7 @@ mod failover;
 mod handoff;
 mod lab;
 mod lab_itself;
+mod pace;
 mod paths;
 mod redis;
 mod refusals;

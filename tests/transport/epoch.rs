@@ -77,10 +77,10 @@ async fn epochs_of_64_mib_arrive_whole_on_one_connection() {
             for number in 0..64 {
                 assert!(frames[number as usize + 1] == batch(number));
             }
-            epoch.answer(&EpochAnswer::Committed { id: ID }).await.unwrap();
+            epoch.answer(&EpochAnswer::Committed { id: ID, busy_us: 1 }).await.unwrap();
         };
         let (answer, ()) = soon(Box::pin(async { tokio::join!(send, receive) })).await;
-        assert_eq!(answer, EpochAnswer::Committed { id: ID });
+        assert_eq!(answer, EpochAnswer::Committed { id: ID, busy_us: 1 });
     }
 }
 

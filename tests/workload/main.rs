@@ -6,3 +6,4 @@ mod guard;
 mod lab;
 mod network;
 mod sandbox;
+mod throttle;

@@ -161,6 +161,7 @@ pub struct Capturer {
     next_dir: u32,
     /// An epoch failed: of pages that were sent in it nothing is known.
     unsure: bool,
+    before_freeze: Option<Box<dyn FnMut() + Send>>,
 }
 
 /// A CRIU that waits, and the directory that it will write to.
@@ -184,6 +185,7 @@ impl Capturer {
             spare: None,
             next_dir: 0,
             unsure: false,
+            before_freeze: None,
         };
         capturer.track()?;
         capturer.spawn_ahead()?;
@@ -205,12 +207,18 @@ impl Capturer {
         Ok(memory::resident_bytes(self.source.root)?)
     }
 
+    /// Has something done in each epoch between the last pre-copy round and the freeze.
+    pub fn before_freeze(&mut self, hook: Box<dyn FnMut() + Send>) {
+        self.before_freeze = Some(hook);
+    }
+
     /// Captures one epoch. `base` is the epoch that the standby holds, `None` if it holds nothing usable.
     ///
     /// `None` too if [`needs_full`](Self::needs_full) says so.
     ///
     /// On an error the epoch has failed; call [`failed`](Self::failed) before the next one. After success call
-    /// [`committed`](Self::committed) or `failed`.
+    /// [`committed`](Self::committed) or `failed`, in the order of the epochs; one may be captured before the outcome of
+    /// the last is known, on the assumption that it is committed, and must not be sent before it is.
     pub fn capture(
         &mut self,
         head: FrameHead,
@@ -234,17 +242,18 @@ impl Capturer {
             files.send_ahead(emit)?;
         }
         let pending = self.precopy(&mut figures, emit)?;
+        self.before_freeze.iter_mut().for_each(|hook| hook());
         let (killed, parts) = self.freeze(began, pending, &mut finish, &mut figures, emit)?;
         Ok(Captured { figures, parts, killed })
     }
 
-    /// The standby holds the epoch.
+    /// The standby holds the oldest epoch whose outcome is open.
     pub fn committed(&mut self) {
         self.known.epoch_committed();
         self.unsure = false;
     }
 
-    /// The standby may hold any part of the epoch.
+    /// The standby may hold any part of the oldest epoch whose outcome is open; those captured after it fail with it.
     pub fn failed(&mut self) {
         self.known.epoch_failed();
         self.files.iter_mut().for_each(Files::reset);

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::Write,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -39,6 +39,20 @@ const FENCE_RETRY: Duration = Duration::from_millis(5);
 /// A logger that dies is not started again more often than this.
 const LOGGER_PAUSE: Duration = Duration::from_secs(1);
 
+/// A throttled tree runs for its share of a period, and is frozen for the rest: of this one, or one so long that it runs
+/// for a millisecond.
+const THROTTLE_PERIOD_MIN: Duration = Duration::from_millis(20);
+const THROTTLE_RUN_MIN: Duration = Duration::from_millis(1);
+
+/// Slows the tree down for as long as a client wants it and is there.
+struct Throttle {
+    client: RawFd,
+    run_percent: u8,
+    frozen: bool,
+    /// When that changes.
+    next_ns: u64,
+}
+
 struct Logger {
     log: (PathBuf, u64),
     child: Option<(Pid, OwnedFd)>,
@@ -54,6 +68,7 @@ pub(super) struct Server {
     clients: Vec<OwnedFd>,
     logger: Option<Logger>,
     root: Option<Root>,
+    throttle: Option<Throttle>,
     on_fence: (Vec<NetStep>, Vec<u8>),
     /// What the workload starts with: the agent's.
     oom_score: String,
@@ -72,6 +87,7 @@ impl Server {
             clients: Vec::with_capacity(CLIENTS_MAX),
             logger: log.map(|log| Logger { log, child: None, started: None, pipes: Vec::new() }),
             root: None,
+            throttle: None,
             on_fence: (Vec::new(), Vec::new()),
             oom_score,
         };
@@ -82,6 +98,7 @@ impl Server {
 
     pub(super) fn run(&mut self) -> ! {
         loop {
+            self.tend_throttle();
             self.tend_guard();
             self.tend_logger();
             let (fixed, clients) = self.wait();
@@ -102,7 +119,10 @@ impl Server {
             }
             for i in (0..clients.len()).rev().filter(|i| clients[*i]) {
                 if !self.serve(i) {
-                    self.clients.remove(i);
+                    let client = self.clients.remove(i);
+                    if self.throttle.as_ref().is_some_and(|throttle| throttle.client == client.as_raw_fd()) {
+                        self.end_throttle();
+                    }
                 }
             }
             if connection && self.clients.len() < CLIENTS_MAX {
@@ -139,11 +159,14 @@ impl Server {
             let GuardState::Armed { deadline_ns } = self.hands.page.state() else {
                 if self.hands.page.state() == GuardState::Firing {
                     self.fence();
+                } else if let Some(throttle) = &self.throttle {
+                    self.wake_at(throttle.next_ns);
                 }
                 return;
             };
             if boot_time_ns() < deadline_ns {
-                return self.wake_at(deadline_ns);
+                let next_ns = self.throttle.as_ref().map_or(deadline_ns, |throttle| throttle.next_ns);
+                return self.wake_at(deadline_ns.min(next_ns));
             }
             if self.hands.page.begin_firing(deadline_ns) {
                 return self.fence();
@@ -153,6 +176,8 @@ impl Server {
 
     /// The fence: freeze, network, FIRED, in that order. See the module [`guard`].
     fn fence(&mut self) {
+        // What follows is no turn of it.
+        self.throttle = None;
         let frozen = match (&self.hands.freeze).write_all(b"1") {
             // The cgroup is removed: nobody is left to freeze.
             Err(error) => error.raw_os_error() == Some(libc::ENODEV),
@@ -165,6 +190,36 @@ impl Server {
         } else {
             self.wake_at(boot_time_ns() + FENCE_RETRY.as_nanos() as u64);
         }
+    }
+
+    /// Freezes or thaws a throttled tree when its turn is over.
+    fn tend_throttle(&mut self) {
+        let fired = self.has_fired();
+        let Some(throttle) = self.throttle.as_mut().filter(|_| !fired) else { return };
+        let now_ns = boot_time_ns();
+        if now_ns < throttle.next_ns {
+            return;
+        }
+        let frozen = !throttle.frozen;
+        // Failed: the next turn tries again, and a tree that is gone needs none.
+        if (&self.hands.freeze).write_all(if frozen { b"1" } else { b"0" }).is_ok() {
+            throttle.frozen = frozen;
+        }
+        let percent = u32::from(if frozen { 100 - throttle.run_percent } else { throttle.run_percent });
+        let period = THROTTLE_PERIOD_MIN.max(THROTTLE_RUN_MIN * 100 / u32::from(throttle.run_percent));
+        let turn = period * percent / 100;
+        throttle.next_ns = now_ns + turn.as_nanos() as u64;
+    }
+
+    fn end_throttle(&mut self) {
+        if self.throttle.take().is_some_and(|throttle| throttle.frozen) && !self.has_fired() {
+            // Nothing else freezes this cgroup; a failure means that it is gone.
+            let _ = (&self.hands.freeze).write_all(b"0");
+        }
+    }
+
+    fn has_fired(&self) -> bool {
+        matches!(self.hands.page.state(), GuardState::Firing | GuardState::Fired { .. })
     }
 
     fn wake_at(&self, deadline_ns: u64) {
@@ -239,8 +294,9 @@ impl Server {
             Ok(None) | Err(_) => return false,
         };
         let leaves = matches!(request, Request::Leave) && self.logger.is_none();
-        let (reply, fds) =
-            self.answer(request, fds).unwrap_or_else(|reason| (Reply::Refused(reason), Vec::new()));
+        let (reply, fds) = self
+            .answer(request, fds, client.as_raw_fd())
+            .unwrap_or_else(|reason| (Reply::Refused(reason), Vec::new()));
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         let sent = control::send(self.clients[i].as_fd(), &reply, &borrowed).is_ok();
         if leaves {
@@ -249,7 +305,12 @@ impl Server {
         sent
     }
 
-    fn answer(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<(Reply, Vec<OwnedFd>), String> {
+    fn answer(
+        &mut self,
+        request: Request,
+        fds: Vec<OwnedFd>,
+        client: RawFd,
+    ) -> Result<(Reply, Vec<OwnedFd>), String> {
         let reply = match request {
             Request::Hello => {
                 let copy = |fd: &OwnedFd| fd.try_clone().map_err(at("copy a descriptor"));
@@ -282,6 +343,7 @@ impl Server {
             }
             Request::Apply { steps } => self.apply(&steps)?,
             Request::Unfence { deadline_ns, steps } => self.unfence(deadline_ns, &steps)?,
+            Request::Throttle { run_percent } => self.set_throttle(run_percent, client)?,
             Request::Leave if self.logger.is_none() => Reply::Done,
             Request::Leave => {
                 return Err("the init of a sandbox cannot leave it; destroy the sandbox".to_owned());
@@ -319,10 +381,25 @@ impl Server {
         Ok(write)
     }
 
+    fn set_throttle(&mut self, run_percent: u8, client: RawFd) -> Result<Reply, String> {
+        if !(1..=100).contains(&run_percent) {
+            return Err(format!("a tree cannot run for {run_percent} % of its time"));
+        }
+        self.tend_guard();
+        self.end_throttle();
+        if run_percent < 100 {
+            if self.has_fired() {
+                return Ok(Reply::Fired);
+            }
+            self.throttle = Some(Throttle { client, run_percent, frozen: false, next_ns: boot_time_ns() });
+        }
+        Ok(Reply::Done)
+    }
+
     /// Opens what the guard may close. The guard cannot fire meanwhile: it is this process.
     fn apply(&mut self, steps: &[NetStep]) -> Result<Reply, String> {
         self.tend_guard();
-        if matches!(self.hands.page.state(), GuardState::Firing | GuardState::Fired { .. }) {
+        if self.has_fired() {
             return Ok(Reply::Fired);
         }
         self.change_network(steps).map(|()| Reply::Done).map_err(|error| error.to_string())

@@ -1,0 +1,360 @@
+//! An epoch under way: captured on a thread, shipped by a task, so that the next one can be captured meanwhile.
+//!
+//! ```text
+//!  capture ──frames──► ship ──► commit
+//!     (at most a few      └─ begins when the epoch before is committed
+//!      wait in between)
+//! ```
+
+use std::{
+    io,
+    sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
+
+use super::{links::Link, owner::Msg, session::SessionError, throttle::Brake};
+use crate::{
+    capture::{CaptureError, Captured, Capturer, Finish, pace::Cost},
+    delta::LinkRate,
+    model::{EpochFigures, EpochId},
+    wire::message::{EpochAnswer, FrameHead},
+};
+
+/// Frames between capture and QUIC: with bodies of up to a MiB, what an epoch may hold in between.
+const FRAMES_MAX: usize = 8;
+/// So often the rate of a long shipment is taken. More than the transport buffers, which takes no time.
+const RATE_EVERY_BYTES: u64 = 128 << 20;
+/// How long the standby may take to verify and commit an epoch.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long permission to commit may be waited for: the lease must hold for it.
+const PERMISSION_TIMEOUT: Duration = Duration::from_secs(5);
+
+type Frame = (FrameHead, Vec<u8>);
+
+/// The capturer, or the thread that works with it.
+pub(super) enum Hand {
+    Here(Box<Capturer>),
+    Away(JoinHandle<Box<Capturer>>),
+    Lost,
+}
+
+impl Hand {
+    /// The capturer, when its thread is done. `None`: it was lost with it.
+    pub(super) async fn get(&mut self) -> Option<&mut Capturer> {
+        if let Self::Away(thread) = self {
+            *self = Self::Here(thread.await.ok()?);
+        }
+        match self {
+            Self::Here(capturer) => Some(capturer),
+            Self::Away(_) | Self::Lost => None,
+        }
+    }
+}
+
+/// How long a capture waited before its freeze.
+#[derive(Default)]
+struct Waits {
+    /// Since when no other epoch had the link.
+    free: Option<Instant>,
+    frozen: bool,
+    all: Duration,
+    /// Of it: for the link, which it had to itself.
+    alone: Duration,
+}
+
+impl Waits {
+    /// For the link.
+    fn add(&mut self, from: Instant, to: Instant) {
+        if !self.frozen {
+            self.all += to - from;
+            self.alone +=
+                self.free.map_or(Duration::ZERO, |free| to.saturating_duration_since(free.max(from)));
+        }
+    }
+}
+
+/// An epoch that is being captured.
+pub(super) struct Capturing {
+    id: EpochId,
+    began: Instant,
+    frames: mpsc::Receiver<Frame>,
+    result: oneshot::Receiver<Result<Captured, CaptureError>>,
+    waits: Arc<Mutex<Waits>>,
+    rate: Arc<LinkRate>,
+}
+
+/// The final epoch of a handoff: the tree stays frozen until the owner has judged.
+pub(super) struct Final {
+    pub(super) verdict: std_mpsc::Sender<bool>,
+    pub(super) judged: std_mpsc::Receiver<bool>,
+}
+
+impl Final {
+    pub(super) fn new() -> Self {
+        let (verdict, judged) = std_mpsc::channel();
+        Self { verdict, judged }
+    }
+}
+
+/// Begins to capture an epoch, whose freeze is at `freeze_after` at the earliest. `judged`: it is the final one of a
+/// handoff, and this is its verdict.
+pub(super) fn begin(
+    mut capturer: Box<Capturer>,
+    (id, head): (EpochId, FrameHead),
+    freeze_after: Option<Instant>,
+    judged: Option<std_mpsc::Receiver<bool>>,
+    owner: mpsc::Sender<Msg>,
+    brake: Arc<Brake>,
+) -> (Hand, Capturing) {
+    let (frames_tx, frames) = mpsc::channel::<Frame>(FRAMES_MAX);
+    let (result_tx, result) = oneshot::channel();
+    let waits = Arc::new(Mutex::new(Waits::default()));
+    let rate = capturer.link();
+    let (waiting, runtime, began) = (Arc::clone(&waits), Handle::current(), Instant::now());
+    let thread = tokio::task::spawn_blocking(move || {
+        let (freezing, releasing, running) = (Arc::clone(&waiting), Arc::clone(&brake), runtime.clone());
+        capturer.before_freeze(Box::new(move || {
+            let early =
+                freeze_after.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
+            std::thread::sleep(early);
+            // CRIU's work in the frozen tasks needs all of their time.
+            running.block_on(releasing.release());
+            let mut waits = lock(&freezing);
+            waits.all += early;
+            waits.frozen = true;
+        }));
+        let last = judged.is_some();
+        let mut emit = |head, body| {
+            if !last && brake.is_slack() {
+                runtime.block_on(brake.press());
+            }
+            let from = Instant::now();
+            let sent = frames_tx.blocking_send((head, body));
+            lock(&waiting).add(from, Instant::now());
+            sent.map_err(|_| io::Error::other("the connection to the standby is lost"))
+        };
+        let mut hold = || {
+            let (held_tx, held) = oneshot::channel();
+            owner.blocking_send(Msg::Hold(held_tx)).is_ok() && held.blocking_recv().unwrap_or(false)
+        };
+        // No verdict (the session has ended) is no: the tree runs on, or its owner has cut it off.
+        let mut conclude = |_: &_| judged.as_ref().is_some_and(|judged| judged.recv().unwrap_or(false));
+        let finish =
+            if last { Finish::Final { hold: &mut hold, conclude: &mut conclude } } else { Finish::Continue };
+        let result = capturer.capture(head, finish, &mut emit);
+        drop(frames_tx);
+        let goes_on = result.as_ref().is_ok_and(|captured| !captured.killed);
+        // Nobody waits any more if the session has ended.
+        let _ = result_tx.send(result);
+        // The next freeze shall not wait for a CRIU to start.
+        if goes_on && let Err(error) = capturer.spawn_ahead() {
+            tracing::debug!(%error, "no CRIU waits for the next epoch");
+        }
+        capturer
+    });
+    (Hand::Away(thread), Capturing { id, began, frames, result, waits, rate })
+}
+
+impl Capturing {
+    /// It is not sent after all.
+    pub(super) async fn abandon(self) {
+        drop(self.frames);
+        // It fails at its next frame.
+        let _ = self.result.await;
+    }
+
+    /// Ships it from now on: no epoch before it is under way any more.
+    pub(super) fn ship(
+        self,
+        link: &Link,
+        owner: mpsc::Sender<Msg>,
+        verdict: Option<std_mpsc::Sender<bool>>,
+    ) -> Leaving {
+        let free = Instant::now();
+        lock(&self.waits).free = Some(free);
+        let task = tokio::spawn(ship(link.clone(), owner, self.id, (self.frames, self.rate), verdict));
+        let epoch = Under { id: self.id, began: self.began, free, waits: self.waits };
+        Leaving { epoch, task, captured: self.result }
+    }
+}
+
+struct Under {
+    id: EpochId,
+    began: Instant,
+    free: Instant,
+    waits: Arc<Mutex<Waits>>,
+}
+
+/// An epoch that has the link while it is captured.
+pub(super) struct Leaving {
+    epoch: Under,
+    task: JoinHandle<Result<Shipped, SessionError>>,
+    captured: oneshot::Receiver<Result<Captured, CaptureError>>,
+}
+
+/// Why an epoch failed, and whether the standby holds it all the same.
+pub(super) struct Failed {
+    pub(super) id: EpochId,
+    pub(super) error: SessionError,
+    pub(super) held: bool,
+}
+
+impl Leaving {
+    /// Waits until it is captured; what is left of it ships. `None`: the capturer was lost with its thread.
+    pub(super) async fn captured(self) -> Option<Result<Shipping, Failed>> {
+        let Self { epoch, task, captured } = self;
+        let error = match captured.await.ok()? {
+            Ok(captured) => return Some(Ok(Shipping { epoch, task, captured })),
+            Err(error) => error,
+        };
+        let shipped = task.await.ok()?;
+        let held = shipped.is_ok();
+        let error = match (error, shipped) {
+            // The link's error is why emitting failed.
+            (CaptureError::Io(_), Err(error)) => error,
+            // Committed, and then CRIU failed to end its dump: the standby holds it all the same.
+            (error, _) => error.into(),
+        };
+        Some(Err(Failed { id: epoch.id, error, held }))
+    }
+}
+
+/// A captured epoch on its way.
+pub(super) struct Shipping {
+    epoch: Under,
+    task: JoinHandle<Result<Shipped, SessionError>>,
+    captured: Captured,
+}
+
+/// A committed epoch.
+pub(super) struct Committed {
+    pub(super) figures: EpochFigures,
+    pub(super) cost: Cost,
+    pub(super) killed: bool,
+}
+
+impl Shipping {
+    pub(super) fn id(&self) -> EpochId {
+        self.epoch.id
+    }
+
+    /// Whether it carries all memory.
+    pub(super) fn full(&self) -> bool {
+        self.captured.figures.full
+    }
+
+    pub(super) fn frozen(&self) -> Duration {
+        Duration::from_micros(self.captured.figures.frozen_us)
+    }
+
+    /// Since when it has the link to itself and all to ship.
+    pub(super) fn since(&self) -> Instant {
+        self.epoch.free.max(self.thawed())
+    }
+
+    pub(super) fn thawed(&self) -> Instant {
+        self.epoch.began + Duration::from_micros(self.captured.figures.capture_us)
+    }
+
+    /// It is not waited for any more: the standby hears no end of it, unless it has already.
+    pub(super) async fn abandon(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+
+    /// Waits until it is committed or has failed; may be dropped and called again. `None`: its task was lost.
+    pub(super) async fn outcome(&mut self) -> Option<Result<Committed, Failed>> {
+        let shipped = match (&mut self.task).await.ok()? {
+            Ok(shipped) => shipped,
+            Err(error) => return Some(Err(Failed { id: self.epoch.id, error, held: false })),
+        };
+        let mut figures = self.captured.figures.clone();
+        figures.shipped_bytes = shipped.bytes;
+        let from_thaw = shipped.at.saturating_duration_since(self.thawed());
+        figures.ship_us = from_thaw.as_micros() as u64;
+        let tail = shipped.at.saturating_duration_since(self.since());
+        let (all, alone) = {
+            let waits = lock(&self.epoch.waits);
+            (waits.all, waits.alone)
+        };
+        let cost = Cost {
+            capture: Duration::from_micros(figures.capture_us).saturating_sub(all),
+            frozen: self.frozen(),
+            latency: self.frozen() + from_thaw,
+            ship: alone + tail,
+            tail,
+            standby: shipped.standby,
+            full: figures.full,
+        };
+        Some(Ok(Committed { figures, cost, killed: self.captured.killed }))
+    }
+}
+
+struct Shipped {
+    bytes: u64,
+    at: Instant,
+    /// What the standby kept the link waiting for.
+    standby: Duration,
+}
+
+/// Sends an epoch's frames and its end. `verdict` (a handoff) is handed to the owner with the commit.
+async fn ship(
+    link: Link,
+    owner: mpsc::Sender<Msg>,
+    id: EpochId,
+    (mut frames, rate): (mpsc::Receiver<Frame>, Arc<LinkRate>),
+    verdict: Option<std_mpsc::Sender<bool>>,
+) -> Result<Shipped, SessionError> {
+    let bulk = link.bulk().ok_or(SessionError::NoConnection)?;
+    let mut sender = bulk.send_epoch().await?;
+    let mut whole = false;
+    // What the link itself takes: without the wait for frames, and with that for the commit of what is buffered.
+    let (mut told, mut busy) = (0, Duration::ZERO);
+    while let Some((head, body)) = frames.recv().await {
+        whole = matches!(head, FrameHead::Manifest(_));
+        let began = Instant::now();
+        sender.frame(&head, &body).await?;
+        busy += began.elapsed();
+        if sender.bytes() - told >= RATE_EVERY_BYTES {
+            rate.shipped(sender.bytes() - told, busy);
+            (told, busy) = (sender.bytes(), Duration::ZERO);
+        }
+        if whole {
+            break;
+        }
+    }
+    if !whole {
+        // The capture has failed and says why.
+        return Err(SessionError::Ended);
+    }
+    // The rest of a capture that goes on (CRIU ending its dump) must not meet a closed channel.
+    let (permit, permitted) = oneshot::channel();
+    owner.send(Msg::AskCommit { id, permit }).await.map_err(|_| SessionError::Ended)?;
+    match tokio::time::timeout(PERMISSION_TIMEOUT, permitted).await {
+        Ok(Ok(())) => {}
+        _ => return Err(SessionError::NoPermission),
+    }
+    let (bytes, asked) = (sender.bytes(), Instant::now());
+    let standby = match sender.finish(COMMIT_TIMEOUT).await? {
+        EpochAnswer::Committed { id: committed, busy_us } if committed == id => {
+            Duration::from_micros(busy_us)
+        }
+        other => return Err(SessionError::answered(other)),
+    };
+    let at = Instant::now();
+    rate.shipped(bytes - told, busy + (at - asked));
+    if let Some(verdict) = verdict {
+        owner.send(Msg::FinalCommitted { id, verdict }).await.map_err(|_| SessionError::Ended)?;
+    }
+    Ok(Shipped { bytes, at, standby })
+}
+
+fn lock(waits: &Mutex<Waits>) -> std::sync::MutexGuard<'_, Waits> {
+    waits.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,77 @@
+//! Slows a workload down for a handoff that would not come to its end otherwise.
+//!
+//! The workload's init does it (freezing the tree's cgroup for most of each few milliseconds), asked by the owner. It
+//! ends when the init is told, when the agent's connection to it closes, or when the guard fires: never is a workload
+//! left slow by an agent that died.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::block_in_place,
+};
+
+use super::owner::{Msg, Owner};
+
+/// The whole of its time.
+const FULL_SPEED: u8 = 100;
+
+/// A session's hold on the workload's speed.
+pub(super) struct Brake {
+    owner: mpsc::Sender<Msg>,
+    /// Share of its time for which the workload may run, in percent.
+    run_percent: AtomicU8,
+    pressed: AtomicBool,
+}
+
+impl Brake {
+    pub(super) fn new(owner: mpsc::Sender<Msg>) -> Self {
+        Self { owner, run_percent: AtomicU8::new(FULL_SPEED), pressed: AtomicBool::new(false) }
+    }
+
+    /// Sets how slow it is to be from now on; 100 ends it. An error: it cannot be slowed down.
+    pub(super) async fn set(&self, run_percent: u8) -> Result<(), String> {
+        if self.run_percent.swap(run_percent, Ordering::Relaxed) == run_percent {
+            return Ok(());
+        }
+        self.pressed.store(run_percent < FULL_SPEED, Ordering::Relaxed);
+        self.ask(run_percent).await
+    }
+
+    /// Whether it was released, and should not be.
+    pub(super) fn is_slack(&self) -> bool {
+        self.run_percent.load(Ordering::Relaxed) < FULL_SPEED && !self.pressed.load(Ordering::Relaxed)
+    }
+
+    /// Back to what was set, after a release.
+    pub(super) async fn press(&self) {
+        self.pressed.store(true, Ordering::Relaxed);
+        if let Err(error) = self.ask(self.run_percent.load(Ordering::Relaxed)).await {
+            tracing::warn!(error, "the workload is not slowed down");
+        }
+    }
+
+    /// Full speed for a while.
+    pub(super) async fn release(&self) {
+        if self.pressed.swap(false, Ordering::Relaxed)
+            && let Err(error) = self.ask(FULL_SPEED).await
+        {
+            tracing::warn!(error, "the workload is still slowed down");
+        }
+    }
+
+    async fn ask(&self, run_percent: u8) -> Result<(), String> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || "the workload has no owner any more".to_owned();
+        self.owner.send(Msg::Throttle { run_percent, answer }).await.map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+}
+
+impl Owner {
+    /// Has the workload run for a share of its time only.
+    pub(super) fn throttle(&self, run_percent: u8) -> Result<(), String> {
+        let home = self.home.as_ref().ok_or("the workload's place is gone")?;
+        block_in_place(|| home.keeper().throttle(run_percent)).map_err(|error| error.to_string())
+    }
+}
