@@ -5,7 +5,7 @@
 //!
 //! All three carry the same epochs, with the product's frames and digest, one after the other as a session does; only the
 //! carrier differs. The two ends are processes of their own, joined by the loopback of a network namespace or by a veth
-//! pair between two. In every round each method in turn ships for a while, so that whatever else the machine does meets
+//! pair between two, which in one case is as slow as a link of 1 Gbit/s. In every round each method in turn ships for a while, so that whatever else the machine does meets
 //! all of them.
 //!
 //! | method | bulk | lease |
@@ -23,7 +23,7 @@ use std::{
     fs,
     io::{self, BufRead, BufReader, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    path::{Path, PathBuf},
+    path::{Path as Dir, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{
         Arc, Mutex,
@@ -33,6 +33,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use nix::{
     sched::{CloneFlags, unshare},
     sys::{prctl, signal::Signal},
@@ -60,8 +61,12 @@ use standin::{
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 const METHODS: [&str; 3] = ["quic", "tcp-tls", "tcp"];
-const VETH_MTUS: [u32; 2] = [1500, 9000];
-const LOOPBACK_MTU: u32 = 65_536;
+const PATHS: [Path; 4] = [
+    Path { name: "loopback", mtu: 65_536, shaper: None },
+    Path { name: "veth", mtu: 1500, shaper: None },
+    Path { name: "veth", mtu: 9000, shaper: None },
+    Path { name: "gigabit", mtu: 1500, shaper: Some("tbf rate 1gbit burst 128kb limit 1mb") },
+];
 /// Batches of an epoch, of a MiB each: as long as a large epoch takes, and more than the caches hold.
 const BATCHES: usize = 64;
 const BATCH_LEN: usize = 1 << 20;
@@ -84,6 +89,21 @@ const TCP_PORT: u16 = 7180;
 const SHIP_IP: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 const SERVE_IP: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
 const ID: EpochId = EpochId { term: Term(1), epoch: Epoch(1) };
+
+/// What joins the two ends: the loopback, or a veth pair, slowed down or not.
+#[derive(Clone, Copy)]
+struct Path {
+    name: &'static str,
+    mtu: u32,
+    /// For `tc`: a slow link behind a buffer of 8 ms, which is where a lease waits in a real network.
+    shaper: Option<&'static str>,
+}
+
+impl Path {
+    fn is_veth(self) -> bool {
+        self.name != "loopback"
+    }
+}
 
 #[derive(Serialize)]
 struct Row {
@@ -109,8 +129,8 @@ struct Shipped {
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["serve", dir, own_net] => return serve(Path::new(dir), own_net == "own-net"),
-        ["ship", dir, to] => return ship(Path::new(dir), to.parse()?),
+        ["serve", dir, own_net] => return serve(Dir::new(dir), own_net == "own-net"),
+        ["ship", dir, to] => return ship(Dir::new(dir), to.parse()?),
         _ => {}
     }
     let (mut json, mut rounds, mut round) = (None, ROUNDS, ROUND);
@@ -134,9 +154,9 @@ fn main() -> Result<()> {
         "{:<8} {:>6}  {:<8} {:>6} {:>10} {:>10} {:>10}  {:>9} {:>9}",
         "path", "mtu", "method", "GB/s", "lease p99", "p50", "p50 idle", "CPU ns/B", "receiver"
     );
-    let mut rows = measure(None, rounds, round)?;
-    for mtu in VETH_MTUS {
-        rows.extend(measure(Some(mtu), rounds, round)?);
+    let mut rows = Vec::new();
+    for path in PATHS {
+        rows.extend(measure(path, rounds, round)?);
     }
     if let Some(path) = json {
         fs::write(path, serde_json::to_vec_pretty(&rows)?)?;
@@ -144,10 +164,10 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// All methods on one path: a veth pair, or the loopback.
-fn measure(veth_mtu: Option<u32>, rounds: usize, round: Duration) -> Result<Vec<Row>> {
+/// All methods on one path.
+fn measure(path: Path, rounds: usize, round: Duration) -> Result<Vec<Row>> {
     let dir = tempfile::tempdir()?;
-    let mut pair = Pair::start(dir.path(), veth_mtu)?;
+    let mut pair = Pair::start(dir.path(), path)?;
     let mut rows = Vec::new();
     let mut seen = METHODS.map(|_| Vec::new());
     let idle = METHODS.iter().map(|m| pair.round(m, "idle", round)).collect::<Result<Vec<_>>>()?;
@@ -164,8 +184,8 @@ fn measure(veth_mtu: Option<u32>, rounds: usize, round: Duration) -> Result<Vec<
         };
         let lease = seen.iter().flat_map(|seen| &seen.shipped.lease_us).copied();
         let row = Row {
-            path: if veth_mtu.is_some() { "veth" } else { "loopback" },
-            mtu: veth_mtu.unwrap_or(LOOPBACK_MTU),
+            path: path.name,
+            mtu: path.mtu,
             method,
             gb_s: median(&|seen| seen.shipped.bytes as f64 / seen.shipped.seconds / 1e9),
             lease_ms_p99: percentile_ms(lease.clone(), 99),
@@ -200,8 +220,13 @@ fn percentile_ms(us: impl Iterator<Item = u64>, percent: usize) -> f64 {
 }
 
 fn ip(args: &str) -> Result<()> {
-    let status = Command::new("ip").args(args.split(' ')).status()?;
-    if status.success() { Ok(()) } else { Err(format!("ip {args}: {status}").into()) }
+    run("ip", args)
+}
+
+fn run(program: &str, args: &str) -> Result<()> {
+    let status = Command::new(program).args(args.split(' ')).status();
+    let status = status.map_err(|e| format!("{program} of iproute2 cannot be run: {e}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{program} {args}: {status}").into()) }
 }
 
 // The two ends, as the parent sees them.
@@ -260,6 +285,15 @@ impl Drop for End {
 struct Pair {
     serve: End,
     ship: End,
+    /// The veth pair's end here; a namespace that goes takes its links with it, but later.
+    link: Option<&'static str>,
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        // If it stays, the next pair cannot be made, and says so.
+        let _ = self.link.map(|link| ip(&format!("link del {link}")));
+    }
 }
 
 /// What a round showed.
@@ -270,9 +304,9 @@ struct Seen {
 }
 
 impl Pair {
-    fn start(dir: &Path, veth_mtu: Option<u32>) -> Result<Self> {
+    fn start(dir: &Dir, path: Path) -> Result<Self> {
         let (here, there) =
-            if veth_mtu.is_some() { (SHIP_IP, SERVE_IP) } else { (Ipv4Addr::LOCALHOST, Ipv4Addr::LOCALHOST) };
+            if path.is_veth() { (SHIP_IP, SERVE_IP) } else { (Ipv4Addr::LOCALHOST, Ipv4Addr::LOCALHOST) };
         for (name, ip, port) in [("ship", here, DIALER_PORT), ("serve", there, QUIC_PORT)] {
             let fingerprint = Identity::load_or_create(&dir.join(name))?.fingerprint();
             let peer = Peer { name: name.parse()?, fingerprint, addr: SocketAddr::new(ip.into(), port) };
@@ -281,20 +315,23 @@ impl Pair {
             Peers::load(&dir.join(other))?.add(peer)?;
         }
         let text = dir.to_str().ok_or("the temporary directory's name")?;
-        let own_net = if veth_mtu.is_some() { "own-net" } else { "same-net" };
+        let own_net = if path.is_veth() { "own-net" } else { "same-net" };
         let mut serve = End::start(&["serve", text, own_net])?;
-        if let Some(mtu) = veth_mtu {
+        if path.is_veth() {
             serve.hear()?;
-            let pid = serve.process.id();
+            let (pid, mtu) = (serve.process.id(), path.mtu);
             ip(&format!("link add ship mtu {mtu} type veth peer name serve mtu {mtu} netns {pid}"))?;
             ip(&format!("addr add {SHIP_IP}/30 dev ship"))?;
             ip("link set ship up")?;
+            if let Some(shaper) = path.shaper {
+                run("tc", &format!("qdisc add dev ship root {shaper}"))?;
+            }
             serve.tell("go")?;
         }
         serve.hear()?;
         let mut ship = End::start(&["ship", text, &there.to_string()])?;
         ship.hear()?;
-        Ok(Self { serve, ship })
+        Ok(Self { serve, ship, link: path.is_veth().then_some("ship") })
     }
 
     fn round(&mut self, method: &str, load: &str, round: Duration) -> Result<Seen> {
@@ -315,10 +352,12 @@ impl Pair {
 
 // What is shipped.
 
+type Frames = Arc<[(FrameHead, Bytes)]>;
+
 /// The frames of an epoch and their bodies.
-fn epoch() -> Vec<(FrameHead, Vec<u8>)> {
+fn epoch() -> Frames {
     let name = "bench".parse().expect("a name");
-    let mut frames = vec![(FrameHead::Begin { name, id: ID, base: None }, Vec::new())];
+    let mut frames = vec![(FrameHead::Begin { name, id: ID, base: None }, Bytes::new())];
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
     for number in 0..BATCHES as u64 {
         let runs = vec![PageRun { start: number << 20, pages: 256, zero: false }];
@@ -328,18 +367,18 @@ fn epoch() -> Vec<(FrameHead, Vec<u8>)> {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             body.extend_from_slice(&random.to_le_bytes());
         }
-        frames.push((FrameHead::Pages(head), body));
+        frames.push((FrameHead::Pages(head), body.into()));
     }
     let extents = vec![Extent { start: 0, pages: 256 * BATCHES as u64 }];
     let manifest = Manifest { spaces: vec![SpaceMap { space: Space::Task(1), extents }] };
-    frames.push((FrameHead::Manifest(manifest), Vec::new()));
-    frames
+    frames.push((FrameHead::Manifest(manifest), Bytes::new()));
+    frames.into()
 }
 
 /// Writes an epoch to a stream and waits for the answer.
-fn write_epoch(stream: &mut impl ReadWrite, frames: &[(FrameHead, Vec<u8>)]) -> Result<u64> {
+fn write_epoch(stream: &mut impl ReadWrite, frames: &Frames) -> Result<u64> {
     let mut writer = EpochWriter::new();
-    for (head, body) in frames {
+    for (head, body) in &**frames {
         stream.write_all(&writer.frame(head, body)?)?;
         stream.write_all(body)?;
     }
@@ -372,7 +411,7 @@ impl<T: Read + Write + Send> ReadWrite for T {}
 
 // The end that receives.
 
-fn serve(dir: &Path, own_net: bool) -> Result<()> {
+fn serve(dir: &Dir, own_net: bool) -> Result<()> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     let mut stdin = io::stdin().lines();
     if own_net {
@@ -399,7 +438,7 @@ fn serve(dir: &Path, own_net: bool) -> Result<()> {
         while let Some(connection) = endpoint.accept().await {
             match connection.channel() {
                 Channel::Lease => drop(tokio::spawn(answer_heartbeats(connection))),
-                Channel::Bulk => drop(tokio::spawn(async move {
+                Channel::Bulk => drop(connection.thread().clone().spawn(async move {
                     while let Ok(receiver) = connection.accept_epoch().await {
                         take_epoch(receiver).await.expect("an epoch arrives whole");
                     }
@@ -414,10 +453,10 @@ fn serve(dir: &Path, own_net: bool) -> Result<()> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+    Ok(standin::transport::prompt_runtime()?)
 }
 
-fn bind(dir: &Path, port: u16) -> Result<Endpoint> {
+fn bind(dir: &Dir, port: u16) -> Result<Endpoint> {
     let peers = Arc::new(Peers::load(dir)?);
     Ok(Endpoint::bind((Ipv4Addr::UNSPECIFIED, port).into(), Identity::load_or_create(dir)?, peers)?)
 }
@@ -462,7 +501,7 @@ fn serve_stream(mut stream: impl ReadWrite) -> Result<()> {
 
 // The end that ships.
 
-fn ship(dir: &Path, to: Ipv4Addr) -> Result<()> {
+fn ship(dir: &Dir, to: Ipv4Addr) -> Result<()> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     let frames = epoch();
     let runtime = runtime()?;
@@ -496,33 +535,32 @@ struct Round {
 }
 
 /// Ships epoch after epoch for the time of a round.
-async fn ship_quic(
-    bulk: &Connection,
-    lease: &Connection,
-    frames: &[(FrameHead, Vec<u8>)],
-    round: Round,
-) -> Result<Shipped> {
+async fn ship_quic(bulk: &Connection, lease: &Connection, frames: &Frames, round: Round) -> Result<Shipped> {
     let pulse = tokio::spawn(beat(lease.clone(), round.time));
-    if !round.bulk {
-        let lease_us = pulse.await?;
-        return Ok(Shipped { bytes: 1, seconds: round.time.as_secs_f64(), lease_us });
-    }
+    let (bytes, seconds) = if round.bulk {
+        bulk.thread().spawn(ship_epochs(bulk.clone(), Arc::clone(frames), round.time)).await??
+    } else {
+        (1, round.time.as_secs_f64())
+    };
+    Ok(Shipped { bytes, seconds, lease_us: pulse.await? })
+}
+
+async fn ship_epochs(bulk: Connection, frames: Frames, time: Duration) -> Result<(u64, f64)> {
     let (mut bytes, mut began) = (0, Instant::now());
-    let until = began + WARM_UP + round.time;
+    let until = began + WARM_UP + time;
     let mut warm = false;
     while Instant::now() < until {
-        if !warm && Instant::now() >= until - round.time {
+        if !warm && Instant::now() >= until - time {
             (warm, bytes, began) = (true, 0, Instant::now());
         }
         let mut sender = bulk.send_epoch().await?;
-        for (head, body) in frames {
-            sender.frame(head, body).await?;
+        for (head, body) in &*frames {
+            sender.frame(head, body.clone()).await?;
         }
         bytes += sender.bytes();
         sender.finish(ANSWER_WITHIN).await?;
     }
-    let seconds = began.elapsed().as_secs_f64();
-    Ok(Shipped { bytes, seconds, lease_us: pulse.await? })
+    Ok((bytes, began.elapsed().as_secs_f64()))
 }
 
 /// Sends heartbeats for the time of a round after the warm-up; the round trip of each in microseconds.
@@ -571,7 +609,7 @@ impl Tcp {
         Ok(Self { bulk: dial(b'B')?, lease: dial(b'L')? })
     }
 
-    fn round(&mut self, frames: &[(FrameHead, Vec<u8>)], round: Round) -> Result<Shipped> {
+    fn round(&mut self, frames: &Frames, round: Round) -> Result<Shipped> {
         let over = AtomicBool::new(false);
         let (bulk, lease) = (&mut self.bulk, &mut self.lease);
         thread::scope(|scope| {
@@ -590,11 +628,7 @@ impl Tcp {
     }
 }
 
-fn ship_tcp(
-    stream: &mut Box<dyn ReadWrite>,
-    frames: &[(FrameHead, Vec<u8>)],
-    time: Duration,
-) -> Result<(u64, f64)> {
+fn ship_tcp(stream: &mut Box<dyn ReadWrite>, frames: &Frames, time: Duration) -> Result<(u64, f64)> {
     let (mut bytes, mut began) = (0, Instant::now());
     let until = began + WARM_UP + time;
     let mut warm = false;
@@ -624,12 +658,7 @@ fn beat_tcp(stream: &mut Box<dyn ReadWrite>, over: &AtomicBool) -> Result<Vec<u6
     Ok(trips)
 }
 
-fn dial(
-    to: Ipv4Addr,
-    port: u16,
-    tls: Option<&Arc<ClientConfig>>,
-    purpose: u8,
-) -> Result<Box<dyn ReadWrite>> {
+fn dial(to: Ipv4Addr, port: u16, tls: Option<&Arc<ClientConfig>>, purpose: u8) -> Result<Box<dyn ReadWrite>> {
     let stream = TcpStream::connect((to, port))?;
     stream.set_nodelay(true)?;
     let mut stream: Box<dyn ReadWrite> = match tls {
@@ -653,7 +682,7 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 /// Makes a certificate, which the other end finds in the directory.
-fn tls_server(dir: &Path) -> Result<ServerConfig> {
+fn tls_server(dir: &Dir) -> Result<ServerConfig> {
     let made = rcgen::generate_simple_self_signed(["standin".to_owned()])?;
     fs::write(dir.join("certificate"), made.cert.der())?;
     let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
@@ -661,7 +690,7 @@ fn tls_server(dir: &Path) -> Result<ServerConfig> {
     Ok(builder.with_no_client_auth().with_single_cert(vec![made.cert.der().clone()], key.into())?)
 }
 
-fn tls_client(dir: &Path) -> Result<ClientConfig> {
+fn tls_client(dir: &Dir) -> Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from(fs::read(dir.join("certificate"))?))?;
     let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::oneshot, task::block_in_place};
+use tokio::sync::oneshot;
 
 use super::{
     api::{ApiError, HandoffReport, HandoffRequest},
@@ -25,6 +25,7 @@ use super::{
 use crate::{
     ha::{Core, Input, Standing},
     model::Term,
+    transport::block_in_place,
 };
 
 /// A handoff under way.

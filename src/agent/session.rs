@@ -12,13 +12,16 @@
 
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+};
 
 use super::{api::ErrorCode, links::Link, owner::Msg};
 use crate::{
     capture::{CaptureError, Captured, Capturer, Finish, pace::Pace},
     model::{Epoch, EpochFigures, EpochId, Name, Term},
-    transport::{connection::RequestError, epoch::SendEpochError},
+    transport::{Connection, EpochSender, block_in_place, connection::RequestError, epoch::SendEpochError},
     wire::message::{EpochAnswer, FrameHead, Reply, Request},
     workload::spec::WorkloadSpec,
 };
@@ -232,7 +235,7 @@ impl Session {
             return Err(SessionError::NoConnection);
         }
         let lease = self.link.lease().ok_or(SessionError::NoConnection)?;
-        let resident_bytes = tokio::task::block_in_place(|| progress.capturer.resident_bytes())?;
+        let resident_bytes = block_in_place(|| progress.capturer.resident_bytes())?;
         let request = Request::Offer { spec: self.spec.clone(), term: self.term, resident_bytes };
         let held = match lease.request(&request, OFFER_TIMEOUT).await? {
             Reply::Accepted { held } => held,
@@ -363,23 +366,15 @@ impl Session {
     async fn ship(
         &mut self,
         id: EpochId,
-        mut frames: mpsc::Receiver<(FrameHead, Vec<u8>)>,
+        frames: mpsc::Receiver<(FrameHead, Vec<u8>)>,
         verdict: Option<std::sync::mpsc::Sender<bool>>,
     ) -> Result<Shipped, SessionError> {
         let bulk = self.link.bulk().ok_or(SessionError::NoConnection)?;
-        let mut sender = bulk.send_epoch().await?;
-        let mut whole = false;
-        while let Some((head, body)) = frames.recv().await {
-            whole = matches!(head, FrameHead::Manifest(_));
-            sender.frame(&head, &body).await?;
-            if whole {
-                break;
-            }
-        }
-        if !whole {
-            // The capture has failed and says why.
-            return Err(SessionError::Ended);
-        }
+        // On bulk's thread; the set ends it with this call.
+        let mut sending = JoinSet::new();
+        sending.spawn_on(send_frames(bulk.clone(), frames), bulk.thread());
+        let Some(Ok(sent)) = sending.join_next().await else { return Err(SessionError::NoConnection) };
+        let sender = sent?;
         // The rest of a capture that goes on (CRIU ending its dump) must not meet a closed channel.
         let (permit, permitted) = oneshot::channel();
         self.owner.send(Msg::AskCommit { id, permit }).await.map_err(|_| SessionError::Ended)?;
@@ -398,12 +393,29 @@ impl Session {
             EpochAnswer::NeedFull { reason, .. } => return Err(SessionError::NeedFull(reason)),
             EpochAnswer::Refused { reason, .. } => return Err(SessionError::Refused(reason)),
         }
-        tracing::trace!(%id, commit_us = asked.elapsed().as_micros() as u64, "committed");
+        let (commit_us, rate) = (asked.elapsed().as_micros() as u64, bulk.shipping().bytes_per_s());
+        tracing::trace!(%id, commit_us, mb_per_s = rate.map(|rate| rate as u64 / 1_000_000), "committed");
         if let Some(verdict) = verdict {
             self.owner.send(Msg::FinalCommitted { id, verdict }).await.map_err(|_| SessionError::Ended)?;
         }
         Ok(Shipped { bytes })
     }
+}
+
+/// Sends an epoch's frames up to its manifest.
+async fn send_frames(
+    bulk: Connection,
+    mut frames: mpsc::Receiver<(FrameHead, Vec<u8>)>,
+) -> Result<EpochSender, SessionError> {
+    let mut sender = bulk.send_epoch().await?;
+    while let Some((head, body)) = frames.recv().await {
+        sender.frame(&head, body).await?;
+        if let FrameHead::Manifest(_) = head {
+            return Ok(sender);
+        }
+    }
+    // The capture has failed and says why.
+    Err(SessionError::Ended)
 }
 
 struct Shipped {
