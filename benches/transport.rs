@@ -73,7 +73,7 @@ const BATCH_LEN: usize = 1 << 20;
 const ROUNDS: usize = 8;
 const ROUNDS_QUICK: usize = 3;
 const ROUND: Duration = Duration::from_millis(1500);
-const ROUND_QUICK: Duration = Duration::from_millis(1000);
+const ROUND_QUICK: Duration = Duration::from_secs(1);
 /// At the start of a round, not counted: congestion windows open, caches and CPUs settle.
 const WARM_UP: Duration = Duration::from_millis(300);
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(4);
@@ -263,14 +263,14 @@ impl End {
         Ok(line.trim_end().to_owned())
     }
 
-    /// CPU time of all its threads so far.
-    fn cpu(&self) -> Result<Duration> {
+    /// CPU time of all its threads so far, in nanoseconds.
+    fn cpu_ns(&self) -> Result<f64> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
         let (_, fields) = stat.rsplit_once(')').ok_or("no stat")?;
         let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
         let ticks: u64 = ticks.collect::<std::result::Result<Vec<_>, _>>()?.iter().sum();
         let hz = sysconf(SysconfVar::CLK_TCK)?.ok_or("no clock ticks")?;
-        Ok(Duration::from_secs_f64(ticks as f64 / hz as f64))
+        Ok(ticks as f64 / hz as f64 * 1e9)
     }
 }
 
@@ -335,16 +335,14 @@ impl Pair {
     }
 
     fn round(&mut self, method: &str, load: &str, round: Duration) -> Result<Seen> {
-        let cpu = |pair: &Self| Ok::<_, Box<dyn Error + Send + Sync>>((pair.ship.cpu()?, pair.serve.cpu()?));
-        let (sender, receiver) = cpu(self)?;
+        let (sender, receiver) = (self.ship.cpu_ns()?, self.serve.cpu_ns()?);
         self.ship.tell(&format!("{method} {load} {}", round.as_millis()))?;
         let shipped: Shipped = serde_json::from_str(&self.ship.hear()?)?;
-        let (sender_after, receiver_after) = cpu(self)?;
         // The CPU clock also counts the warm-up, whose bytes do not.
         let scale = shipped.seconds / (shipped.seconds + WARM_UP.as_secs_f64()) / shipped.bytes as f64;
         Ok(Seen {
-            sender_ns_per_byte: (sender_after - sender).as_nanos() as f64 * scale,
-            receiver_ns_per_byte: (receiver_after - receiver).as_nanos() as f64 * scale,
+            sender_ns_per_byte: (self.ship.cpu_ns()? - sender) * scale,
+            receiver_ns_per_byte: (self.serve.cpu_ns()? - receiver) * scale,
             shipped,
         })
     }
@@ -546,21 +544,43 @@ async fn ship_quic(bulk: &Connection, lease: &Connection, frames: &Frames, round
 }
 
 async fn ship_epochs(bulk: Connection, frames: Frames, time: Duration) -> Result<(u64, f64)> {
-    let (mut bytes, mut began) = (0, Instant::now());
-    let until = began + WARM_UP + time;
-    let mut warm = false;
-    while Instant::now() < until {
-        if !warm && Instant::now() >= until - time {
-            (warm, bytes, began) = (true, 0, Instant::now());
-        }
+    let mut count = Count::begin(time);
+    while count.goes_on() {
         let mut sender = bulk.send_epoch().await?;
         for (head, body) in &*frames {
             sender.frame(head, body.clone()).await?;
         }
-        bytes += sender.bytes();
+        count.bytes += sender.bytes();
         sender.finish(ANSWER_WITHIN).await?;
     }
-    Ok((bytes, began.elapsed().as_secs_f64()))
+    Ok(count.end())
+}
+
+/// Counts the bytes of a round, but for its warm-up.
+struct Count {
+    bytes: u64,
+    began: Instant,
+    warm: bool,
+    time: Duration,
+}
+
+impl Count {
+    fn begin(time: Duration) -> Self {
+        Self { bytes: 0, began: Instant::now(), warm: false, time }
+    }
+
+    /// Asked between two epochs.
+    fn goes_on(&mut self) -> bool {
+        if !self.warm && self.began.elapsed() >= WARM_UP {
+            *self = Self { warm: true, ..Self::begin(self.time) };
+        }
+        !self.warm || self.began.elapsed() < self.time
+    }
+
+    /// Bytes and seconds.
+    fn end(self) -> (u64, f64) {
+        (self.bytes, self.began.elapsed().as_secs_f64())
+    }
 }
 
 /// Sends heartbeats for the time of a round after the warm-up; the round trip of each in microseconds.
@@ -629,16 +649,11 @@ impl Tcp {
 }
 
 fn ship_tcp(stream: &mut Box<dyn ReadWrite>, frames: &Frames, time: Duration) -> Result<(u64, f64)> {
-    let (mut bytes, mut began) = (0, Instant::now());
-    let until = began + WARM_UP + time;
-    let mut warm = false;
-    while Instant::now() < until {
-        if !warm && Instant::now() >= until - time {
-            (warm, bytes, began) = (true, 0, Instant::now());
-        }
-        bytes += write_epoch(stream, frames)?;
+    let mut count = Count::begin(time);
+    while count.goes_on() {
+        count.bytes += write_epoch(stream, frames)?;
     }
-    Ok((bytes, began.elapsed().as_secs_f64()))
+    Ok(count.end())
 }
 
 /// As [`beat`]. A stream delivers in order, so one answer is read for each heartbeat; one that is late makes the next wait,

@@ -109,7 +109,7 @@ impl Queue {
             (self.shortest, self.since) = ([self.shortest[1], rtt], now);
         }
         self.shortest[1] = self.shortest[1].min(rtt);
-        rtt - self.shortest[0].min(self.shortest[1])
+        rtt.saturating_sub(self.shortest[0].min(self.shortest[1]))
     }
 }
 

@@ -1,7 +1,7 @@
 //! A link that is cut and healed under two hosts that go on living.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
@@ -50,9 +50,9 @@ impl Link {
             loop {
                 // Errors are those of ICMP: what a link does not tell either.
                 let Ok((len, from)) = near.recv_from(&mut buffer).await else { continue };
-                if !fars.contains_key(&from) {
+                if let Entry::Vacant(place) = fars.entry(from) {
                     let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
-                    fars.insert(from, far.clone());
+                    place.insert(far.clone());
                     backs.spawn(relay_back(far, near.clone(), from, is_up.clone()));
                 }
                 passed += 1;
