@@ -132,6 +132,7 @@ pub enum ConnectError {
 /// The UDP port. Dropped, it accepts no more; connections live on until they are dropped.
 #[derive(Debug)]
 pub struct Endpoint {
+    /// Of leases and pairings; see [`Sockets`] for the other two.
     pub(super) socket: quinn::Endpoint,
     bulk: quinn::Endpoint,
     bulk_dialing: quinn::Endpoint,

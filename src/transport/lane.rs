@@ -16,6 +16,9 @@ use super::{socket::Batched, sys};
 
 /// The runtime for an agent: what its tasks do must be short, and runs before what others on the host do. Bulk has a
 /// thread of its own; see [`Connection::thread`](super::Connection::thread).
+///
+/// A heartbeat's round trip while bulk has both of two CPUs busy, 99th percentile: 4.4 ms if all threads are equal, 3.4 ms if
+/// these have a nice value of -10 and have slices of 0.1 ms, 0.4 ms like this.
 pub fn prompt_runtime() -> io::Result<Runtime> {
     // Called by workers alone, not by the threads of `spawn_blocking`.
     Builder::new_multi_thread()
