@@ -1,13 +1,16 @@
 //! How it ends: protection that is given up, on both hosts; a workload that is removed, or has ended by itself; an agent
 //! that stops. None of these ends a workload that runs but `remove`, which is refused while it is protected.
 
-use tokio::{sync::oneshot, task::block_in_place};
+use tokio::sync::oneshot;
 
 use super::{
     api::{ApiError, UnprotectRequest, WorkloadStatus},
     owner::{Answer, Owner},
 };
-use crate::ha::{Input, Standing};
+use crate::{
+    ha::{Input, Standing},
+    transport::block_in_place,
+};
 
 impl Owner {
     pub(super) fn unprotect(&mut self, request: UnprotectRequest, answer: Answer<WorkloadStatus>) {

@@ -3,10 +3,8 @@
 
 use std::time::Duration;
 
-use tokio::task::block_in_place;
-
 use super::owner::{Owner, boot_now};
-use crate::ha::Input;
+use crate::{ha::Input, transport::block_in_place};
 
 /// How long freezing may take before it is reported.
 pub(super) const FENCE_LIMIT: Duration = Duration::from_secs(2);

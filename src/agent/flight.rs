@@ -15,7 +15,7 @@ use std::{
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
 };
 
 use super::{links::Link, owner::Msg, session::SessionError, throttle::Brake};
@@ -23,6 +23,7 @@ use crate::{
     capture::{CaptureError, Captured, Capturer, Finish, pace::Cost},
     delta::LinkRate,
     model::{EpochFigures, EpochId},
+    transport::{Connection, EpochSender},
     wire::message::{EpochAnswer, FrameHead},
 };
 
@@ -296,6 +297,38 @@ impl Shipping {
     }
 }
 
+/// An epoch but for its end, and what of it the link's rate knows nothing yet.
+struct Sent {
+    sender: EpochSender,
+    told: u64,
+    busy: Duration,
+}
+
+/// Sends an epoch's frames up to its manifest.
+async fn send_frames(
+    bulk: Connection,
+    mut frames: mpsc::Receiver<Frame>,
+    rate: Arc<LinkRate>,
+) -> Result<Sent, SessionError> {
+    let mut sender = bulk.send_epoch().await?;
+    // What the link itself takes: without the wait for frames, and with that for the commit of what is buffered.
+    let (mut told, mut busy) = (0, Duration::ZERO);
+    while let Some((head, body)) = frames.recv().await {
+        let began = Instant::now();
+        sender.frame(&head, body).await?;
+        busy += began.elapsed();
+        if sender.bytes() - told >= RATE_EVERY_BYTES {
+            rate.shipped(sender.bytes() - told, busy);
+            (told, busy) = (sender.bytes(), Duration::ZERO);
+        }
+        if let FrameHead::Manifest(_) = head {
+            return Ok(Sent { sender, told, busy });
+        }
+    }
+    // The capture has failed and says why.
+    Err(SessionError::Ended)
+}
+
 struct Shipped {
     bytes: u64,
     at: Instant,
@@ -308,31 +341,15 @@ async fn ship(
     link: Link,
     owner: mpsc::Sender<Msg>,
     id: EpochId,
-    (mut frames, rate): (mpsc::Receiver<Frame>, Arc<LinkRate>),
+    (frames, rate): (mpsc::Receiver<Frame>, Arc<LinkRate>),
     verdict: Option<std_mpsc::Sender<bool>>,
 ) -> Result<Shipped, SessionError> {
     let bulk = link.bulk().ok_or(SessionError::NoConnection)?;
-    let mut sender = bulk.send_epoch().await?;
-    let mut whole = false;
-    // What the link itself takes: without the wait for frames, and with that for the commit of what is buffered.
-    let (mut told, mut busy) = (0, Duration::ZERO);
-    while let Some((head, body)) = frames.recv().await {
-        whole = matches!(head, FrameHead::Manifest(_));
-        let began = Instant::now();
-        sender.frame(&head, &body).await?;
-        busy += began.elapsed();
-        if sender.bytes() - told >= RATE_EVERY_BYTES {
-            rate.shipped(sender.bytes() - told, busy);
-            (told, busy) = (sender.bytes(), Duration::ZERO);
-        }
-        if whole {
-            break;
-        }
-    }
-    if !whole {
-        // The capture has failed and says why.
-        return Err(SessionError::Ended);
-    }
+    // On bulk's thread; the set ends it with this call.
+    let mut sending = JoinSet::new();
+    sending.spawn_on(send_frames(bulk.clone(), frames, Arc::clone(&rate)), bulk.thread());
+    let Some(Ok(sent)) = sending.join_next().await else { return Err(SessionError::NoConnection) };
+    let Sent { sender, told, busy } = sent?;
     // The rest of a capture that goes on (CRIU ending its dump) must not meet a closed channel.
     let (permit, permitted) = oneshot::channel();
     owner.send(Msg::AskCommit { id, permit }).await.map_err(|_| SessionError::Ended)?;

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::oneshot, task::block_in_place};
+use tokio::sync::oneshot;
 
 use super::{
     api::{ApiError, HandoffReport, HandoffRequest},
@@ -26,6 +26,7 @@ use crate::{
     capture::converge::Allowed,
     ha::{Core, Input, Standing},
     model::Term,
+    transport::block_in_place,
 };
 
 /// A handoff under way.

@@ -69,7 +69,7 @@ async fn answer(agent: &Arc<Agent>, connection: &Connection, request: Request) -
 async fn serve_bulk(agent: Arc<Agent>, connection: Connection) {
     while let Ok(receiver) = connection.accept_epoch().await {
         let agent = Arc::clone(&agent);
-        tokio::spawn(async move {
+        connection.thread().spawn(async move {
             if let Err(error) = standby::receive(&agent, receiver).await {
                 tracing::debug!(%error, "an epoch did not arrive");
             }

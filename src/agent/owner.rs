@@ -20,10 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    task::block_in_place,
-};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     Agent,
@@ -41,7 +38,7 @@ use crate::{
     ha::{self, Action, Core, Input, Message, Standing, Ticket},
     model::{Epoch, EpochFigures, EpochId, Name, Term},
     observe::HistoryLog,
-    transport::Connection,
+    transport::{Connection, block_in_place},
     wire::message::{EpochAnswer, Reply, Request},
     workload::{guard::boot_time_ns, spec::WorkloadSpec},
 };

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
-use tokio::{sync::mpsc, task::block_in_place};
+use tokio::sync::mpsc;
 
 use super::{
     api::{ApiError, ProtectRequest, Source, WorkloadStatus},
@@ -17,6 +17,7 @@ use crate::{
     ha::{self, Copy, Core, Input, Message, Record, Standing, Start},
     model::{Epoch, EpochId, Term},
     takeover::{announce::SCHEDULE, check::check_vip},
+    transport::block_in_place,
     wire::message::Reply,
     workload::{
         guard::GuardState,

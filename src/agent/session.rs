@@ -32,7 +32,7 @@ use crate::{
         pace::Pace,
     },
     model::{Epoch, EpochId, Name, Term},
-    transport::{connection::RequestError, epoch::SendEpochError},
+    transport::{block_in_place, connection::RequestError, epoch::SendEpochError},
     wire::message::{EpochAnswer, FrameHead, Reply, Request},
     workload::spec::WorkloadSpec,
 };
@@ -252,7 +252,7 @@ impl Session {
         for _ in 0..std::mem::take(&mut at.commits) {
             capturer.committed();
         }
-        let resident = tokio::task::block_in_place(|| capturer.resident_bytes());
+        let resident = block_in_place(|| capturer.resident_bytes());
         let held = match resident {
             Ok(resident_bytes) => self.ask_standby(resident_bytes).await,
             Err(error) => Err(error.into()),

@@ -6,12 +6,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use tokio::{
-    sync::{mpsc, oneshot},
-    task::block_in_place,
-};
+use tokio::sync::{mpsc, oneshot};
 
 use super::owner::{Msg, Owner};
+use crate::transport::block_in_place;
 
 /// The whole of its time.
 const FULL_SPEED: u8 = 100;

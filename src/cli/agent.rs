@@ -26,11 +26,7 @@ pub(super) fn main(args: Args) -> Outcome {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .thread_name("standin")
-        .build()
-        .map_err(anyhow::Error::from)?;
+    let runtime = crate::transport::prompt_runtime().map_err(anyhow::Error::from)?;
     runtime
         .block_on(agent::main(config))
         .map_err(|error| Failure::new(ErrorCode::Failed, format!("{error:#}")))

@@ -1,13 +1,21 @@
 //! One channel to one peer: requests with replies, and datagrams. Either end may ask.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use quinn::{ConnectionError, RecvStream, SendDatagramError, SendStream};
-use tokio::time::{error::Elapsed, timeout};
+use tokio::{
+    runtime::Handle,
+    time::{error::Elapsed, timeout},
+};
 
 use super::{
-    Channel, CloseCode, PeerName,
+    Channel, CloseCode, PeerName, Shipment, ShippingRate,
     stream::{self, MessageError},
+    tuning,
 };
 use crate::wire::{
     codec::{self, CodecError},
@@ -23,6 +31,8 @@ pub struct Connection {
     inner: quinn::Connection,
     peer: PeerName,
     channel: Channel,
+    thread: Handle,
+    shipping: Arc<Mutex<ShippingRate>>,
 }
 
 /// Why a request has no reply. Whether the peer acted on it is then unknown.
@@ -79,8 +89,8 @@ pub enum DatagramError {
 }
 
 impl Connection {
-    pub(super) fn new(inner: quinn::Connection, peer: PeerName, channel: Channel) -> Self {
-        Self { inner, peer, channel }
+    pub(super) fn new(inner: quinn::Connection, peer: PeerName, channel: Channel, thread: Handle) -> Self {
+        Self { inner, peer, channel, thread, shipping: Arc::default() }
     }
 
     /// The other end.
@@ -91,6 +101,20 @@ impl Connection {
     /// What the connection is for.
     pub fn channel(&self) -> Channel {
         self.channel
+    }
+
+    /// Where QUIC drives it. What sends or takes epochs belongs there too: it is much work, and nothing else waits for it.
+    pub fn thread(&self) -> &Handle {
+        &self.thread
+    }
+
+    /// How fast the last epochs were shipped on it.
+    pub fn shipping(&self) -> ShippingRate {
+        *self.shipping.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn shipped(&self, shipment: Shipment) {
+        self.shipping.lock().unwrap_or_else(PoisonError::into_inner).record(shipment);
     }
 
     /// The address that the peer is seen at.
@@ -170,6 +194,11 @@ impl Connection {
                 Err(e) => tracing::warn!(peer = %self.peer, "datagram refused: {e}"),
             }
         }
+    }
+
+    /// Fits what an epoch may have on its way to the way's length.
+    pub(super) fn fit_send_window(&self) {
+        self.inner.set_send_window(tuning::send_window(self.inner.rtt()));
     }
 
     pub(super) async fn open_bi(&self) -> Result<(SendStream, RecvStream), ConnectionError> {

@@ -15,7 +15,9 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use quinn::{
     ClientConfig, ConnectionError, Incoming, ServerConfig, TokioRuntime, TransportConfig, TransportErrorCode,
 };
+use quinn_proto::{ConnectionIdGenerator, RandomConnectionIdGenerator};
 use tokio::{
+    runtime::Handle,
     sync::{Mutex, mpsc},
     task::{AbortHandle, JoinSet},
     time::timeout,
@@ -23,7 +25,9 @@ use tokio::{
 
 use super::{
     Channel, CloseCode, Connection, Fingerprint, Identity, PAIRING_ALPN, Peer, PeerName, Peers,
+    lane::Lane,
     pairing::{self, window::Gate},
+    socket::{Ids, Sockets},
     tls::{self, TlsError},
     tuning,
 };
@@ -41,6 +45,8 @@ const HANDSHAKES_BEFORE_RETRY: usize = 8;
 const ACCEPTED_MAX: usize = 16;
 /// The longest that [`Endpoint::close`] waits for the peers to hear of it.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
+/// Length of a connection's first id, which its dialer chooses.
+const FIRST_ID_LEN: usize = 20;
 /// The name that QUIC's API wants; it is not sent, and certificates are not judged by it.
 pub(super) const SERVER_NAME: &str = "standin";
 
@@ -126,10 +132,13 @@ pub enum ConnectError {
 /// The UDP port. Dropped, it accepts no more; connections live on until they are dropped.
 #[derive(Debug)]
 pub struct Endpoint {
+    /// Of leases and pairings; see [`Sockets`] for the other two.
     pub(super) socket: quinn::Endpoint,
+    bulk: quinn::Endpoint,
+    bulk_dialing: quinn::Endpoint,
     pub(super) host: Arc<Host>,
     accepted: Mutex<mpsc::Receiver<Connection>>,
-    acceptor: AbortHandle,
+    acceptors: [AbortHandle; 2],
 }
 
 /// What the tasks of an endpoint share.
@@ -138,6 +147,17 @@ pub(super) struct Host {
     pub(super) identity: Identity,
     pub(super) peers: Arc<Peers>,
     pub(super) gate: Arc<Gate>,
+    bulk_thread: Handle,
+}
+
+impl Host {
+    fn connection(&self, connection: quinn::Connection, peer: PeerName, channel: Channel) -> Connection {
+        let thread = match channel {
+            Channel::Lease => Handle::current(),
+            Channel::Bulk => self.bulk_thread.clone(),
+        };
+        Connection::new(connection, peer, channel, thread)
+    }
 }
 
 impl Endpoint {
@@ -148,14 +168,20 @@ impl Endpoint {
         let mut config = ServerConfig::with_crypto(Arc::new(tls));
         config.transport_config(Arc::new(tuning::acceptor())).max_incoming(HANDSHAKES_MAX);
         let error = |source| BindError::Socket { addr, source };
-        let udp = tuning::socket(addr).map_err(error)?;
-        let runtime = Arc::new(TokioRuntime);
-        let socket =
-            quinn::Endpoint::new(tuning::endpoint(&identity), Some(config), udp, runtime).map_err(error)?;
-        let host = Arc::new(Host { identity, peers, gate });
+        let udp = Sockets::bind(addr).map_err(error)?;
+        let lane = Lane::start().map_err(error)?;
+        let open = |channel, config, udp, runtime: Arc<dyn quinn::Runtime>| {
+            quinn::Endpoint::new(tuning::endpoint(&identity, channel), config, udp, runtime).map_err(error)
+        };
+        let lease = open(Channel::Lease, Some(config.clone()), udp.lease, Arc::new(TokioRuntime))?;
+        let bulk = open(Channel::Bulk, Some(config), udp.bulk, lane.clone())?;
+        let bulk_dialing = open(Channel::Bulk, None, udp.bulk_dialing, lane.clone())?;
+        let host = Arc::new(Host { identity, peers, gate, bulk_thread: lane.handle().clone() });
         let (sender, accepted) = mpsc::channel(ACCEPTED_MAX);
-        let acceptor = tokio::spawn(accept_all(socket.clone(), host.clone(), sender)).abort_handle();
-        Ok(Self { socket, host, accepted: Mutex::new(accepted), acceptor })
+        let acceptors = [&lease, &bulk].map(|socket| {
+            tokio::spawn(accept_all(socket.clone(), host.clone(), sender.clone())).abort_handle()
+        });
+        Ok(Self { socket: lease, bulk, bulk_dialing, host, accepted: Mutex::new(accepted), acceptors })
     }
 
     /// The address that the port is bound to.
@@ -176,9 +202,16 @@ impl Endpoint {
     /// Dials a peer; at most [`CONNECT_TIMEOUT`].
     pub async fn connect(&self, name: &PeerName, channel: Channel) -> Result<Connection, ConnectError> {
         let peer = self.host.peers.by_name(name).ok_or_else(|| ConnectError::Unknown(name.clone()))?;
-        let config = self.client_config(Some(peer.fingerprint), channel.alpn(), tuning::dialer(channel))?;
-        let dialed = self
-            .socket
+        let mut config =
+            self.client_config(Some(peer.fingerprint), channel.alpn(), tuning::dialer(channel))?;
+        config.initial_dst_cid_provider(Arc::new(move || {
+            Ids::new(RandomConnectionIdGenerator::new(FIRST_ID_LEN), channel).generate_cid()
+        }));
+        let socket = match channel {
+            Channel::Lease => &self.socket,
+            Channel::Bulk => &self.bulk_dialing,
+        };
+        let dialed = socket
             .connect_with(config, peer.addr, SERVER_NAME)
             .map_err(|source| ConnectError::Dial { peer: peer.name.clone(), addr: peer.addr, source })?;
         let welcomed = async {
@@ -189,7 +222,7 @@ impl Endpoint {
             connection.close_reason().map_or(Ok(connection), Err)
         };
         match timeout(CONNECT_TIMEOUT, welcomed).await {
-            Ok(Ok(connection)) => Ok(Connection::new(connection, peer.name, channel)),
+            Ok(Ok(connection)) => Ok(self.host.connection(connection, peer.name, channel)),
             Ok(Err(source)) => Err(not_connected(&peer, source)),
             Err(_) => Err(ConnectError::Timeout { peer: peer.name, addr: peer.addr }),
         }
@@ -203,10 +236,18 @@ impl Endpoint {
 
     /// Closes all connections and the port, and gives the peers a moment to hear of it.
     pub async fn close(&self) {
-        self.acceptor.abort();
-        self.socket.close(CloseCode::Done.into(), b"the agent stops");
+        self.acceptors.iter().for_each(AbortHandle::abort);
+        let sockets = [&self.socket, &self.bulk, &self.bulk_dialing];
+        for socket in sockets {
+            socket.close(CloseCode::Done.into(), b"the agent stops");
+        }
+        let idle = async {
+            for socket in sockets {
+                socket.wait_idle().await;
+            }
+        };
         // Who does not hear of it finds out by silence.
-        let _ = timeout(CLOSE_TIMEOUT, self.socket.wait_idle()).await;
+        let _ = timeout(CLOSE_TIMEOUT, idle).await;
     }
 
     pub(super) fn client_config(
@@ -224,9 +265,10 @@ impl Endpoint {
 
 impl Drop for Endpoint {
     fn drop(&mut self) {
-        self.acceptor.abort();
+        self.acceptors.iter().for_each(AbortHandle::abort);
         // Without this quinn would go on to answer handshakes while a connection lives.
         self.socket.set_server_config(None);
+        self.bulk.set_server_config(None);
     }
 }
 
@@ -301,7 +343,7 @@ async fn admit(incoming: Incoming, host: Arc<Host>, accepted: mpsc::Sender<Conne
         Ok::<_, quinn::WriteError>(())
     };
     if let Ok(Ok(())) = timeout(HANDSHAKE_TIMEOUT, welcomed).await {
-        place.send(Connection::new(connection, peer.name, channel));
+        place.send(host.connection(connection, peer.name, channel));
     } else {
         tracing::debug!(%addr, "lost before it was welcomed");
     }

@@ -15,13 +15,14 @@
 //!   All streams of a connection share that window: an epoch that is not read holds up the others, so
 //!   workloads that must not wait for each other have a bulk connection each.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use quinn::{ConnectionError, ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::time::timeout;
 
 use super::{
-    CloseCode, Connection, PeerName,
+    CloseCode, Connection, PeerName, Shipment,
     stream::{self, MessageError},
 };
 use crate::wire::{
@@ -131,10 +132,13 @@ pub enum RecvEpochError {
 impl Connection {
     /// Begins an epoch.
     pub async fn send_epoch(&self) -> Result<EpochSender, SendEpochError> {
+        self.fit_send_window();
         let lost = |source| SendEpochError::Lost { peer: self.peer().clone(), source };
         let (send, recv) = self.open_bi().await.map_err(lost)?;
         let (peer, writer) = (self.peer().clone(), EpochWriter::new());
-        Ok(EpochSender { peer, send, recv, writer, state: Sending::Ready })
+        let connection = self.clone();
+        let sending = Duration::ZERO;
+        Ok(EpochSender { connection, peer, send, recv, writer, state: Sending::Ready, sending })
     }
 
     /// Waits for the peer's next epoch.
@@ -159,37 +163,48 @@ enum Sending {
 /// Sends one epoch.
 #[derive(Debug)]
 pub struct EpochSender {
+    connection: Connection,
     peer: PeerName,
     send: SendStream,
     recv: RecvStream,
     writer: EpochWriter,
     state: Sending,
+    /// Time spent in `frame` so far.
+    sending: Duration,
 }
 
 impl EpochSender {
     /// Sends a frame; waits while the receiver is behind by a window. `End` is sent by
     /// [`EpochSender::finish`] alone. After an error, or if the call is dropped half-way, the epoch is lost.
-    pub async fn frame(&mut self, head: &FrameHead, body: &[u8]) -> Result<(), SendEpochError> {
+    pub async fn frame(&mut self, head: &FrameHead, body: impl Into<Bytes>) -> Result<(), SendEpochError> {
         self.begin_write()?;
-        let prefix = self.writer.frame(head, body)?;
-        self.write(&prefix).await?;
+        let (body, began) = (body.into(), Instant::now());
+        let prefix = self.writer.frame(head, &body)?;
+        self.write(prefix.into()).await?;
         self.write(body).await?;
+        self.sending += began.elapsed();
         self.state = Sending::Ready;
         Ok(())
     }
 
-    /// Sends the epoch's end and waits for the peer's answer.
+    /// Sends the epoch's end and waits for the peer's answer. If that is a commit, [`Connection::shipping`] knows of it.
     pub async fn finish(mut self, within: Duration) -> Result<EpochAnswer, SendEpochError> {
         self.begin_write()?;
+        let asked = Instant::now();
         let end = self.writer.end()?;
-        match self.write(&end).await {
+        match self.write(end.into()).await {
             Err(SendEpochError::Answered { answer, .. }) => return Ok(*answer),
             written => written?,
         }
         let ended = self.send.finish().map_err(|_| WriteError::ClosedStream);
         ended.map_err(|source| SendEpochError::Write { peer: self.peer.clone(), source })?;
         self.state = Sending::Ended;
-        self.read_answer(within).await
+        let answer = self.read_answer(within).await?;
+        if let EpochAnswer::Committed { .. } = answer {
+            let (bytes, sending) = (self.writer.bytes(), self.sending);
+            self.connection.shipped(Shipment { bytes, sending, answering: asked.elapsed() });
+        }
+        Ok(answer)
     }
 
     /// Bytes handed to QUIC so far.
@@ -204,12 +219,12 @@ impl EpochSender {
         }
     }
 
-    async fn write(&mut self, bytes: &[u8]) -> Result<(), SendEpochError> {
+    async fn write(&mut self, bytes: Bytes) -> Result<(), SendEpochError> {
         // quinn-proto 0.11 does not end a write that waits for the connection's window when the peer stops the
         // stream (`write_source` looks at the window first), so that is waited for beside it.
         let stopped = self.send.stopped();
         let written = tokio::select! {
-            written = self.send.write_all(bytes) => written,
+            written = self.send.write_chunk(bytes) => written,
             Ok(Some(code)) = stopped => Err(WriteError::Stopped(code)),
         };
         match written {

@@ -12,6 +12,7 @@
 //! - [`endpoint`]: the UDP port; connects and accepts.
 //! - [`connection`]: requests, replies and datagrams of a channel.
 //! - [`epoch`]: an epoch as a stream.
+//! - [`rate`]: how fast epochs are shipped.
 //! - [`pairing`]: how two hosts come to trust each other by a code that a person types.
 //!
 //! Invariants:
@@ -19,11 +20,17 @@
 //!   nothing. TLS 1.3 only, no resumption, no early data: each connection is proven anew.
 //! - No byte of ours reaches a host that is not a peer, except pairing's challenge while a code is open.
 //! - Memory is bounded by QUIC's flow control: what is not read is not received.
+//! - A big epoch does not cost the lease: each channel has sockets (`socket`) and threads (`lane`) of its own, those of leases
+//!   run first (`sys`), and bulk keeps the queues on the link short (`congestion`).
 //! - The side that sends epochs dials: its transport configuration (congestion control, windows) is the one
 //!   made for bulk.
 
+mod congestion;
+mod lane;
 mod private_file;
+mod socket;
 mod stream;
+mod sys;
 mod tls;
 mod tuning;
 
@@ -33,13 +40,16 @@ pub mod epoch;
 pub mod identity;
 pub mod pairing;
 pub mod peers;
+pub mod rate;
 
 pub use connection::{Connection, Responder};
 pub use endpoint::Endpoint;
 pub use epoch::{EpochReceiver, EpochSender};
 pub use identity::{Fingerprint, Identity};
+pub use lane::{block_in_place, prompt_runtime};
 pub use peers::{Peer, PeerName, Peers};
 pub use private_file::PrivateFileError;
+pub use rate::{Shipment, ShippingRate};
 pub use stream::MessageError;
 pub use tls::TlsError;
 

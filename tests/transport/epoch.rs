@@ -21,7 +21,7 @@ pub(crate) fn begin() -> FrameHead {
     FrameHead::Begin { name: "db".parse().unwrap(), id: ID, base: None }
 }
 
-fn batch(number: u64) -> (FrameHead, Vec<u8>) {
+pub(crate) fn batch(number: u64) -> (FrameHead, Vec<u8>) {
     let runs = vec![PageRun { start: number << 20, pages: 256, zero: false }];
     let head = BatchHead { space: Space::Task(1), runs, form: Form::Pages, packing: Packing::Raw };
     (FrameHead::Pages(head), vec![number as u8; 1 << 20])
@@ -60,12 +60,12 @@ async fn epochs_of_64_mib_arrive_whole_on_one_connection() {
     for _ in 0..3 {
         let send = async {
             let mut epoch = bulk.from.send_epoch().await.unwrap();
-            epoch.frame(&begin(), &[]).await.unwrap();
+            epoch.frame(&begin(), Vec::new()).await.unwrap();
             for number in 0..64 {
                 let (head, body) = batch(number);
-                epoch.frame(&head, &body).await.unwrap();
+                epoch.frame(&head, body).await.unwrap();
             }
-            epoch.frame(&manifest(64), &[]).await.unwrap();
+            epoch.frame(&manifest(64), Vec::new()).await.unwrap();
             epoch.finish(ANSWER_WITHIN).await.unwrap()
         };
         let receive = async {
@@ -88,15 +88,15 @@ async fn epochs_of_64_mib_arrive_whole_on_one_connection() {
 async fn an_epoch_that_its_sender_gives_up_never_ends_well() {
     let bulk = bulk().await;
     let mut sender = bulk.from.send_epoch().await.unwrap();
-    sender.frame(&begin(), &[]).await.unwrap();
-    sender.frame(&manifest(0), &[]).await.unwrap_err();
+    sender.frame(&begin(), Vec::new()).await.unwrap();
+    sender.frame(&manifest(0), Vec::new()).await.unwrap_err();
     // A refused frame spoils the epoch for good, though nothing of it was sent.
-    let spoiled = sender.frame(&manifest(1), &[]).await.unwrap_err();
+    let spoiled = sender.frame(&manifest(1), Vec::new()).await.unwrap_err();
     assert!(matches!(spoiled, SendEpochError::Abandoned { .. }), "{spoiled}");
 
     let mut sender = bulk.from.send_epoch().await.unwrap();
-    sender.frame(&begin(), &[]).await.unwrap();
-    sender.frame(&manifest(1), &[]).await.unwrap();
+    sender.frame(&begin(), Vec::new()).await.unwrap();
+    sender.frame(&manifest(1), Vec::new()).await.unwrap();
     let mut first = soon(bulk.to.accept_epoch()).await.unwrap();
     let mut second = soon(bulk.to.accept_epoch()).await.unwrap();
     soon(second.next_frame()).await.unwrap();
@@ -114,10 +114,10 @@ async fn an_early_answer_stops_the_sender() {
     let need_full = EpochAnswer::NeedFull { held: None, reason: "no base".into() };
     let send = async {
         let mut epoch = bulk.from.send_epoch().await.unwrap();
-        epoch.frame(&begin(), &[]).await.unwrap();
+        epoch.frame(&begin(), Vec::new()).await.unwrap();
         for number in 0.. {
             let (head, body) = batch(number % 256);
-            if let Err(e) = epoch.frame(&head, &body).await {
+            if let Err(e) = epoch.frame(&head, body).await {
                 return e;
             }
         }
@@ -137,19 +137,19 @@ async fn an_early_answer_stops_the_sender() {
 async fn a_receiver_that_does_not_read_holds_the_sender_back() {
     let bulk = bulk().await;
     let mut sender = bulk.from.send_epoch().await.unwrap();
-    sender.frame(&begin(), &[]).await.unwrap();
+    sender.frame(&begin(), Vec::new()).await.unwrap();
     let receiver = soon(bulk.to.accept_epoch()).await.unwrap();
     let flood = async {
         for number in 0..1024 {
             let (head, body) = batch(number);
-            sender.frame(&head, &body).await.unwrap();
+            sender.frame(&head, body).await.unwrap();
         }
     };
     tokio::time::timeout(Duration::from_secs(2), flood).await.unwrap_err();
     // What the receiver's window and the sender's buffer hold, and no more.
     assert!(sender.bytes() < 80 << 20, "{}", sender.bytes());
     // A frame that was dropped half-way spoils the epoch.
-    assert!(matches!(sender.frame(&manifest(1), &[]).await, Err(SendEpochError::Abandoned { .. })));
+    assert!(matches!(sender.frame(&manifest(1), Vec::new()).await, Err(SendEpochError::Abandoned { .. })));
     drop(receiver);
 }
 
@@ -158,8 +158,8 @@ async fn without_an_answer_the_sender_does_not_believe_in_a_commit() {
     let bulk = bulk().await;
     let send = async {
         let mut epoch = bulk.from.send_epoch().await.unwrap();
-        epoch.frame(&begin(), &[]).await.unwrap();
-        epoch.frame(&manifest(1), &[]).await.unwrap();
+        epoch.frame(&begin(), Vec::new()).await.unwrap();
+        epoch.frame(&manifest(1), Vec::new()).await.unwrap();
         epoch.finish(ANSWER_WITHIN).await
     };
     let receive = async {
@@ -169,8 +169,8 @@ async fn without_an_answer_the_sender_does_not_believe_in_a_commit() {
     let (answer, ()) = soon(Box::pin(async { tokio::join!(send, receive) })).await;
     assert!(matches!(answer, Err(SendEpochError::Answer { .. })), "{answer:?}");
     let mut epoch = bulk.from.send_epoch().await.unwrap();
-    epoch.frame(&begin(), &[]).await.unwrap();
-    epoch.frame(&manifest(1), &[]).await.unwrap();
+    epoch.frame(&begin(), Vec::new()).await.unwrap();
+    epoch.frame(&manifest(1), Vec::new()).await.unwrap();
     let late = soon(epoch.finish(Duration::from_millis(100))).await;
     assert!(matches!(late, Err(SendEpochError::Timeout { .. })), "{late:?}");
 }

@@ -1,6 +1,7 @@
 //! A link that is cut and healed under two hosts that go on living.
 
 use std::{
+    collections::{HashMap, hash_map::Entry},
     net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
@@ -13,13 +14,21 @@ use standin::{
     ha::Message,
     model::Term,
     transport::{Channel, Peer, endpoint::ConnectError},
-    wire::message::Datagram,
+    wire::message::{Datagram, EpochAnswer},
 };
-use tokio::{net::UdpSocket, task::AbortHandle};
+use tokio::{
+    net::UdpSocket,
+    task::{AbortHandle, JoinSet},
+};
 
-use crate::{Host, bind, paired, rebind, soon};
+use crate::{
+    Host, SOON, bind,
+    epoch::{ID, batch, begin, drain, manifest},
+    paired, rebind, soon,
+};
 
-/// A relay between one dialer and one target that can be made to swallow everything.
+/// A relay to one target that can be made to swallow everything, or each so many'th packet. As behind a NAT, each socket
+/// that dials has one of the relay's.
 struct Link {
     addr: SocketAddr,
     up: Arc<AtomicBool>,
@@ -28,27 +37,27 @@ struct Link {
 
 impl Link {
     async fn to(target: SocketAddr) -> Self {
-        let near = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let far = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        Self::losing(target, usize::MAX).await
+    }
+
+    async fn losing(target: SocketAddr, each: usize) -> Self {
+        let near = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
         let (addr, up) = (near.local_addr().unwrap(), Arc::new(AtomicBool::new(true)));
         let is_up = up.clone();
         let relay = tokio::spawn(async move {
-            let (mut out, mut back) = (vec![0; 65_536], vec![0; 65_536]);
-            let mut dialer = addr;
+            let (mut buffer, mut fars, mut passed) = (vec![0; 65_536], HashMap::new(), 0);
+            let mut backs = JoinSet::new();
             loop {
                 // Errors are those of ICMP: what a link does not tell either.
-                tokio::select! {
-                    Ok((len, from)) = near.recv_from(&mut out) => {
-                        dialer = from;
-                        if is_up.load(Ordering::Relaxed) {
-                            let _ = far.send_to(&out[..len], target).await;
-                        }
-                    }
-                    Ok((len, _)) = far.recv_from(&mut back) => {
-                        if is_up.load(Ordering::Relaxed) {
-                            let _ = near.send_to(&back[..len], dialer).await;
-                        }
-                    }
+                let Ok((len, from)) = near.recv_from(&mut buffer).await else { continue };
+                if let Entry::Vacant(place) = fars.entry(from) {
+                    let far = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                    place.insert(far.clone());
+                    backs.spawn(relay_back(far, near.clone(), from, is_up.clone()));
+                }
+                passed += 1;
+                if is_up.load(Ordering::Relaxed) && passed % each != 0 {
+                    let _ = fars[&from].send_to(&buffer[..len], target).await;
                 }
             }
         });
@@ -57,6 +66,17 @@ impl Link {
 
     fn set(&self, up: bool) {
         self.up.store(up, Ordering::Relaxed);
+    }
+}
+
+async fn relay_back(far: Arc<UdpSocket>, near: Arc<UdpSocket>, dialer: SocketAddr, is_up: Arc<AtomicBool>) {
+    let mut buffer = vec![0; 65_536];
+    loop {
+        if let Ok((len, _)) = far.recv_from(&mut buffer).await
+            && is_up.load(Ordering::Relaxed)
+        {
+            let _ = near.send_to(&buffer[..len], dialer).await;
+        }
     }
 }
 
@@ -143,4 +163,34 @@ fn a_peer_that_was_killed_and_is_back_is_noticed_at_once() {
         soon(bulk.closed()).await;
         assert!(back.elapsed() < Duration::from_secs(3), "{:?}", back.elapsed());
     });
+}
+
+#[tokio::test]
+async fn an_epoch_arrives_whole_over_a_link_that_loses_packets() {
+    let (a, b) = paired();
+    let link = Link::losing(b.addr(), 100).await;
+    let mut through = b.as_peer("b");
+    through.addr = link.addr;
+    a.endpoint.peers().add(through).unwrap();
+    let from = soon(a.endpoint.connect(&"b".parse().unwrap(), Channel::Bulk)).await.unwrap();
+    let to = soon(b.endpoint.accept()).await.unwrap();
+    let send = async {
+        let mut sender = from.send_epoch().await.unwrap();
+        sender.frame(&begin(), Vec::new()).await.unwrap();
+        for number in 0..16 {
+            let (head, body) = batch(number);
+            sender.frame(&head, body).await.unwrap();
+        }
+        sender.frame(&manifest(16), Vec::new()).await.unwrap();
+        sender.finish(SOON).await.unwrap()
+    };
+    let receive = async {
+        let mut epoch = to.accept_epoch().await.unwrap();
+        assert_eq!(drain(&mut epoch).await.unwrap().len(), 18);
+        epoch.answer(&EpochAnswer::Committed { id: ID, busy_us: 0 }).await.unwrap();
+    };
+    let (answer, ()) = soon(Box::pin(async { tokio::join!(send, receive) })).await;
+    assert_eq!(answer, EpochAnswer::Committed { id: ID, busy_us: 0 });
+    assert!(from.shipping().bytes_per_s().is_some_and(|rate| rate > 0.0));
+    assert!(from.shipping().time_for(16 << 20).is_some());
 }
