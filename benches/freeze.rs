@@ -1,18 +1,22 @@
 //! How long a workload is frozen for an epoch: CRIU alone, CRIU into a page server, and Standin, side by side.
 //!
-//! `cargo bench --bench freeze -- [--json FILE] [--quick]`, as root.
+//! `cargo bench --bench freeze -- [--json FILE] [--quick] [--only RSS_MB[,DIRTY_PAGES]] [--method METHOD]`, as root.
 //!
 //! Each method has a process of its own, all alike, in a sandbox of its own. In every round each process in turn writes
-//! some scattered pages and is then captured, so that whatever else the machine does meets all of them.
+//! some scattered pages and is then captured, so that whatever else the machine does meets all of them. Of 4 GB there is
+//! room for one at a time: there one method follows the other.
 //!
 //! | method | what it does in the freeze |
 //! |---|---|
 //! | criu-full | `criu dump --leave-running` into a tmpfs |
 //! | criu-page-server | the same, with the pages sent to a socket and dropped there |
+//! | standin-without-bpf | as the next, where the kernel permits no BPF: CRIU lists the mappings |
 //! | standin | an incremental epoch, as the agent captures it; its frames are dropped |
 //!
-//! Frozen time is CRIU's own figure in all three, `freezing_time + frozen_time` of its statistics: from the first task
-//! stopped to the last task running again.
+//! Frozen time is CRIU's own figure in all of them, `freezing_time + frozen_time` of its statistics: from the first task
+//! stopped to the last task running again. Of Standin's it is split, in medians: `freeze` until all tasks stand, `lists`
+//! of the mappings, for which CRIU waits, `fold` from its close of the page server to our answer, for which it waits too;
+//! the rest is CRIU's. `scan` and `read` run beside that.
 
 use std::{
     error::Error,
@@ -30,7 +34,7 @@ use nix::{
     unistd::Pid,
 };
 use standin::{
-    capture::{Capturer, Finish, Source, Tracking},
+    capture::{Capturer, Finish, FreezeParts, Source, Tracking},
     criu::{
         Install,
         bridge::Bridge,
@@ -53,10 +57,15 @@ use standin::{
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_standin");
-const RSS_MB: [u64; 2] = [16, 256];
-const DIRTY_PAGES: [u64; 2] = [250, 2500];
+const RSS_MB: [u64; 4] = [16, 256, 1024, 4096];
+const DIRTY_PAGES: [u64; 3] = [250, 2500, 25_000];
 const EPOCHS: usize = 40;
+/// Of what takes seconds.
+const EPOCHS_FEW: usize = 20;
 const EPOCHS_QUICK: usize = 5;
+/// Sizes of which there is room for all methods at once.
+const TOGETHER_MB_MAX: u64 = 1024;
+const QUICK_MB_MAX: u64 = 256;
 /// The first epoch of a process is a full one, and the caches of the second are cold.
 const WARM_UP: usize = 2;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -89,8 +98,83 @@ struct Row {
     rss_mb: u64,
     dirty_pages: u64,
     method: &'static str,
+    epochs: usize,
     frozen_ms_p50: f64,
     frozen_ms_p99: f64,
+    /// Medians of Standin's parts.
+    #[serde(flatten)]
+    parts: Option<Parts>,
+}
+
+#[derive(serde::Serialize)]
+struct Parts {
+    freeze_ms: f64,
+    criu_ms: f64,
+    lists_ms: f64,
+    scan_ms: f64,
+    read_ms: f64,
+    fold_ms: f64,
+}
+
+/// One epoch's.
+struct Sample {
+    frozen_us: u64,
+    parts: Option<FreezeParts>,
+}
+
+/// What to measure.
+struct Wanted {
+    epochs: usize,
+    quick: bool,
+    rss_mb: Option<u64>,
+    dirty_pages: Option<u64>,
+    method: Option<String>,
+    json: Option<PathBuf>,
+}
+
+const USAGE: &str = "usage: freeze [--json FILE] [--quick] [--only RSS_MB[,DIRTY_PAGES]] [--method METHOD]";
+
+impl Wanted {
+    fn parse(args: impl Iterator<Item = String>) -> Result<Self> {
+        let mut wanted =
+            Self { epochs: EPOCHS, quick: false, rss_mb: None, dirty_pages: None, method: None, json: None };
+        let mut args = args;
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().ok_or(format!("{arg} needs a value; {USAGE}"));
+            match arg.as_str() {
+                "--json" => wanted.json = Some(value()?.into()),
+                "--quick" => (wanted.quick, wanted.epochs) = (true, EPOCHS_QUICK),
+                "--only" => {
+                    let only = value()?;
+                    let (rss_mb, dirty_pages) = only.split_once(',').unwrap_or((&only, ""));
+                    wanted.rss_mb = Some(rss_mb.parse()?);
+                    wanted.dirty_pages =
+                        (!dirty_pages.is_empty()).then(|| dirty_pages.parse()).transpose()?;
+                }
+                "--method" => wanted.method = Some(value()?),
+                // Cargo's own.
+                "--bench" => {}
+                other => return Err(format!("{other}: what is it? {USAGE}").into()),
+            }
+        }
+        Ok(wanted)
+    }
+
+    fn sizes(&self) -> Vec<u64> {
+        let most = if self.quick { QUICK_MB_MAX } else { u64::MAX };
+        self.rss_mb.map_or_else(|| RSS_MB.into_iter().filter(|mb| *mb <= most).collect(), |mb| vec![mb])
+    }
+
+    /// As many as the memory has.
+    fn dirty_pages(&self, rss_mb: u64) -> Vec<u64> {
+        let wanted = self.dirty_pages.map_or_else(|| DIRTY_PAGES.to_vec(), |pages| vec![pages]);
+        wanted.into_iter().filter(|pages| *pages <= rss_mb * (1 << 20) / PAGE_SIZE).collect()
+    }
+
+    fn methods(&self) -> Vec<Method> {
+        let named = |method: &Method| self.method.as_ref().is_none_or(|name| name == method.name());
+        METHODS.into_iter().filter(named).collect()
+    }
 }
 
 fn main() -> Result<()> {
@@ -98,74 +182,118 @@ fn main() -> Result<()> {
     if let ["write", counter, rss_mb, dirty_pages] = args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         return write_pages(Path::new(counter), rss_mb.parse()?, dirty_pages.parse()?);
     }
-    let (mut json, mut epochs) = (None, EPOCHS);
-    let mut rest = args.into_iter();
-    while let Some(arg) = rest.next() {
-        match arg.as_str() {
-            "--json" => json = Some(PathBuf::from(rest.next().ok_or("--json needs a file")?)),
-            "--quick" => epochs = EPOCHS_QUICK,
-            // Cargo's own.
-            "--bench" => {}
-            other => {
-                return Err(format!("{other}: what is it? usage: freeze [--json FILE] [--quick]").into());
-            }
-        }
-    }
+    let wanted = Wanted::parse(args.into_iter())?;
     let mut rows = Vec::new();
-    println!("{epochs} epochs each, frozen time in ms");
-    println!("{:>6} {:>6}  {:<19} {:>8} {:>8}  of criu-full", "rss MB", "dirty", "method", "p50", "p99");
-    for rss_mb in RSS_MB {
-        for dirty_pages in DIRTY_PAGES {
-            let measured = measure(rss_mb, dirty_pages, epochs)?;
-            for row in &measured {
-                println!(
-                    "{rss_mb:>6} {dirty_pages:>6}  {:<19} {:>8.1} {:>8.1}  {:>10.2}",
-                    row.method,
-                    row.frozen_ms_p50,
-                    row.frozen_ms_p99,
-                    row.frozen_ms_p50 / measured[0].frozen_ms_p50
-                );
+    println!("frozen time in ms; the parts are medians");
+    println!(
+        "{:>6} {:>6}  {:<19} {:>6} {:>8} {:>8} {:>8}  {:>7} {:>6} {:>6} {:>6} {:>6} {:>6}",
+        "rss MB",
+        "dirty",
+        "method",
+        "epochs",
+        "p50",
+        "p99",
+        "of full",
+        "freeze",
+        "criu",
+        "lists",
+        "fold",
+        "scan",
+        "read"
+    );
+    for rss_mb in wanted.sizes() {
+        for dirty_pages in wanted.dirty_pages(rss_mb) {
+            let mut measured = Vec::new();
+            let methods = wanted.methods();
+            let together = if rss_mb <= TOGETHER_MB_MAX { methods.len() } else { 1 };
+            for methods in methods.chunks(together.max(1)) {
+                measured.extend(measure(methods, rss_mb, dirty_pages, wanted.epochs)?);
             }
+            measured.iter().for_each(|row| row.print(measured[0].frozen_ms_p50));
             rows.extend(measured);
         }
     }
-    if let Some(path) = json {
+    if let Some(path) = wanted.json {
         fs::write(path, serde_json::to_vec_pretty(&rows)?)?;
     }
     Ok(())
 }
 
-fn measure(rss_mb: u64, dirty_pages: u64, epochs: usize) -> Result<Vec<Row>> {
+fn measure(methods: &[Method], rss_mb: u64, dirty_pages: u64, epochs: usize) -> Result<Vec<Row>> {
     let mut subjects = Vec::new();
-    for method in METHODS {
-        subjects.push((Subject::start(method, rss_mb, dirty_pages)?, Vec::new()));
+    for method in methods {
+        subjects.push((Subject::start(*method, rss_mb, dirty_pages)?, Vec::new()));
     }
+    let epochs = if rss_mb > QUICK_MB_MAX { epochs.min(EPOCHS_FEW) } else { epochs };
     for round in 0..WARM_UP + epochs {
-        for (subject, frozen_us) in &mut subjects {
+        for (subject, samples) in &mut subjects {
             subject.write()?;
-            let us = subject.capture()?;
+            let sample = subject.capture()?;
             if round >= WARM_UP {
-                frozen_us.push(us);
+                samples.push(sample);
             }
         }
     }
-    let row = |(subject, mut frozen_us): (Subject, Vec<u64>)| {
-        frozen_us.sort_unstable();
-        Row {
-            rss_mb,
-            dirty_pages,
-            method: subject.method.name(),
-            frozen_ms_p50: percentile_ms(&frozen_us, 50),
-            frozen_ms_p99: percentile_ms(&frozen_us, 99),
-        }
+    let row = |(subject, samples): (Subject, Vec<Sample>)| Row {
+        rss_mb,
+        dirty_pages,
+        method: subject.method.name(),
+        epochs,
+        frozen_ms_p50: percentile_ms(&samples, 50, |sample| Some(sample.frozen_us)).unwrap_or_default(),
+        frozen_ms_p99: percentile_ms(&samples, 99, |sample| Some(sample.frozen_us)).unwrap_or_default(),
+        parts: Parts::of(&samples),
     };
     Ok(subjects.into_iter().map(row).collect())
 }
 
-/// Nearest rank.
-fn percentile_ms(sorted_us: &[u64], percent: usize) -> f64 {
-    let rank = (sorted_us.len() * percent).div_ceil(100).max(1);
-    sorted_us[rank - 1] as f64 / 1000.0
+impl Row {
+    fn print(&self, full_ms: f64) {
+        print!(
+            "{:>6} {:>6}  {:<19} {:>6} {:>8.1} {:>8.1} {:>8.2}",
+            self.rss_mb,
+            self.dirty_pages,
+            self.method,
+            self.epochs,
+            self.frozen_ms_p50,
+            self.frozen_ms_p99,
+            self.frozen_ms_p50 / full_ms
+        );
+        if let Some(parts) = &self.parts {
+            let Parts { freeze_ms, criu_ms, lists_ms, scan_ms, read_ms, fold_ms } = parts;
+            print!(
+                "  {freeze_ms:>7.2} {criu_ms:>6.2} {lists_ms:>6.2} {fold_ms:>6.2} {scan_ms:>6.2} {read_ms:>6.2}"
+            );
+        }
+        println!();
+    }
+}
+
+impl Parts {
+    fn of(samples: &[Sample]) -> Option<Self> {
+        let median = |part: &dyn Fn(&FreezeParts) -> u64| {
+            percentile_ms(samples, 50, |sample| sample.parts.as_ref().map(part))
+        };
+        let criu = |sample: &Sample| {
+            let parts = sample.parts?;
+            Some(sample.frozen_us.saturating_sub(parts.stopping_us + parts.lists_us + parts.close_us))
+        };
+        Some(Self {
+            freeze_ms: median(&|parts| parts.stopping_us)?,
+            criu_ms: percentile_ms(samples, 50, criu)?,
+            lists_ms: median(&|parts| parts.lists_us)?,
+            scan_ms: median(&|parts| parts.scan_us)?,
+            read_ms: median(&|parts| parts.read_us)?,
+            fold_ms: median(&|parts| parts.close_us)?,
+        })
+    }
+}
+
+/// Nearest rank; none if a sample has no such figure.
+fn percentile_ms(samples: &[Sample], percent: usize, figure: impl Fn(&Sample) -> Option<u64>) -> Option<f64> {
+    let mut us = samples.iter().map(figure).collect::<Option<Vec<u64>>>()?;
+    us.sort_unstable();
+    let rank = (us.len() * percent).div_ceil(100).max(1);
+    Some(*us.get(rank - 1)? as f64 / 1000.0)
 }
 
 /// A process in its sandbox, and what captures it.
@@ -273,19 +401,21 @@ impl Subject {
         self.await_count(count + 1)
     }
 
-    /// Captures it; the frozen time in microseconds.
-    fn capture(&mut self) -> Result<u64> {
+    fn capture(&mut self) -> Result<Sample> {
         self.epochs += 1;
-        let Some(capturer) = &mut self.capturer else { return self.dump() };
+        let Some(capturer) = &mut self.capturer else {
+            return Ok(Sample { frozen_us: self.dump()?, parts: None });
+        };
         let id = |epoch| EpochId { term: Term(1), epoch: Epoch(epoch) };
         let base = (self.epochs > 1).then(|| id(self.epochs - 1));
         let head = FrameHead::Begin { name: self.name.clone(), id: id(self.epochs), base };
         let captured = capturer.capture(head, Finish::Continue, &mut |_, _| Ok(()))?;
         capturer.committed();
         capturer.spawn_ahead()?;
-        Ok(captured.figures.frozen_us)
+        Ok(Sample { frozen_us: captured.figures.frozen_us, parts: Some(captured.parts) })
     }
 
+    /// The frozen time, microseconds.
     fn dump(&self) -> Result<u64> {
         let images = self.ram.path().join("images");
         fs::create_dir(&images)?;

@@ -435,7 +435,7 @@ fn settle(
     shipped_at: Instant,
 ) -> (Progress, Result<(EpochFigures, bool), SessionError>) {
     let error = match (captured, shipped) {
-        (Ok(Captured { mut figures, killed }), Ok(shipped)) => {
+        (Ok(Captured { mut figures, killed, .. }), Ok(shipped)) => {
             progress.capturer.committed();
             progress.base = Some(id);
             figures.shipped_bytes = shipped.bytes;

@@ -1,17 +1,19 @@
 //! What is read while the tree is frozen.
 //!
-//! CRIU's page-server records arrive on one thread; the scan and the reads run on another, begun at the first record
-//! so that they overlap with what CRIU does anyway, and finished when CRIU closes.
+//! CRIU's page-server records arrive on one thread; the scan and the reads run on another, begun when the tree stands so
+//! that they overlap with what CRIU does anyway, and finished when CRIU closes.
 
 use std::{
     collections::BTreeMap,
     io,
     sync::mpsc::{Receiver, Sender, channel},
+    time::Instant,
 };
 
 use super::{
     engine::CaptureError,
     files::{Change, Files},
+    maps::{self, Ours},
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -58,19 +60,55 @@ pub(super) struct Frozen {
     pub(super) files: Vec<Change>,
     /// Private pages found written in the freeze.
     pub(super) dirty_pages: u64,
+    /// What took how long.
+    pub(super) parts: FreezeParts,
+}
+
+/// What of the frozen time is ours. Scan and read run beside CRIU's work; it waits for the lists and at the close.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FreezeParts {
+    /// CRIU's figure: from the first task stopped to the last task stopped.
+    pub stopping_us: u64,
+    /// Listing the mappings for CRIU, which waits.
+    pub lists_us: u64,
+    /// Finding the written pages, in both passes.
+    pub scan_us: u64,
+    /// Reading those, and what was found stale before the freeze, in both passes.
+    pub read_us: u64,
+    /// From CRIU's close of the page server to our answer, for which it waits: what is left of the first pass, the second
+    /// one, and the replicated directories.
+    pub close_us: u64,
 }
 
 /// From the page server's thread to the reader's.
 enum Order {
-    Begin,
-    Finish { manifest: Manifest, sent: Vec<Sent> },
+    /// All tasks stand; of these mappings we list the pages.
+    Begin(Ours),
+    /// CRIU has come to the first task's memory.
+    Opened,
+    Finish {
+        manifest: Manifest,
+        sent: Vec<Sent>,
+        closed: Instant,
+    },
+}
+
+/// Begins the reader's work; dropped without that, there was no freeze.
+pub(super) struct Starter(Sender<Order>);
+
+impl Starter {
+    /// All tasks stand.
+    pub(super) fn begin(self, ours: Ours) {
+        // A reader that has ended says so at the close.
+        let _ = self.0.send(Order::Begin(ours));
+    }
 }
 
 /// The page server's side: collects CRIU's list and the pages that it sends itself.
 pub(super) struct Collector {
     orders: Sender<Order>,
     verdict: Receiver<bool>,
-    begun: bool,
+    opened: bool,
     listed: BTreeMap<Space, Vec<Extent>>,
     sent: Vec<Sent>,
 }
@@ -94,30 +132,35 @@ pub(super) struct Lent<'a> {
     pub(super) files: &'a mut Option<Files>,
 }
 
-/// Makes the two sides.
-pub(super) fn channels(root: i32, pending: BTreeMap<Space, Vec<Extent>>) -> (Collector, Reader) {
+/// Makes the two sides, and what begins.
+pub(super) fn channels(root: i32, pending: BTreeMap<Space, Vec<Extent>>) -> (Starter, Collector, Reader) {
     let (orders, ordered) = channel();
     let (verdict, judged) = channel();
+    let starter = Starter(orders.clone());
     let collector =
-        Collector { orders, verdict: judged, begun: false, listed: BTreeMap::new(), sent: Vec::new() };
-    (collector, Reader { orders: ordered, verdict, root, pending })
+        Collector { orders, verdict: judged, opened: false, listed: BTreeMap::new(), sent: Vec::new() };
+    (starter, collector, Reader { orders: ordered, verdict, root, pending })
 }
+
+/// How a pass takes what was written.
+type Take<'a> = dyn FnMut(&mut Tracker, &mut Vec<Extent>) -> Result<(), TrackError> + 'a;
 
 /// What the reader works on.
 struct Freeze<'a, 'b> {
     root: i32,
     lent: &'a mut Lent<'b>,
     pending: BTreeMap<Space, Vec<Extent>>,
+    ours: Ours,
 }
 
 impl page_server::Handler for Collector {
     /// Tasks have a parent (CRIU sends holes, we the pages); shared memory has none, because a store through another
     /// mapping leaves no trace in the one that is looked at.
     fn opened(&mut self, space: Space) -> io::Result<bool> {
-        if !self.begun {
-            self.begun = true;
+        if !self.opened {
+            self.opened = true;
             // A reader that has ended says so at the close.
-            let _ = self.orders.send(Order::Begin);
+            let _ = self.orders.send(Order::Opened);
         }
         self.listed.entry(space).or_default();
         Ok(matches!(space, Space::Task(_)))
@@ -144,6 +187,7 @@ impl page_server::Handler for Collector {
     }
 
     fn close(&mut self) -> io::Result<()> {
+        let closed = Instant::now();
         let spaces = std::mem::take(&mut self.listed)
             .into_iter()
             .map(|(space, mut extents)| {
@@ -151,7 +195,8 @@ impl page_server::Handler for Collector {
                 SpaceMap { space, extents }
             })
             .collect();
-        let order = Order::Finish { manifest: Manifest { spaces }, sent: std::mem::take(&mut self.sent) };
+        let order =
+            Order::Finish { manifest: Manifest { spaces }, sent: std::mem::take(&mut self.sent), closed };
         let read = self.orders.send(order).is_ok() && self.verdict.recv().unwrap_or(false);
         if read { Ok(()) } else { Err(io::Error::other("the frozen memory could not be read")) }
     }
@@ -160,24 +205,30 @@ impl page_server::Handler for Collector {
 impl Reader {
     /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far.
     pub(super) fn serve(self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
-        let Ok(Order::Begin) = self.orders.recv() else { return None };
-        let mut freeze = Freeze { root: self.root, lent, pending: self.pending };
+        let Ok(Order::Begin(ours)) = self.orders.recv() else { return None };
+        let mut freeze = Freeze { root: self.root, lent, pending: self.pending, ours };
         let mut frozen = Frozen::default();
-        let mut first = freeze.pass(&mut frozen).map(|found| frozen.dirty_pages = found);
+        let mut first = freeze.pass(&mut frozen, &mut |tracker, dirty| tracker.take_dirty(dirty).map(drop));
+        frozen.dirty_pages = *first.as_ref().unwrap_or(&0);
+        let mut next = self.orders.recv();
         // For a file that is open and has lost this name CRIU makes another one, which the restore needs: when it dumps
         // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
         // run beside CRIU's work.
         let early = memory::tasks_of(freeze.root).is_ok_and(|tasks| tasks.len() == 1);
-        if first.is_ok() && early {
-            first = frozen.scan_files(freeze.lent.files.as_mut());
+        if matches!(next, Ok(Order::Opened)) {
+            if first.is_ok() && early {
+                first = frozen.scan_files(freeze.lent.files.as_mut()).map(|()| 0);
+            }
+            next = self.orders.recv();
         }
-        let Ok(Order::Finish { manifest, sent }) = self.orders.recv() else {
+        let Ok(Order::Finish { manifest, sent, closed }) = next else {
             return first.err().map(Err);
         };
-        let mut result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
+        let mut result = first.and_then(|_| freeze.finish(&mut frozen, manifest, sent));
         if result.is_ok() && !early {
             result = frozen.scan_files(freeze.lent.files.as_mut());
         }
+        frozen.parts.close_us = us_since(closed);
         // CRIU that is gone by now rolls back by itself.
         let _ = self.verdict.send(result.is_ok());
         Some(result.map(|()| frozen))
@@ -194,17 +245,18 @@ impl Frozen {
 }
 
 impl Freeze<'_, '_> {
-    /// Scans every tracked task and reads what was written. What cannot be read stays stale, which matters only if CRIU
+    /// Takes what was written of every tracked task and reads it; gives the number of pages that were. What cannot be read stays stale, which matters only if CRIU
     /// lists it.
     ///
     /// A task that ended, or executed another program, between the last look at the tree and the freeze loses its
     /// tracker: if CRIU lists it, or another under its pid, that one is read whole. So does a task whose pass failed,
     /// because pages may be protected by then that nobody will report again.
-    fn pass(&mut self, frozen: &mut Frozen) -> Result<u64, CaptureError> {
+    fn pass(&mut self, frozen: &mut Frozen, take: &mut Take<'_>) -> Result<u64, CaptureError> {
         let (mut dirty, mut found) = (Vec::new(), 0);
         for pid in self.lent.tasks.keys().copied().collect::<Vec<_>>() {
             let Some(tracked) = self.lent.tasks.get_mut(&pid) else { continue };
-            if let Err(error) = tracked.tracker.take_dirty(&mut dirty) {
+            let began = Instant::now();
+            if let Err(error) = take(&mut tracked.tracker, &mut dirty) {
                 self.lent.tasks.remove(&pid);
                 match error {
                     TrackError::Gone(_) | TrackError::Replaced(_) => continue,
@@ -217,7 +269,10 @@ impl Freeze<'_, '_> {
             wanted.extend_from_slice(&dirty);
             extents::normalize(&mut wanted);
             let at = self.lent.known.stamp();
+            frozen.parts.scan_us += us_since(began);
+            let began = Instant::now();
             read(tracked.tracker.memory(), tracked.space, &wanted, at, &mut frozen.pieces)?;
+            frozen.parts.read_us += us_since(began);
         }
         Ok(found)
     }
@@ -227,10 +282,16 @@ impl Freeze<'_, '_> {
     fn finish(
         &mut self,
         frozen: &mut Frozen,
-        manifest: Manifest,
+        mut manifest: Manifest,
         sent: Vec<Sent>,
     ) -> Result<(), CaptureError> {
-        self.pass(frozen)?;
+        self.pass(frozen, &mut Tracker::take_touched)?;
+        for map in &mut manifest.spaces {
+            if let Some(ours) = self.ours.get(&map.space) {
+                let pages_of = |mapping| self.pages_of(map.space, mapping);
+                map.extents = maps::with_ours(&map.extents, ours, pages_of)?;
+            }
+        }
         let same = self.same_tasks()?;
         // No pass follows: what CRIU sent, and what is read from here on, is of the freeze itself.
         let at = self.lent.known.stamp();
@@ -266,6 +327,16 @@ impl Freeze<'_, '_> {
         Ok(())
     }
 
+    /// The pages of a mapping of ours.
+    fn pages_of(&self, space: Space, mapping: Extent) -> Result<Vec<Extent>, CaptureError> {
+        let tracked = self.lent.tasks.values().find(|tracked| tracked.space == space);
+        if let Some(pages) = tracked.and_then(|tracked| tracked.tracker.listed(mapping)) {
+            return Ok(pages);
+        }
+        let Space::Task(inside) = space else { return Ok(Vec::new()) };
+        Ok(memory::pages_of(self.host_pid(inside)?, mapping)?)
+    }
+
     /// The spaces of tasks of which something is known; what is known under another task's pid is not of that one.
     fn same_tasks(&mut self) -> Result<Vec<Space>, CaptureError> {
         Ok(match self.lent.tracking {
@@ -283,6 +354,10 @@ impl Freeze<'_, '_> {
         let task = tasks.iter().find(|task| task.inner_pid == inside);
         task.map(|task| task.pid).ok_or(CaptureError::Stranger(inside))
     }
+}
+
+fn us_since(began: Instant) -> u64 {
+    began.elapsed().as_micros() as u64
 }
 
 pub(super) fn unreadable(space: Space, first: Extent, missing: &[Extent]) -> CaptureError {

@@ -32,5 +32,6 @@ mod tracking;
 
 pub use engine::{CaptureError, Captured, Capturer, Emit, Finish, Source};
 pub use files::FilesError;
+pub use frozen::FreezeParts;
 pub use images::{NOTE, Note};
 pub use tracking::{NoTracking, Tracking};

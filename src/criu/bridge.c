@@ -140,6 +140,7 @@ static void path_with_number(char *out, const char *head, u64 number, const char
 
 static const char *kerndat_dir;
 static const char *lists_head;
+static const char *ours_head;
 
 static const char *setting(const char *name)
 {
@@ -162,6 +163,7 @@ static void read_settings(void)
 	done = 1;
 	kerndat_dir = setting("STANDIN_KERNDAT");
 	lists_head = setting("STANDIN_SMAPS");
+	ours_head = setting("STANDIN_OURS");
 }
 
 /* ---- the cache of kernel features ----
@@ -401,7 +403,9 @@ EXPORT long write(int fd, const void *buffer, u64 size)
 /* ---- PAGEMAP_SCAN (Linux 6.7, include/uapi/linux/fs.h) ---- */
 
 #define PAGEMAP_SCAN 0xc0606610u
+#define PAGE_BYTES 4096ul
 #define PAGE_IS_FILE (1ul << 2)
+#define PAGE_IS_PRESENT (1ul << 3)
 #define PAGE_IS_SOFT_DIRTY (1ul << 7)
 
 struct pm_scan_arg {
@@ -430,19 +434,28 @@ struct procmap_query {
  */
 #define ASK_FROM_BYTES (2ul << 20)
 
-static int is_anonymous(int pagemap_fd, u64 start, u64 end)
+/* Whose page map a descriptor is, 0 if it is none. */
+static u64 pid_of_pagemap(int fd)
 {
-	struct procmap_query query;
-	char link[64], maps[64];
+	char link[64];
 	u64 n, pid = 0;
-	long fd, result;
 
-	link_of(pagemap_fd, link, sizeof(link));
-	if (!starts_with(link, "/proc/") || !ends_with(link, "/pagemap"))
+	link_of(fd, link, sizeof(link));
+	if (!starts_with(link, "/proc/"))
 		return 0;
 	for (n = length("/proc/"); link[n] >= '0' && link[n] <= '9'; n++)
 		pid = pid * 10 + (u64)(link[n] - '0');
-	if (!pid || !same(link + n, "/pagemap"))
+	return same(link + n, "/pagemap") ? pid : 0;
+}
+
+static int is_anonymous(u64 pid, u64 start, u64 end)
+{
+	struct procmap_query query;
+	char maps[64];
+	u64 n;
+	long fd, result;
+
+	if (!pid)
 		return 0;
 	path_with_number(maps, "/proc/", pid, "/maps");
 	fd = sys4(SYS_OPENAT, AT_FDCWD, maps, O_RDONLY | O_CLOEXEC, 0);
@@ -459,6 +472,47 @@ static int is_anonymous(int pagemap_fd, u64 start, u64 end)
 	       query.dev_major == 0 && query.dev_minor == 0;
 }
 
+/*
+ * Mappings whose pages somebody else lists (capture/maps.rs): start and end of each, in the file of
+ * the PID's number behind the head that we are given. Of such a one CRIU is told of the first page
+ * alone, by which it lets that somebody know that it wants the mapping in the image. That saves the
+ * kernel's walk over all its pages and CRIU's own.
+ */
+#define OURS_MAX 1024
+
+static u64 ours[2 * OURS_MAX];
+static u64 ours_words, ours_pid;
+
+static void load_ours(u64 pid)
+{
+	char path[PATH_SIZE];
+	long fd, n;
+
+	read_settings();
+	ours_pid = pid;
+	ours_words = 0;
+	if (!ours_head || length(ours_head) + DIGITS_MAX >= PATH_SIZE)
+		return;
+	path_with_number(path, ours_head, pid, "");
+	fd = sys4(SYS_OPENAT, AT_FDCWD, path, O_RDONLY | O_CLOEXEC, 0);
+	if (fd < 0)
+		return;
+	n = sys3(SYS_READ, fd, ours, sizeof(ours));
+	sys3(SYS_CLOSE, fd, 0, 0);
+	if (n > 0)
+		ours_words = (u64)n / sizeof(ours[0]);
+}
+
+static int is_ours(u64 pid, u64 start, u64 end)
+{
+	if (pid && pid != ours_pid)
+		load_ours(pid);
+	for (u64 i = 0; pid && i + 1 < ours_words; i += 2)
+		if (ours[i] == start && ours[i + 1] == end)
+			return 1;
+	return 0;
+}
+
 /* CRIU's scan, with no page soft-dirty. The results stay in the order and form CRIU expects. */
 static long scan_as_clean(int fd, struct pm_scan_arg *asked)
 {
@@ -466,10 +520,20 @@ static long scan_as_clean(int fd, struct pm_scan_arg *asked)
 	struct page_region *regions = (struct page_region *)asked->vec;
 	long found;
 
-	if (used.end > used.start && used.end - used.start >= ASK_FROM_BYTES &&
-	    is_anonymous(fd, used.start, used.end)) {
-		used.category_inverted &= ~PAGE_IS_FILE;
-		used.category_mask &= ~PAGE_IS_FILE;
+	if (used.end > used.start && used.end - used.start >= ASK_FROM_BYTES) {
+		u64 pid = pid_of_pagemap(fd);
+
+		if (asked->vec_len && is_ours(pid, used.start, used.end)) {
+			regions[0].start = used.start;
+			regions[0].end = used.start + PAGE_BYTES;
+			regions[0].categories = PAGE_IS_PRESENT;
+			asked->walk_end = used.end;
+			return 1;
+		}
+		if (is_anonymous(pid, used.start, used.end)) {
+			used.category_inverted &= ~PAGE_IS_FILE;
+			used.category_mask &= ~PAGE_IS_FILE;
+		}
 	}
 	used.return_mask &= ~PAGE_IS_SOFT_DIRTY;
 	found = sys3(SYS_IOCTL, fd, PAGEMAP_SCAN, &used);

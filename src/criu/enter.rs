@@ -244,6 +244,7 @@ fn execute(plan: &Plan) -> Result<Infallible, String> {
             format!("LD_PRELOAD=/proc/self/fd/{}", slot::LIBRARY),
             format!("STANDIN_KERNDAT=/proc/self/fd/{}", slot::KERNDAT),
             format!("STANDIN_SMAPS=/proc/self/fd/{}/smaps-", slot::IMAGES),
+            format!("STANDIN_OURS=/proc/self/fd/{}/ours-", slot::IMAGES),
         ] {
             environment.push(CString::new(text).map_err(failed("the environment of CRIU"))?);
         }

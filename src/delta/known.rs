@@ -85,16 +85,20 @@ struct Leaf {
     fingerprints: [Fingerprint; LEAF_PAGES as usize],
     /// When the last pass reported the page.
     marked: [u64; LEAF_PAGES as usize],
-    stale: [bool; LEAF_PAGES as usize],
+    /// A bit for each page that is known and not stale: a whole image is checked against these in the freeze.
+    fresh: [u64; LEAF_WORDS],
     copies: [Slot; LEAF_PAGES as usize],
 }
+
+const WORD_BITS: usize = u64::BITS as usize;
+const LEAF_WORDS: usize = LEAF_PAGES as usize / WORD_BITS;
 
 impl Leaf {
     fn new(marked: u64) -> Box<Self> {
         Box::new(Self {
             fingerprints: [Fingerprint::UNKNOWN; LEAF_PAGES as usize],
             marked: [marked; LEAF_PAGES as usize],
-            stale: [false; LEAF_PAGES as usize],
+            fresh: [0; LEAF_WORDS],
             copies: [Slot::NONE; LEAF_PAGES as usize],
         })
     }
@@ -102,18 +106,33 @@ impl Leaf {
     /// Makes what the standby holds of pages unknown.
     fn doubt(&mut self, slots: Range<usize>, references: &mut References) {
         self.fingerprints[slots.clone()].fill(Fingerprint::UNKNOWN);
-        self.copies[slots].iter_mut().for_each(|copy| references.release(copy));
+        self.copies[slots.clone()].iter_mut().for_each(|copy| references.release(copy));
+        self.set_fresh(slots, false);
     }
 
     /// Makes pages unknown, and readings that are older than `floor` worthless.
     fn forget(&mut self, slots: Range<usize>, floor: u64, references: &mut References) {
         self.doubt(slots.clone(), references);
-        self.marked[slots.clone()].fill(floor);
-        self.stale[slots].fill(false);
+        self.marked[slots].fill(floor);
     }
 
     fn is_fresh(&self, slot: usize) -> bool {
-        self.fingerprints[slot] != Fingerprint::UNKNOWN && !self.stale[slot]
+        self.fresh[slot / WORD_BITS] & 1 << (slot % WORD_BITS) != 0
+    }
+
+    fn set_fresh(&mut self, slots: Range<usize>, fresh: bool) {
+        for (word, mask) in words_of(slots) {
+            if fresh {
+                self.fresh[word] |= mask;
+            } else {
+                self.fresh[word] &= !mask;
+            }
+        }
+    }
+
+    /// Whether all of the pages are known and not stale.
+    fn all_fresh(&self, slots: Range<usize>) -> bool {
+        words_of(slots).all(|(word, mask)| self.fresh[word] & mask == mask)
     }
 }
 
@@ -127,7 +146,7 @@ struct Flight {
     has_base: bool,
 }
 
-/// What the standby holds, per page of each address space: 29 bytes for each page of 4096, and copies of as many pages as
+/// What the standby holds, per page of each address space: some 28 bytes for each page of 4096, and copies of as many pages as
 /// there is room for, with 32 bytes each.
 pub struct Known {
     spaces: HashMap<Space, PageTable>,
@@ -185,10 +204,8 @@ impl Known {
         let table = self.spaces.entry(space).or_default();
         for (leaf_at, slots) in reported.iter().flat_map(leaves_of) {
             let leaf = table.entry(leaf_at).or_insert_with(|| Leaf::new(floor));
-            for slot in slots {
-                leaf.marked[slot] = now;
-                leaf.stale[slot] = true;
-            }
+            leaf.marked[slots.clone()].fill(now);
+            leaf.set_fresh(slots, false);
         }
     }
 
@@ -214,6 +231,9 @@ impl Known {
         let mut missing = Vec::new();
         for (leaf_at, slots) in needed.iter().flat_map(leaves_of) {
             let leaf = table.and_then(|table| table.get(&leaf_at));
+            if leaf.is_some_and(|leaf| leaf.all_fresh(slots.clone())) {
+                continue;
+            }
             for slot in slots {
                 if !leaf.is_some_and(|leaf| leaf.is_fresh(slot)) {
                     let start = leaf_at + slot as u64 * PAGE_SIZE;
@@ -285,7 +305,7 @@ impl Known {
         if leaf.marked[slot] > at.0 {
             return Verdict::Outdated;
         }
-        leaf.stale[slot] = false;
+        leaf.set_fresh(slot..slot + 1, true);
         let flight =
             self.in_flight.back_mut().expect("pages are encoded between begin_epoch and its outcome");
         let held = leaf.fingerprints[slot];
@@ -401,6 +421,17 @@ fn retain_pages(table: &mut PageTable, held: &[Extent], floor: u64, references: 
 fn place_of(page: u64) -> (u64, usize) {
     let number = page / PAGE_SIZE;
     (number / LEAF_PAGES * LEAF_PAGES * PAGE_SIZE, (number % LEAF_PAGES) as usize)
+}
+
+/// The words of a leaf's bits that hold some pages, and which bits of each those are.
+fn words_of(slots: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
+    let Range { start, end } = slots;
+    let words = if start < end { start / WORD_BITS..end.div_ceil(WORD_BITS) } else { 0..0 };
+    words.map(move |word| {
+        let first = start.saturating_sub(word * WORD_BITS);
+        let past = (end - word * WORD_BITS).min(WORD_BITS);
+        (word, u64::MAX >> (WORD_BITS - (past - first)) << first)
+    })
 }
 
 /// The parts of the leaves that a run covers.

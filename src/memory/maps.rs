@@ -28,9 +28,16 @@ pub struct Mapping {
     pub extent: Extent,
     /// What.
     pub kind: MappingKind,
+    /// Whether the process may read it.
+    pub readable: bool,
 }
 
 impl Mapping {
+    /// Whether it is the same as far as tracking goes, whatever the process may do with it.
+    pub(super) fn is_same(&self, other: Self) -> bool {
+        (self.extent, self.kind) == (other.extent, other.kind)
+    }
+
     /// Whether its pages are private to the process, and so in its page image.
     pub fn is_private(&self) -> bool {
         matches!(self.kind, MappingKind::Anonymous | MappingKind::PrivateFile)
@@ -50,8 +57,8 @@ pub enum MapsError {
     High(u64),
 }
 
-/// Parses the whole file.
-pub(super) fn parse(text: &[u8]) -> Result<Vec<Mapping>, MapsError> {
+/// The mappings in the text of `/proc/PID/maps`.
+pub fn parse(text: &[u8]) -> Result<Vec<Mapping>, MapsError> {
     let lines = text.split(|b| *b == b'\n').filter(|line| !line.is_empty());
     let mut mappings = Vec::new();
     for (number, line) in lines.enumerate() {
@@ -77,9 +84,9 @@ fn parse_line(line: &[u8]) -> Option<Mapping> {
     // The path may hold any byte: only the first five fields are text.
     let (start, end) = range_of(line)?;
     let mut fields = line.splitn(6, |b| *b == b' ').skip(1);
-    let shared = match fields.next()? {
-        [_, _, _, b'p'] => false,
-        [_, _, _, b's'] => true,
+    let (readable, shared) = match fields.next()? {
+        [read, _, _, b'p'] => (*read == b'r', false),
+        [read, _, _, b's'] => (*read == b'r', true),
         _ => return None,
     };
     let inode = fields.nth(2)?;
@@ -94,7 +101,7 @@ fn parse_line(line: &[u8]) -> Option<Mapping> {
         _ if inode != b"0" => MappingKind::PrivateFile,
         _ => MappingKind::Anonymous,
     };
-    Some(Mapping { extent: Extent { start, pages: (end - start) / PAGE_SIZE }, kind })
+    Some(Mapping { extent: Extent { start, pages: (end - start) / PAGE_SIZE }, kind, readable })
 }
 
 #[cfg(test)]

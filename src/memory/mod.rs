@@ -24,6 +24,7 @@
 //! stopped tree sees everything that synchronous system calls wrote.
 
 mod inject;
+mod listing;
 mod maps;
 mod ptrace;
 mod read;
@@ -33,8 +34,8 @@ mod tree;
 mod vmas;
 
 pub use inject::AttachError;
-pub use maps::{Mapping, MappingKind, MapsError, TASK_END};
+pub use maps::{Mapping, MappingKind, MapsError, TASK_END, parse as mappings_of};
 pub use read::{Memory, Pages, ReadError};
-pub use tracker::{Pass, TrackError, Tracker};
+pub use tracker::{Pass, TrackError, Tracker, pages_of};
 pub use tree::{TASKS_MAX, Task, TreeError, is_kernel_thread, resident_bytes, tasks_of};
 pub use vmas::{Vmas, VmasError};

@@ -14,6 +14,8 @@ pub(super) mod category {
     pub(in crate::memory) const WRITTEN: u64 = 1 << 1;
     pub(in crate::memory) const PRESENT: u64 = 1 << 3;
     pub(in crate::memory) const SWAPPED: u64 = 1 << 4;
+    /// The page of zeroes that all processes share: what reading an empty place maps there.
+    pub(in crate::memory) const PFNZERO: u64 = 1 << 5;
     /// Since kernel 6.15: a page of a MADV_GUARD_INSTALL region, which nobody can read.
     pub(in crate::memory) const GUARD: u64 = 1 << 8;
 }
@@ -66,7 +68,8 @@ struct ScanArg {
 pub(super) struct PageRegion {
     pub(super) start: u64,
     pub(super) end: u64,
-    categories: u64,
+    /// Those asked for, and not flipped.
+    pub(super) categories: u64,
 }
 
 /// What a scan looks for: pages whose categories, with `inverted` flipped, hold all of `all` and one of `any`.
@@ -76,6 +79,8 @@ pub(super) struct Query {
     pub(super) inverted: u64,
     pub(super) all: u64,
     pub(super) any: u64,
+    /// Categories that are told of each region; pages that differ in them are in different regions.
+    pub(super) told: u64,
 }
 
 /// Finishes a userfaultfd's handshake with the features of asynchronous write protection.
@@ -97,7 +102,9 @@ pub(super) fn uffd_register(uffd: BorrowedFd<'_>, range: Extent) -> io::Result<(
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// One PAGEMAP_SCAN call; gives the number of regions filled and where the walk ended.
+/// One PAGEMAP_SCAN call; gives the number of regions filled. If those are all, go on behind the last of them. (Where the
+/// kernel says that the walk ended is not it: with more than 512 regions it is where it last emptied a buffer of its own,
+/// if it came to the end after that; seen on Linux 6.18.)
 ///
 /// A vector is always passed: with none, WP_MATCHING plants markers on empty page table entries.
 pub(super) fn pagemap_scan(
@@ -106,7 +113,7 @@ pub(super) fn pagemap_scan(
     end: u64,
     query: Query,
     regions: &mut [PageRegion],
-) -> io::Result<(usize, u64)> {
+) -> io::Result<usize> {
     let mut arg = ScanArg {
         size: size_of::<ScanArg>() as u64,
         flags: if query.write_protect { PM_SCAN_WP_MATCHING } else { 0 },
@@ -117,14 +124,14 @@ pub(super) fn pagemap_scan(
         category_inverted: query.inverted,
         category_mask: query.all,
         category_anyof_mask: query.any,
-        // One bit that all matches agree on, so that neighbours merge into one region.
-        return_mask: query.all & !query.inverted,
+        // Beside what is to be told only bits that all matches agree on, so that neighbours merge into one region.
+        return_mask: query.all & !query.inverted | query.told,
         ..ScanArg::default()
     };
     // SAFETY: PAGEMAP_SCAN reads and writes one `pm_scan_arg`, whose layout `ScanArg` has, and writes at
     // most `vec_len` regions to `vec`, which is a live, exclusively borrowed slice of that length.
     let filled = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
-    if filled < 0 { Err(io::Error::last_os_error()) } else { Ok((filled as usize, arg.walk_end)) }
+    if filled < 0 { Err(io::Error::last_os_error()) } else { Ok(filled as usize) }
 }
 
 /// Reads remote ranges, one after the other, into `into`; gives the bytes of the readable prefix.

@@ -54,7 +54,25 @@ impl Replica {
             );
         }
         self.checked += image.len();
+        check_listing(tracker, &image, &memory);
         self.held.retain(|start, _| image.binary_search(start).is_ok());
+    }
+}
+
+/// The tracker's list of what anonymous mappings hold is the kernel's, but for zeroes.
+fn check_listing(tracker: &Tracker, image: &[u64], memory: &File) {
+    let mut page = vec![0; PAGE as usize];
+    for mapping in tracker.mappings().filter(|mapping| mapping.kind == MappingKind::Anonymous) {
+        let Some(listed) = tracker.listed(mapping.extent) else { continue };
+        let listed: Vec<u64> = listed.iter().flat_map(|e| (0..e.pages).map(|i| e.start + i * PAGE)).collect();
+        let held = image.iter().filter(|start| (mapping.extent.start..mapping.extent.end()).contains(start));
+        for start in held.clone().filter(|start| listed.binary_search(start).is_err()) {
+            memory.read_exact_at(&mut page, *start).unwrap();
+            assert!(page.iter().all(|byte| *byte == 0), "page {start:#x} is not listed");
+        }
+        for start in &listed {
+            assert!(image.binary_search(start).is_ok(), "page {start:#x} is listed and does not exist");
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! What passes report.
 
+use std::{fs::File, os::unix::fs::FileExt};
+
 use standin::{
     extents,
     memory::{MappingKind, TrackError, Tracker},
@@ -46,6 +48,26 @@ fn a_dirty_page_is_never_lost_in_thousands_of_random_operations() {
     }
     assert!(replica.checked > 20_000, "only {} pages were compared", replica.checked);
     println!("{} pages compared, {reported} reported by the frozen passes", replica.checked);
+}
+
+#[test]
+fn what_is_done_to_a_frozen_process_is_seen_by_the_second_pass() {
+    let (target, mut tracker, mut replica, at) = followed(&["anon a 600", "fill a 7"]);
+    target.freeze();
+    replica.follow(&mut tracker, true);
+    let mut touched = Vec::new();
+    tracker.take_touched(&mut touched).unwrap();
+    assert!(touched.is_empty(), "{touched:x?}");
+    let memory = File::options().write(true).open(format!("/proc/{}/mem", target.pid())).unwrap();
+    let pages = [at[0], at[0] + 77 * PAGE, at[0] + 599 * PAGE];
+    for page in pages {
+        memory.write_all_at(b"parasite", page).unwrap();
+    }
+    tracker.take_touched(&mut touched).unwrap();
+    let expected: Vec<Extent> = pages.into_iter().map(|start| Extent { start, pages: 1 }).collect();
+    assert_eq!(touched, expected);
+    tracker.take_touched(&mut touched).unwrap();
+    assert!(touched.is_empty(), "{touched:x?}");
 }
 
 #[test]

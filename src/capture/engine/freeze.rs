@@ -13,9 +13,9 @@ use super::{CaptureError, Capturer, Emit, Finish, Spare, encode};
 use crate::{
     capture::{
         blame,
-        frozen::{self, Frozen, Lent, Piece},
+        frozen::{self, FreezeParts, Frozen, Lent, Piece},
         images::{self, Note},
-        maps,
+        maps::{self, Ours},
         tracking::Tracking,
     },
     criu::{hurry, page_server, parent, stats, swrk::DumpOptions},
@@ -41,7 +41,8 @@ struct Outlet<'a, 'e> {
 }
 
 impl Capturer {
-    /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed.
+    /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed, and
+    /// what took how long.
     pub(super) fn freeze(
         &mut self,
         began: Instant,
@@ -49,7 +50,7 @@ impl Capturer {
         finish: &mut Finish<'_>,
         figures: &mut EpochFigures,
         emit: &mut Emit<'_>,
-    ) -> Result<bool, CaptureError> {
+    ) -> Result<(bool, FreezeParts), CaptureError> {
         let Spare { mut swrk, dir } = self.spare.take().ok_or(CaptureError::NoMemory)?;
         let socket = swrk.take_page_server().ok_or(CaptureError::NoMemory)?;
         let version = swrk.version();
@@ -65,8 +66,7 @@ impl Capturer {
         };
         let mut outlet = Outlet { encoder: &mut self.encoder, dir, note, figures, emit };
         let root = self.source.root;
-        // With soft-dirty bits there is no bridge that would find them.
-        let vmas = self.source.vmas.as_deref().filter(|_| self.source.tracking == Tracking::WriteProtect);
+        let (vmas, tracking) = (self.source.vmas.as_deref(), self.source.tracking);
         // They go to the reader and come back when it ends.
         let lent = Mutex::new(Lent {
             tracking: self.source.tracking,
@@ -76,9 +76,10 @@ impl Capturer {
             files: &mut self.files,
         });
         // What was read, and how it went out if that was before the thaw.
-        let (mut taken, mut sent) = (None, None);
+        let (mut taken, mut sent, mut lists_us) = (None, None, 0);
         let dumped = std::thread::scope(|scope| {
-            let (mut collector, reader) = frozen::channels(root, pending);
+            let (starter, mut collector, reader) = frozen::channels(root, pending);
+            let mut starter = Some(starter);
             let lent = &lent;
             let reading = scope.spawn(move || {
                 hurry();
@@ -94,11 +95,25 @@ impl Capturer {
             let mut read = || reading.take().and_then(|reading| reading.join().expect("it does not panic"));
             let mut notify = |stage: &str| match (stage, &mut *finish) {
                 // The first stage at which the tree is frozen (cr_dump_tasks, behind collect_pstree).
-                ("query-ext-files", _) => list_mappings(vmas, root, &outlet.dir),
+                ("query-ext-files", _) => {
+                    let began = Instant::now();
+                    let ours = list_mappings(tracking, vmas, root, &outlet.dir);
+                    lists_us = began.elapsed().as_micros() as u64;
+                    match (ours, starter.take()) {
+                        (Ok(ours), Some(starter)) => starter.begin(ours),
+                        (Ok(_), None) => {}
+                        (Err(error), _) => {
+                            tracing::warn!(%error, "the mappings could not be listed for CRIU");
+                            return false;
+                        }
+                    }
+                    true
+                }
                 ("post-dump", Finish::Final { hold, conclude }) => {
                     if !hold() {
                         return false;
                     }
+                    starter = None;
                     let frozen = match read() {
                         Some(Ok(frozen)) => frozen,
                         failed => {
@@ -114,13 +129,15 @@ impl Capturer {
                 _ => true,
             };
             let dumped = swrk.dump(&options, &mut notify);
+            // Without a freeze the reader waits for nothing any more.
+            drop(starter);
             taken = taken.take().or_else(read);
             dumped
         });
         let frozen = taken.transpose()?;
         match sent {
             // The handoff may have been called off after all was sent: then CRIU's refusal is ours.
-            Some(sent) => return sent.map(|()| dumped.is_ok()),
+            Some(sent) => return sent.map(|()| (dumped.is_ok(), FreezeParts::default())),
             None => dumped.map_err(|source| match blame::explain(&source, root) {
                 Some(reason) => CaptureError::Holds { source, reason },
                 None => source.into(),
@@ -129,8 +146,10 @@ impl Capturer {
         let (freezing_us, frozen_us) = stats::frozen(&outlet.dir)?;
         outlet.figures.frozen_us = freezing_us + frozen_us;
         outlet.figures.capture_us = began.elapsed().as_micros() as u64;
-        outlet.send(&mut self.known, frozen.ok_or(CaptureError::NoMemory)?)?;
-        Ok(false)
+        let frozen = frozen.ok_or(CaptureError::NoMemory)?;
+        let parts = FreezeParts { stopping_us: freezing_us, lists_us, ..frozen.parts };
+        outlet.send(&mut self.known, frozen)?;
+        Ok((false, parts))
     }
 }
 
@@ -164,13 +183,12 @@ impl Outlet<'_, '_> {
     }
 }
 
-/// Lists the mappings of the frozen tree for CRIU, which waits. False: the dump is called off.
-fn list_mappings(vmas: Option<&Vmas>, root: i32, dir: &Path) -> bool {
-    let Some(vmas) = vmas else { return true };
-    let tasks = memory::tasks_of(root).map_err(io::Error::other);
-    let written = tasks.and_then(|tasks| maps::write(vmas, &tasks, dir));
-    if let Err(error) = &written {
-        tracing::warn!(%error, "the mappings could not be listed for CRIU");
+/// Lists the mappings of the frozen tree for CRIU, which waits; gives those whose pages we list.
+fn list_mappings(tracking: Tracking, vmas: Option<&Vmas>, root: i32, dir: &Path) -> io::Result<Ours> {
+    if tracking == Tracking::SoftDirty {
+        // There is no bridge that would find them.
+        return Ok(Ours::new());
     }
-    written.is_ok()
+    let tasks = memory::tasks_of(root).map_err(io::Error::other)?;
+    maps::write(vmas, &tasks, dir)
 }

@@ -17,7 +17,7 @@ use std::{
 
 use super::{
     files::{Files, FilesError},
-    frozen::Tracked,
+    frozen::{FreezeParts, Tracked},
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -142,6 +142,8 @@ pub enum Finish<'a> {
 pub struct Captured {
     /// Its cost so far; the caller adds the shipping.
     pub figures: EpochFigures,
+    /// What the frozen time was spent on; zeroes if the tree was killed.
+    pub parts: FreezeParts,
     /// Whether the tree was killed.
     pub killed: bool,
 }
@@ -232,8 +234,8 @@ impl Capturer {
             files.send_ahead(emit)?;
         }
         let pending = self.precopy(&mut figures, emit)?;
-        let killed = self.freeze(began, pending, &mut finish, &mut figures, emit)?;
-        Ok(Captured { figures, killed })
+        let (killed, parts) = self.freeze(began, pending, &mut finish, &mut figures, emit)?;
+        Ok(Captured { figures, parts, killed })
     }
 
     /// The standby holds the epoch.

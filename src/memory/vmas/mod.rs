@@ -135,12 +135,10 @@ impl Vmas {
         Ok(Self { program })
     }
 
-    /// The mappings of a process that does not run, in the words of `/proc/PID/smaps` that CRIU looks at: of each its
-    /// line and its flags.
-    pub fn essence(&self, pid: i32) -> Result<Vec<u8>, VmasError> {
-        let maps = fs::read(format!("/proc/{pid}/maps"))
-            .map_err(|source| VmasError::Io { what: "read the mappings of a process", source })?;
-        join(&maps, &self.read(pid)?)
+    /// The mappings of a process that does not run, whose `/proc/PID/maps` is given, in the words of `/proc/PID/smaps`
+    /// that CRIU looks at: of each its line and its flags.
+    pub fn essence(&self, pid: i32, maps: &[u8]) -> Result<Vec<u8>, VmasError> {
+        join(maps, &self.read(pid)?)
     }
 
     /// Ascending. At the end of a list that took more than one read the kernel begins again with the last of them, without
