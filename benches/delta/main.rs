@@ -38,11 +38,11 @@ use self::{
     standby::Standby,
 };
 
-const EPOCHS: usize = 20;
+const EPOCHS: usize = 16;
 const EPOCHS_QUICK: usize = 8;
 /// How often each method encodes a recording, in turn.
-const ROUNDS: usize = 5;
-const ROUNDS_QUICK: usize = 3;
+const ROUNDS: usize = 3;
+const ROUNDS_QUICK: usize = 2;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Method {

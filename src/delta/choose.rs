@@ -28,9 +28,8 @@ const FIRST_TRIALS_NS: f64 = 500_000.0;
 const WEIGHT: f64 = 0.25;
 /// Unpacking takes the standby about a third of the time that packing took.
 const WITH_UNPACKING: f64 = 4.0 / 3.0;
-/// The link's rate while none was measured, bytes in a second: 5 Gbit/s, which is what one core makes of QUIC at common
-/// packet sizes, whatever the cable could carry.
-const RATE_UNKNOWN: u64 = 625_000_000;
+/// The link's rate while none was measured, bytes in a second: between the two common ones, 1 and 10 Gbit/s.
+const RATE_UNKNOWN: u64 = 400_000_000;
 /// A shipment of fewer bytes says more of the link's latency than of its rate.
 const SHIPPED_MIN: u64 = 4 << 20;
 /// The least and the most that a link is believed to ship in a second.

@@ -106,8 +106,8 @@ impl Leaf {
     /// Makes what the standby holds of pages unknown.
     fn doubt(&mut self, slots: Range<usize>, references: &mut References) {
         self.fingerprints[slots.clone()].fill(Fingerprint::UNKNOWN);
-        self.set_fresh(slots.clone(), false);
-        self.copies[slots].iter_mut().for_each(|copy| references.release(copy));
+        self.copies[slots.clone()].iter_mut().for_each(|copy| references.release(copy));
+        self.set_fresh(slots, false);
     }
 
     /// Makes pages unknown, and readings that are older than `floor` worthless.
