@@ -61,6 +61,14 @@ pub(crate) fn hurry() {
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
 }
 
+/// Goes on when a signal asks this process to end.
+pub(super) fn ignore(signal: nix::sys::signal::Signal) -> io::Result<()> {
+    use nix::sys::signal::{SigHandler, signal as handle};
+    // SAFETY: no handler is installed.
+    unsafe { handle(signal, SigHandler::SigIgn) }?;
+    Ok(())
+}
+
 /// Has the kernel kill this process when its parent's thread ends.
 pub(super) fn die_with_parent() -> io::Result<()> {
     Ok(nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?)
