@@ -196,9 +196,10 @@ fn percentile(sorted: &[u64], percent: usize) -> u64 {
     sorted[(sorted.len() * percent).div_ceil(100).max(1) - 1]
 }
 
-/// The one clock of bench and restored process.
+/// The one clock of bench and restored process: CRIU gives the latter a time namespace, in which the monotonic one goes on
+/// from where it was dumped.
 fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has this clock");
+    let now = clock_gettime(ClockId::CLOCK_REALTIME).expect("every Linux has this clock");
     now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
 
@@ -265,7 +266,8 @@ impl Control {
 
 struct Restored {
     control: Control,
-    faults: File,
+    /// Made when it has run: CRIU wants files to be as they were.
+    faults: PathBuf,
     memory: MmapMut,
     pages: u64,
     random: u64,
@@ -282,7 +284,7 @@ fn hot(number: u64, pages: u64) -> u64 {
 impl Restored {
     fn new(path: &Path, rss_mb: u64) -> Result<Self> {
         let control = Control(File::options().read(true).write(true).open(path)?);
-        let faults = File::create(path.with_extension("faults"))?;
+        let faults = path.with_extension("faults");
         let pages = rss_mb * (1 << 20) / PAGE_SIZE;
         let mut memory = MmapMut::map_anon((pages * PAGE_SIZE) as usize)?;
         for page in 0..pages {
@@ -306,7 +308,7 @@ impl Restored {
         self.control.set(Word::First, now_ns())?;
         let faults = self.touch()?;
         let wrong = (0..self.pages).filter(|page| !self.is_right(*page)).count();
-        self.faults.write_all_at(&faults, 0)?;
+        fs::write(&self.faults, &faults)?;
         self.control.set(Word::Wrong, wrong as u64)?;
         loop {
             std::thread::sleep(TIMEOUT);

@@ -535,7 +535,9 @@ impl Owner {
             return;
         }
         self.event("pages-failed", reason, None);
-        if self.standing() == Some(Standing::Primary) && !std::mem::replace(&mut self.eager, true) {
+        let role = self.durable.record.map(|record| record.role);
+        let runs_here = matches!(role, Some(ha::Role::Primary { .. } | ha::Role::Promoting { .. }));
+        if runs_here && !std::mem::replace(&mut self.eager, true) {
             // As an agent that starts now would: the mark is still there.
             self.resume();
             return;

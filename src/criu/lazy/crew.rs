@@ -16,10 +16,15 @@ use super::{
 };
 use crate::model::{Extent, Space};
 
-/// What is put at once right after a fault, and the most it grows to while there are none. A fault that comes meanwhile
-/// waits for one of them to end: about 15 µs for the smaller, 60 µs for the larger.
-const CHUNK_BYTES_MIN: u64 = 64 << 10;
-pub(super) const CHUNK_BYTES_MAX: u64 = 256 << 10;
+/// What is read at once.
+const CHUNK_BYTES: u64 = 256 << 10;
+/// What is put at once: whoever waits for another page waits until it is there, some 5 µs.
+const PIECE_BYTES: u64 = 16 << 10;
+/// The workload, and whoever answers its faults, go first; it takes a quarter of a processor that others want too.
+const NICE: i32 = 5;
+/// So long after a fault all threads but one leave the processors to the workload: one can fill the memory's bandwidth
+/// nearly alone, and a fault then waits for one other thread at most.
+const FAULTING: Duration = Duration::from_millis(1);
 /// Neighbours of a page that was waited for, which come next.
 const NEAR_BYTES: u64 = 64 << 10;
 /// Such neighbourhoods that wait; more are forgotten, and come with the rest.
@@ -36,9 +41,11 @@ const THREADS_MAX: usize = 4;
 pub(super) struct Crew {
     tasks: RwLock<Vec<Arc<Task>>>,
     order: Mutex<Order>,
-    chunk_bytes: AtomicU64,
     pub(super) pages: AtomicU64,
     over: AtomicBool,
+    began: Instant,
+    /// When a page was waited for last, in microseconds since it began.
+    faulted_us: AtomicU64,
     failure: Mutex<Option<LazyError>>,
     /// Called once there may be nothing left to put, or a thread has failed.
     caller: Caller,
@@ -67,9 +74,10 @@ impl Crew {
         Self {
             tasks: RwLock::default(),
             order: Mutex::new(Order { near: VecDeque::new(), hot: hot.into(), turn: 0 }),
-            chunk_bytes: AtomicU64::new(CHUNK_BYTES_MIN),
             pages: AtomicU64::new(0),
             over: AtomicBool::new(false),
+            began: Instant::now(),
+            faulted_us: AtomicU64::new(0),
             failure: Mutex::new(None),
             caller,
         }
@@ -89,9 +97,9 @@ impl Crew {
         self.tasks.read().unwrap_or_else(PoisonError::into_inner).iter().all(|task| task.is_served())
     }
 
-    /// A page was waited for: smaller chunks, so that the next one need not wait long, and its neighbours next.
+    /// A page was waited for: its neighbours come next.
     pub(super) fn faulted(&self, task: &Arc<Task>, address: u64) {
-        self.chunk_bytes.store(CHUNK_BYTES_MIN, Ordering::Relaxed);
+        self.faulted_us.store(self.began.elapsed().as_micros() as u64, Ordering::Relaxed);
         let mut order = lock(&self.order);
         if order.near.len() == NEAR_MAX {
             order.near.pop_front();
@@ -108,10 +116,20 @@ impl Crew {
         lock(&self.failure).take()
     }
 
-    /// What one of the threads does until [`Self::end`].
-    pub(super) fn work(&self, source: &dyn PageSource) {
-        let mut buffer = vec![0; CHUNK_BYTES_MAX as usize];
+    fn is_faulting(&self) -> bool {
+        let faulted = Duration::from_micros(self.faulted_us.load(Ordering::Relaxed));
+        self.began.elapsed() < faulted + FAULTING
+    }
+
+    /// What one of the threads, numbered from 0, does until [`Self::end`].
+    pub(super) fn work(&self, number: usize, source: &dyn PageSource) {
+        super::super::sys::stand_back(NICE);
+        let mut buffer = vec![0; CHUNK_BYTES as usize];
         while !self.over.load(Ordering::Relaxed) {
+            if number > 0 && self.is_faulting() {
+                std::thread::sleep(FAULTING / 4);
+                continue;
+            }
             let put = match self.choose() {
                 Some((task, run)) => self.put(source, &task, run, &mut buffer),
                 None => {
@@ -140,12 +158,26 @@ impl Crew {
     ) -> Result<Put, LazyError> {
         let bytes = &mut buffer[..(run.end - run.start) as usize];
         super::read(source, task.pid, run.image, bytes)?;
+        for (piece, start) in
+            bytes.chunks(PIECE_BYTES as usize).zip((run.start..).step_by(PIECE_BYTES as usize))
+        {
+            let image = run.image + (start - run.start);
+            let put =
+                self.put_piece(task, Awaited { start, end: start + piece.len() as u64, image }, piece)?;
+            if put != Put::Done {
+                return Ok(put);
+            }
+        }
+        Ok(Put::Done)
+    }
+
+    fn put_piece(&self, task: &Task, run: Awaited, bytes: &[u8]) -> Result<Put, LazyError> {
         let mut no_memory_since: Option<Instant> = None;
         loop {
             let gate = task.gate();
-            let (pages, put) =
-                task.put(run, bytes).map_err(|errno| LazyError::kernel("putting pages", task.pid, errno))?;
+            let put = task.put(run, bytes);
             drop(gate);
+            let (pages, put) = put.map_err(|errno| LazyError::kernel("putting pages", task.pid, errno))?;
             self.pages.fetch_add(pages, Ordering::Relaxed);
             if put != Put::NoMemory {
                 return Ok(put);
@@ -159,8 +191,6 @@ impl Crew {
 
     /// Neighbours of what was waited for, then what is hot, then all others: a task each in turn.
     fn choose(&self) -> Option<(Arc<Task>, Awaited)> {
-        let chunk = self.chunk_bytes.load(Ordering::Relaxed);
-        self.chunk_bytes.store((chunk * 2).min(CHUNK_BYTES_MAX), Ordering::Relaxed);
         let tasks = self.tasks.read().unwrap_or_else(PoisonError::into_inner);
         let mut order = lock(&self.order);
         while let Some((task, start, end)) = order.near.pop_front() {
@@ -179,14 +209,14 @@ impl Crew {
                 order.hot.pop_front();
                 continue;
             };
-            let end = run.end.min(extent.end()).min(run.start + chunk);
+            let end = run.end.min(extent.end()).min(run.start + CHUNK_BYTES);
             *extent = Extent { start: end, pages: (extent.end() - end) / crate::model::PAGE_SIZE };
             return Some((Arc::clone(task), Awaited { end, ..run }));
         }
         for _ in 0..tasks.len() {
             order.turn += 1;
             let task = &tasks[order.turn % tasks.len()];
-            if let Some(run) = task.advance(chunk) {
+            if let Some(run) = task.advance(CHUNK_BYTES) {
                 return Some((Arc::clone(task), run));
             }
         }

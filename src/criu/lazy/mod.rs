@@ -284,8 +284,9 @@ impl LazyServer {
         };
         session.restore(&self.listener)?;
         let served = std::thread::scope(|scope| {
-            for _ in 0..crew::threads() {
-                scope.spawn(|| crew.work(source));
+            for number in 0..crew::threads() {
+                let crew = &crew;
+                scope.spawn(move || crew.work(number, source));
             }
             super::sys::hurry();
             let served = session.serve();
