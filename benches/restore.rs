@@ -60,6 +60,8 @@ const RSS_MB: [u64; 4] = [16, 256, 1024, 4096];
 const RSS_MB_QUICK: [u64; 2] = [16, 256];
 const ROUNDS: usize = 5;
 const ROUNDS_QUICK: usize = 3;
+/// Most memory that one method restores of one size.
+const MB_RESTORED: u64 = 8 << 10;
 /// Pages that the process writes between the epochs.
 const HOT_PAGES: u64 = 250;
 /// Shortest touch that counts as a fault.
@@ -105,7 +107,8 @@ struct Row {
 struct Taken {
     first_ns: u64,
     last_ns: u64,
-    faults_ns: Vec<u64>,
+    /// Nanoseconds of each.
+    faults: Vec<u64>,
 }
 
 fn main() -> Result<()> {
@@ -128,13 +131,15 @@ fn main() -> Result<()> {
             }
         }
     }
-    println!("medians of {rounds} restores each");
+    println!("medians of {rounds} restores each, of fewer from 4 GB on");
     println!(
         "{:>6}  {:<10} {:>9} {:>9} {:>6} {:>9} {:>9} {:>7}",
         "rss MB", "method", "first ms", "last ms", "GB/s", "fault p50", "p99 µs", "faults"
     );
     let mut rows = Vec::new();
     for rss_mb in sizes {
+        // The largest takes most of a minute to make, and ten seconds a round.
+        let rounds = rounds.min((MB_RESTORED / rss_mb) as usize).max(1);
         for row in measure(rss_mb, rounds)? {
             let us = |value: Option<f64>| value.map_or("-".to_owned(), |us| format!("{us:.1}"));
             println!(
@@ -176,7 +181,7 @@ fn row(rss_mb: u64, method: Method, taken: &[Taken]) -> Row {
     let first = percentile(&sorted(&|taken| taken.first_ns), 50) as f64;
     let last = percentile(&sorted(&|taken| taken.last_ns), 50) as f64;
     let moving_ns = if method == Method::CriuEager { last } else { last - first };
-    let mut faults: Vec<u64> = taken.iter().flat_map(|taken| taken.faults_ns.iter().copied()).collect();
+    let mut faults: Vec<u64> = taken.iter().flat_map(|taken| taken.faults.iter().copied()).collect();
     faults.sort_unstable();
     let us = |percent| (!faults.is_empty()).then(|| percentile(&faults, percent) as f64 / 1e3);
     Row {
@@ -430,7 +435,7 @@ impl Image {
         Ok(Taken {
             first_ns,
             last_ns: last_ns.map_or(first_ns, |last| last - ordered),
-            faults_ns: words.iter().map(|word| u64::from_le_bytes(*word)).collect(),
+            faults: words.iter().map(|word| u64::from_le_bytes(*word)).collect(),
         })
     }
 

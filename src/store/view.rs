@@ -248,14 +248,11 @@ fn read(
     Ok(())
 }
 
+/// Is told where a run lies, or that it is zero.
+type EachPlace<'a> = dyn FnMut(Extent, Option<(&Path, u64)>) + 'a;
+
 /// As [`read`], for the places.
-fn places(
-    image: &Image,
-    layers: &[Arc<Layer>],
-    space: Space,
-    extent: Extent,
-    each: &mut dyn FnMut(Extent, Option<(&Path, u64)>),
-) {
+fn places(image: &Image, layers: &[Arc<Layer>], space: Space, extent: Extent, each: &mut EachPlace<'_>) {
     let Some((top, below)) = layers.split_first() else {
         return image.flat.places(space, extent, |extent, path, offset| each(extent, Some((path, offset))));
     };

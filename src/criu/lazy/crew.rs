@@ -130,12 +130,11 @@ impl Crew {
                 std::thread::sleep(FAULTING / 4);
                 continue;
             }
-            let put = match self.choose() {
-                Some((task, run)) => self.put(source, &task, run, &mut buffer),
-                None => {
-                    self.caller.wake();
-                    Ok(Put::Changing)
-                }
+            let put = if let Some((task, run)) = self.choose() {
+                self.put(source, &task, run, &mut buffer)
+            } else {
+                self.caller.wake();
+                Ok(Put::Changing)
             };
             match put {
                 Ok(Put::Changing) => std::thread::sleep(REST),

@@ -111,7 +111,9 @@ impl PageFiles {
         for (space, pieces) in &self.spaces {
             let (kind, id) = words(*space);
             put(&[kind, id, pieces.len() as u64]);
-            pieces.iter().for_each(|piece| put(&[piece.start, piece.end, piece.file, piece.offset]));
+            for piece in pieces {
+                put(&[piece.start, piece.end, piece.file, piece.offset]);
+            }
         }
         for (space, extent) in &self.hot {
             let (kind, id) = words(*space);

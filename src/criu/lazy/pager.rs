@@ -132,9 +132,9 @@ impl Pager {
         let plan = Plan {
             launcher: install.launcher().to_owned(),
             directory: directory.to_owned(),
-            mark: mark.path.clone(),
+            mark: mark.path,
         };
-        Self::spawn(install, &plan, &listener, &mark, pages)
+        Self::spawn(install, &plan, &listener, &mark.file, pages)
             .map_err(|error| LazyError::Pager(error.to_string()))
     }
 
@@ -142,7 +142,7 @@ impl Pager {
         install: &Install,
         plan: &Plan,
         listener: &UnixListener,
-        mark: &Mark,
+        mark: &File,
         pages: &PageFiles,
     ) -> io::Result<Self> {
         let (control, theirs) = UnixStream::pair()?;
@@ -154,7 +154,7 @@ impl Pager {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        let fds = [listener.as_raw_fd(), described.as_raw_fd(), mark.file.as_raw_fd()];
+        let fds = [listener.as_raw_fd(), described.as_raw_fd(), mark.as_raw_fd()];
         let plan = serde_json::to_vec(plan)?;
         let rights = [ControlMessage::ScmRights(&fds)];
         let socket = control.as_raw_fd();
