@@ -41,7 +41,6 @@ use standin::{
         spawn::{Place, Spawn},
         swrk::{RestoreOptions, Swrk},
     },
-    delta,
     model::{Epoch, EpochId, Extent, Name, PAGE_SIZE, Space, Term},
     restore::{self, Ahead, Mode, Recency, Site},
     store::{Durability, Staging, Store, View},
