@@ -26,6 +26,7 @@ const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
 
 const UFFDIO_API: u64 = nix::request_code_readwrite!(0xAA, 0x3F, size_of::<UffdApi>());
 const UFFDIO_REGISTER: u64 = nix::request_code_readwrite!(0xAA, 0x00, size_of::<UffdRegister>());
+const UFFDIO_WRITEPROTECT: u64 = nix::request_code_readwrite!(0xAA, 0x06, size_of::<UffdWriteProtect>());
 const PAGEMAP_SCAN: u64 = nix::request_code_readwrite!(b'f', 16, size_of::<ScanArg>());
 
 #[repr(C)]
@@ -41,6 +42,13 @@ struct UffdRegister {
     len: u64,
     mode: u64,
     ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdWriteProtect {
+    start: u64,
+    len: u64,
+    mode: u64,
 }
 
 #[repr(C)]
@@ -94,6 +102,15 @@ pub(super) fn uffd_register(uffd: BorrowedFd<'_>, range: Extent) -> io::Result<(
     // SAFETY: UFFDIO_REGISTER reads and writes one `uffdio_register`, whose layout `UffdRegister` has;
     // the range is checked by the kernel and concerns the traced process, not this one.
     let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Ends the write protection of a range within registered mappings, of markers in the place of pages too.
+pub(super) fn uffd_unprotect(uffd: BorrowedFd<'_>, range: Extent) -> io::Result<()> {
+    let mut resolve = UffdWriteProtect { start: range.start, len: range.bytes(), mode: 0 };
+    // SAFETY: UFFDIO_WRITEPROTECT reads one `uffdio_writeprotect`, whose layout `UffdWriteProtect` has; the range is
+    // checked by the kernel and concerns the traced process, not this one.
+    let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut resolve) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

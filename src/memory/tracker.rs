@@ -165,9 +165,12 @@ impl Tracker {
             self.scan(&pagemap, tracked.mapping.extent, self.readable(populated), out)?;
         }
         let swapped = Query { all: category::SWAPPED, ..Query::default() };
+        let mut markers = Vec::new();
         for range in runs(&self.tracked, |t| t.mapping.kind == MappingKind::PrivateFile) {
-            self.scan(&pagemap, range, self.readable(swapped), out)?;
+            self.scan(&pagemap, range, self.readable(swapped), &mut markers)?;
         }
+        self.remove(&markers);
+        out.append(&mut markers);
         self.push_vdso(out);
         extents::normalize(out);
         Ok(pass)
@@ -184,6 +187,16 @@ impl Tracker {
         self.push_vdso(out);
         extents::normalize(out);
         Ok(())
+    }
+
+    /// Takes markers away that DONTNEED has left in the place of protected pages: each pass would report them again, and
+    /// MADV_GUARD_INSTALL, which waits for the place to be empty, would never return (guard_install_set_pte and
+    /// zap_pte_range in mm/, Linux 6.15 to 6.18).
+    fn remove(&self, markers: &[Extent]) {
+        for range in markers {
+            // If it fails, the mapping is another by now. A page that has come meanwhile counts as written.
+            let _ = sys::uffd_unprotect(self.uffd.as_fd(), *range);
+        }
     }
 
     fn push_vdso(&self, out: &mut Vec<Extent>) {

@@ -58,6 +58,29 @@ fn a_cow_page_dropped_from_a_private_file_mapping_is_seen() {
     frozen_pass(&target, &mut tracker, &mut replica);
 }
 
+/// What DONTNEED left in the place of protected pages must go, or the kernel begins this madvise again for ever.
+#[test]
+fn a_guard_region_comes_in_the_place_of_protected_pages_of_a_file() {
+    let (mut target, mut tracker, mut replica, _) = followed(&["file f 8", "fill f 77"]);
+    target.tell("guard f 8");
+    let answer = std::thread::scope(|scope| {
+        let answer = scope.spawn(|| target.answer());
+        for _ in 0..200 {
+            replica.follow(&mut tracker, false);
+            if answer.is_finished() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        if !answer.is_finished() {
+            signal_process(tracker.pid(), libc::SIGKILL);
+        }
+        answer.join().expect("madvise returns")
+    });
+    println!("madvise: {answer}");
+    frozen_pass(&target, &mut tracker, &mut replica);
+}
+
 #[test]
 fn shared_memory_is_left_to_the_caller() {
     let (mut target, mut tracker, mut replica, at) = followed(&["shared s 16", "fill s 1"]);
