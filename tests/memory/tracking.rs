@@ -119,6 +119,40 @@ fn a_mapping_made_again_at_the_same_place_is_seen() {
 }
 
 #[test]
+fn a_mapping_that_grew_or_moved_is_followed() {
+    let (mut target, mut tracker, mut replica, _) = followed(&["anon a 16", "fill a 1"]);
+    for (value, command) in ["resize a 40", "move a", "resize a 60", "move a", "move a"].iter().enumerate() {
+        let at: u64 = target.ask(command).parse().unwrap();
+        let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+        assert!((0..16).all(|page| holds(&dirty, at + page * PAGE)), "{command}: {dirty:x?}");
+        target.ask(&format!("fill a {}", 10 + value));
+        let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+        assert!((0..16).all(|page| holds(&dirty, at + page * PAGE)), "{command}, then written: {dirty:x?}");
+        let idle = frozen_pass(&target, &mut tracker, &mut replica);
+        assert!(!(0..16).any(|page| holds(&idle, at + page * PAGE)), "{command}, then left alone: {idle:x?}");
+    }
+}
+
+/// A registration of what was listed splits what is there by now, and the kernel moves no mapping that is split.
+#[test]
+fn a_mapping_in_the_place_of_one_that_was_listed_can_be_moved() {
+    let (mut target, mut tracker, mut replica, _) = followed(&[]);
+    target.tell("replace 30000");
+    let (refused, passes) = std::thread::scope(|scope| {
+        let answer = scope.spawn(|| target.answer());
+        let mut passes = 0;
+        while !answer.is_finished() {
+            tracker.register().unwrap();
+            passes += 1;
+        }
+        (answer.join().unwrap(), passes)
+    });
+    assert!(passes > 50);
+    assert_eq!(refused, "0", "moves that were refused, {passes} passes");
+    frozen_pass(&target, &mut tracker, &mut replica);
+}
+
+#[test]
 fn a_page_that_nobody_may_read_is_read() {
     let (mut target, mut tracker, mut replica, _) = followed(&["anon a 700", "fill a 1"]);
     target.ask("fill a 2");
