@@ -8,8 +8,19 @@ use crate::{criu::swrk::CriuError, memory};
 /// Most descriptors of a process that are looked at.
 const DESCRIPTORS_MAX: usize = 65_536;
 
-/// What CRIU says of two processes with one memory (dump_task_kobj_ids in cr-dump.c).
-const SHARED_MEMORY: &str = "Can't make VM id";
+/// What CRIU says (both in cr-dump.c), and what it means.
+const WORDS: [(&str, &str); 2] = [
+    (
+        "Can't make VM id",
+        "a process shares its memory with another that is no thread of it (clone with CLONE_VM, or a vfork that has not \
+         come to its exec yet), which no checkpoint can hold",
+    ),
+    (
+        "with SysVIPC shmem map",
+        "a process has System V shared memory attached (shmat), which it must do without; POSIX shared memory can be \
+         checkpointed",
+    ),
+];
 
 /// Kinds of descriptors that no checkpoint can hold: how /proc/PID/fd shows them, and what they are called.
 const KINDS: [(&str, &str); 4] = [
@@ -22,12 +33,8 @@ const KINDS: [(&str, &str); 4] = [
 /// What a process holds that explains CRIU's refusal.
 pub(super) fn explain(error: &CriuError, root: i32) -> Option<String> {
     let CriuError::Refused { reason, .. } = error else { return None };
-    if reason.contains(SHARED_MEMORY) {
-        return Some(
-            "a process shares its memory with another that is no thread of it (clone with CLONE_VM, or a vfork that has \
-             not come to its exec yet), which no checkpoint can hold"
-                .to_owned(),
-        );
+    if let Some((_, meant)) = WORDS.iter().find(|(words, _)| reason.contains(words)) {
+        return Some((*meant).to_owned());
     }
     let tasks = memory::tasks_of(root).ok()?;
     tasks.iter().find_map(|task| {

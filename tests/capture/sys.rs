@@ -140,6 +140,17 @@ pub(crate) fn kill_and_reap(pid: i32) {
     }
 }
 
+/// A System V segment, attached for good; it goes with the process.
+pub(crate) fn attach_system_v() {
+    // SAFETY: integers only; the attach makes a new mapping.
+    unsafe {
+        let id = libc::shmget(libc::IPC_PRIVATE, PAGE, libc::IPC_CREAT | 0o600);
+        let at = libc::shmat(id, std::ptr::null(), 0);
+        assert!(id >= 0 && at as isize != -1, "{}", std::io::Error::last_os_error());
+        libc::shmctl(id, libc::IPC_RMID, null_mut());
+    }
+}
+
 /// Makes a process that shares this one's memory and sleeps.
 pub(crate) fn share_memory() {
     extern "C" fn sleep(_: *mut libc::c_void) -> i32 {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use standin::capture::{CaptureError, Finish, Tracking};
+use standin::capture::{CaptureError, Tracking};
 
 use crate::{
     host::{Primary, await_true},
@@ -76,14 +76,19 @@ fn changed_before_the_freeze(role: &str) {
 
 #[test]
 fn processes_that_share_their_memory_are_refused_and_the_reason_is_named() {
-    let mut primary = Primary::start("sharing", Tracking::WriteProtect);
-    let head = primary.next_head();
-    let error = primary.capturer.capture(head, Finish::Continue, &mut |_, _| Ok(())).unwrap_err();
+    is_refused("sharing", "shares its memory");
+}
+
+#[test]
+fn system_v_shared_memory_is_refused_and_named() {
+    is_refused("system-v", "System V shared memory");
+}
+
+fn is_refused(role: &str, reason: &str) {
+    let mut primary = Primary::start(role, Tracking::WriteProtect);
+    let error = primary.failing(&mut |_, _| Ok(()));
     assert!(matches!(error, CaptureError::Holds { .. }), "{error}");
-    assert!(error.to_string().contains("shares its memory"), "{error}");
-    primary.capturer.failed();
-    let ticks = primary.home.ticks();
-    primary.home.await_ticks(ticks);
+    assert!(error.to_string().contains(reason), "{error}");
 }
 
 /// The programs.
@@ -106,6 +111,10 @@ pub(crate) fn run(role: &str) {
         "executed" => executed(),
         "sharing" => {
             sys::share_memory();
+            rest();
+        }
+        "system-v" => {
+            sys::attach_system_v();
             rest();
         }
         _ => {}
@@ -173,7 +182,10 @@ fn child_of_pid(value: u64) {
     await_file(&in_dir(&format!("wrote-{value}")));
 }
 
+/// What it has at the address is known when it executes a program that has something else there.
 fn child_that_executes() {
+    let memory = Mapping::private_at(0x1234_5678_0000, PAGES);
+    (0..PAGES).for_each(|page| memory.write(page, page, 8));
     if sys::fork().is_some() {
         return;
     }

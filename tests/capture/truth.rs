@@ -114,13 +114,9 @@ impl Truth {
                 let first = truth.iter().zip(found).position(|(truth, found)| truth != found);
                 let last = truth.iter().zip(found).rposition(|(truth, found)| truth != found);
                 let name = self.name_of(*space, addr);
-                let word = |page: &[u8]| {
-                    first.map(|at| {
-                        page[at..].iter().take(8).rev().map(|b| format!("{b:02x}")).collect::<String>()
-                    })
-                };
+                let word = |page: &[u8]| first.and_then(|at| page[at..].iter().take(8).max().copied());
                 format!(
-                    "{space:?} {addr:#x} from byte {first:?} to {last:?}: {:?} and not {:?}, {name}",
+                    "{space:?} {addr:#x} from byte {first:?} to {last:?}: at most {:x?} and not {:x?}, {name}",
                     word(found),
                     word(truth)
                 )

@@ -13,8 +13,8 @@ use crate::{
     sys::{self, PAGE},
 };
 
-/// Four huge pages.
-pub(crate) const SLOTS: usize = 2048;
+/// Eight huge pages.
+pub(crate) const SLOTS: usize = 4096;
 pub(crate) const HUGE_SLOTS: usize = 512;
 /// Pages of the file that is mapped and read.
 pub(crate) const FILE_PAGES: usize = 768;

@@ -57,14 +57,14 @@ impl Kernel {
             0 | 1 => {
                 let file = &self.file;
                 arena.wrote(range.clone(), |page| file_stamp(from + page));
-                all("pread", sys::read_at(file, from * PAGE, at, range.len() * PAGE), range.len());
+                all("pread", &sys::read_at(file, from * PAGE, at, range.len() * PAGE), range.len());
             }
             2 | 3 => {
                 let file = self.direct.as_ref().unwrap_or(&self.file);
                 arena.wrote(range.clone(), |page| file_stamp(from + page));
                 all(
                     "pread of O_DIRECT",
-                    sys::read_at(file, from * PAGE, at, range.len() * PAGE),
+                    &sys::read_at(file, from * PAGE, at, range.len() * PAGE),
                     range.len(),
                 );
             }
@@ -78,13 +78,13 @@ impl Kernel {
                 let stamp = arena.new_stamp();
                 let bytes: Vec<u8> = (0..len).flat_map(|_| page_of(stamp)).collect();
                 arena.wrote(range.start..range.start + len, |_| stamp);
-                all("process_vm_writev", sys::write_remotely(&bytes, at), len);
+                all("process_vm_writev", &sys::write_remotely(&bytes, at), len);
             }
         }
     }
 }
 
-fn all(what: &str, done: std::io::Result<usize>, pages: usize) {
+fn all(what: &str, done: &std::io::Result<usize>, pages: usize) {
     if !matches!(done, Ok(bytes) if bytes == pages * PAGE) {
         broken(&format!("{what} of {pages} pages: {done:?}"));
     }

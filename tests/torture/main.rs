@@ -55,11 +55,13 @@ fn main() {
             if slice.is_zero() {
                 break;
             }
-            run::run(seed, Length::For(slice), &mut totals);
+            run::run(seed, &Length::For(slice), &mut totals);
         }
     } else {
         let seeds = seed.map_or(SEEDS.to_vec(), |seed| vec![seed]);
-        seeds.iter().for_each(|seed| run::run(*seed, Length::Epochs(EPOCHS), &mut totals));
+        for seed in &seeds {
+            run::run(*seed, &Length::Epochs(EPOCHS), &mut totals);
+        }
         assert!(seed.is_some() || totals.pages >= PAGES_MIN, "only {totals}");
     }
     println!("test result: ok. {totals}");

@@ -54,7 +54,7 @@ impl fmt::Display for Totals {
     }
 }
 
-pub(crate) fn run(seed: u64, length: Length, totals: &mut Totals) {
+pub(crate) fn run(seed: u64, length: &Length, totals: &mut Totals) {
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let mut primary = Primary::start(&format!("root {seed}"), Tracking::WriteProtect);
@@ -63,8 +63,8 @@ pub(crate) fn run(seed: u64, length: Length, totals: &mut Totals) {
     loop {
         epochs += 1;
         let last = match length {
-            Length::Epochs(count) => epochs >= count,
-            Length::For(time) => began.elapsed() >= time,
+            Length::Epochs(count) => epochs >= *count,
+            Length::For(time) => began.elapsed() >= *time,
         };
         if last && one_epoch(&mut primary, &mut random, true, totals) {
             break;
@@ -105,7 +105,7 @@ fn one_epoch(primary: &mut Primary, random: &mut Random, kill: bool, totals: &mu
         Ok(()) => totals.epochs += 1,
         // While two processes share their memory, and while one waits for the exec of its vfork's child.
         Err(CaptureError::Holds { reason, .. }) if reason.contains("shares its memory") => {
-            totals.refused += 1
+            totals.refused += 1;
         }
         Err(CaptureError::Attach(AttachError::NotStopping { .. })) => totals.refused += 1,
         Err(error) => panic!("an epoch failed: {error}"),

@@ -32,9 +32,8 @@ const DIR: &str = "STANDIN_TORTURE_DIR";
 const THREADS: usize = 3;
 /// The partner's number among the writers; the root's main thread comes behind it.
 const PARTNER: usize = THREADS;
+/// Of one thread; a child may have one less.
 const CHILDREN_MAX: usize = 2;
-/// Children of children.
-const DEPTH_MAX: usize = 2;
 const STEP: Duration = Duration::from_millis(2);
 /// The word of the board that counts what is broken; those of the writers come first.
 const BROKEN: usize = WRITERS;
@@ -172,7 +171,7 @@ impl Worker {
     }
 
     fn steps(&mut self, mut writer: Option<(&Shared, &mut Writer)>) {
-        for _ in 0..1 + self.random.below(24) {
+        for _ in 0..=self.random.below(24) {
             match self.random.below(12) {
                 0..3 => self.arena.change(&mut self.random, &self.kernel.file),
                 3 | 4 => self.kernel.write(&mut self.arena, &mut self.random),
@@ -182,7 +181,7 @@ impl Worker {
                     }
                 }
                 6 if self.random.one_in(4) => deep_stack(self.random.below(100), self.random.next()),
-                7 if self.random.one_in(12) => self.child(),
+                7 if self.random.one_in(24) => self.child(),
                 _ => self.write(),
             }
         }
@@ -206,7 +205,7 @@ impl Worker {
 
     /// One more process, of one kind or another.
     fn child(&mut self) {
-        if self.children.len() >= CHILDREN_MAX || self.depth >= DEPTH_MAX {
+        if self.children.len() + self.depth >= CHILDREN_MAX {
             return;
         }
         let role = format!("leaf {}", self.random.below(1 << 30));
