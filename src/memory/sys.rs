@@ -84,6 +84,8 @@ pub(super) struct Query {
     pub(super) inverted: u64,
     pub(super) all: u64,
     pub(super) any: u64,
+    /// After so many the scan ends; 0: at the end of the range.
+    pub(super) pages_max: u64,
 }
 
 /// Finishes a userfaultfd's handshake with the features of asynchronous write protection.
@@ -131,6 +133,7 @@ pub(super) fn pagemap_scan(
         end,
         vec: regions.as_mut_ptr() as u64,
         vec_len: regions.len() as u64,
+        max_pages: query.pages_max,
         category_inverted: query.inverted,
         category_mask: query.all,
         category_anyof_mask: query.any,

@@ -280,6 +280,23 @@ impl Program {
                 self.named.insert(name, (moved as usize, len));
                 return (moved as usize).to_string();
             }
+            // shrink NAME PAGES: a hole behind it
+            "shrink" => {
+                // SAFETY: as above.
+                let cut = unsafe { libc::munmap(start.add(pages * PAGE).cast(), (held - pages) * PAGE) };
+                assert_eq!(cut, 0);
+                self.named.insert(name, (start as usize, pages));
+            }
+            // join NAME: the mapping `b` goes right behind it
+            "join" => {
+                let (from, len) = self.named["b"];
+                let behind = start.wrapping_add(held * PAGE);
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                // SAFETY: as above; there is a hole.
+                let moved =
+                    unsafe { libc::mremap(from as *mut libc::c_void, len * PAGE, len * PAGE, flags, behind) };
+                assert_eq!(moved, behind.cast());
+            }
             "guard" => {
                 const MADV_GUARD_INSTALL: i32 = 102;
                 // SAFETY: as above; it is not touched again.
