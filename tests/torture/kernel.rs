@@ -85,7 +85,7 @@ impl Kernel {
 }
 
 fn all(what: &str, done: &std::io::Result<usize>, pages: usize) {
-    if !matches!(done, Ok(bytes) if bytes == pages * PAGE) {
+    if !matches!(done, Ok(bytes) if *bytes == pages * PAGE) {
         broken(&format!("{what} of {pages} pages: {done:?}"));
     }
 }
