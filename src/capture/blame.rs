@@ -1,5 +1,5 @@
 //! Why CRIU refused, where its own words do not tell: of an io_uring it reports only that a descriptor could not be
-//! passed on.
+//! passed on, of processes that share their memory that it cannot make an id.
 
 use std::fs;
 
@@ -7,6 +7,20 @@ use crate::{criu::swrk::CriuError, memory};
 
 /// Most descriptors of a process that are looked at.
 const DESCRIPTORS_MAX: usize = 65_536;
+
+/// What CRIU says (both in cr-dump.c), and what it means.
+const WORDS: [(&str, &str); 2] = [
+    (
+        "Can't make VM id",
+        "a process shares its memory with another that is no thread of it (clone with CLONE_VM, or a vfork that has not \
+         come to its exec yet), which no checkpoint can hold",
+    ),
+    (
+        "with SysVIPC shmem map",
+        "a process has System V shared memory attached (shmat), which it must do without; POSIX shared memory can be \
+         checkpointed",
+    ),
+];
 
 /// Kinds of descriptors that no checkpoint can hold: how /proc/PID/fd shows them, and what they are called.
 const KINDS: [(&str, &str); 4] = [
@@ -18,8 +32,9 @@ const KINDS: [(&str, &str); 4] = [
 
 /// What a process holds that explains CRIU's refusal.
 pub(super) fn explain(error: &CriuError, root: i32) -> Option<String> {
-    if !matches!(error, CriuError::Refused { .. }) {
-        return None;
+    let CriuError::Refused { reason, .. } = error else { return None };
+    if let Some((_, meant)) = WORDS.iter().find(|(words, _)| reason.contains(words)) {
+        return Some((*meant).to_owned());
     }
     let tasks = memory::tasks_of(root).ok()?;
     tasks.iter().find_map(|task| {

@@ -32,6 +32,8 @@ pub(super) struct Tracked {
     pub(super) space: Space,
     /// Distinguishes a reused pid.
     pub(super) start_ticks: u64,
+    /// Pages that were read while a device may have been about to write them; read again in the next freeze.
+    pub(super) ahead: Vec<Extent>,
 }
 
 /// Pages read in this epoch's freeze, in the order in which they were read: a later piece overrides an earlier one.
@@ -263,6 +265,8 @@ impl Freeze<'_, '_> {
                     error => return Err(error.into()),
                 }
             }
+            dirty.append(&mut tracked.ahead);
+            extents::normalize(&mut dirty);
             self.lent.known.mark_stale(tracked.space, &dirty);
             found += extents::pages(&dirty);
             let mut wanted = self.pending.remove(&tracked.space).unwrap_or_default();

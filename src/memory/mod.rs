@@ -19,10 +19,12 @@
 //!    marks them stale in [`crate::delta::Known`] at once, before anything can fail.
 //!
 //! Two things are not seen, both by nature: stores through another mapping of shared memory (so
-//! [`MappingKind::Shared`] memory is no part of this), and memory that a device writes through pages pinned
-//! before the pass and finished after it (asynchronous O_DIRECT reads in flight, RDMA). A pass over a
-//! stopped tree sees everything that synchronous system calls wrote.
+//! [`MappingKind::Shared`] memory is no part of this), and memory that is written through pages pinned
+//! before the pass and finished after it (O_DIRECT reads in flight, RDMA). In a stopped tree no synchronous
+//! system call is in flight; what was read of a running process that [`reads_directly`] must be read again
+//! when it is stopped.
 
+mod direct;
 mod inject;
 mod listing;
 mod maps;
@@ -33,6 +35,7 @@ mod tracker;
 mod tree;
 mod vmas;
 
+pub use direct::reads_directly;
 pub use inject::AttachError;
 pub use maps::{Mapping, MappingKind, MapsError, TASK_END, parse as mappings_of};
 pub use read::{Memory, Pages, ReadError};

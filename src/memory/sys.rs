@@ -28,6 +28,7 @@ const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
 
 const UFFDIO_API: u64 = nix::request_code_readwrite!(0xAA, 0x3F, size_of::<UffdApi>());
 const UFFDIO_REGISTER: u64 = nix::request_code_readwrite!(0xAA, 0x00, size_of::<UffdRegister>());
+const UFFDIO_WRITEPROTECT: u64 = nix::request_code_readwrite!(0xAA, 0x06, size_of::<UffdWriteProtect>());
 const PAGEMAP_SCAN: u64 = nix::request_code_readwrite!(b'f', 16, size_of::<ScanArg>());
 
 #[repr(C)]
@@ -43,6 +44,13 @@ struct UffdRegister {
     len: u64,
     mode: u64,
     ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdWriteProtect {
+    start: u64,
+    len: u64,
+    mode: u64,
 }
 
 #[repr(C)]
@@ -81,6 +89,8 @@ pub(super) struct Query {
     pub(super) any: u64,
     /// Categories that are told of each region; pages that differ in them are in different regions.
     pub(super) told: u64,
+    /// After so many the scan ends; 0: at the end of the range.
+    pub(super) pages_max: u64,
 }
 
 /// Finishes a userfaultfd's handshake with the features of asynchronous write protection.
@@ -99,6 +109,15 @@ pub(super) fn uffd_register(uffd: BorrowedFd<'_>, range: Extent) -> io::Result<(
     // SAFETY: UFFDIO_REGISTER reads and writes one `uffdio_register`, whose layout `UffdRegister` has;
     // the range is checked by the kernel and concerns the traced process, not this one.
     let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Ends the write protection of a range within registered mappings, of markers in the place of pages too.
+pub(super) fn uffd_unprotect(uffd: BorrowedFd<'_>, range: Extent) -> io::Result<()> {
+    let mut resolve = UffdWriteProtect { start: range.start, len: range.bytes(), mode: 0 };
+    // SAFETY: UFFDIO_WRITEPROTECT reads one `uffdio_writeprotect`, whose layout `UffdWriteProtect` has; the range is
+    // checked by the kernel and concerns the traced process, not this one.
+    let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut resolve) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -121,6 +140,7 @@ pub(super) fn pagemap_scan(
         end,
         vec: regions.as_mut_ptr() as u64,
         vec_len: regions.len() as u64,
+        max_pages: query.pages_max,
         category_inverted: query.inverted,
         category_mask: query.all,
         category_anyof_mask: query.any,

@@ -4,6 +4,8 @@
 //! write-protected and unwritten since it was last reported; or it will be reported by the next pass; or it
 //! is in a mapping that could not be registered, which every pass reports whole.
 //!
+//! What is registered anew counts as written, all of it ([`Tracker::register_pending`]).
+//!
 //! The kernel's registration is the truth, not our list of it: each pass asks the page map which populated
 //! pages are *not* registered (a mapping can be replaced by one with the same line in `/proc/PID/maps`).
 //!
@@ -47,6 +49,7 @@ const OWN: Query = Query {
     all: category::PFNZERO,
     any: POPULATED,
     told: 0,
+    pages_max: 0,
 };
 
 /// Why tracking failed. After any of these nothing is known of what was written: every page is stale.
@@ -182,9 +185,12 @@ impl Tracker {
         }
         self.push_untracked(&pagemap, out)?;
         let swapped = Query { all: category::SWAPPED, ..Query::default() };
+        let mut markers = Vec::new();
         for range in runs(&self.tracked, |t| t.mapping.kind == MappingKind::PrivateFile) {
-            self.scan(&pagemap, range, self.readable(swapped), out)?;
+            self.scan(&pagemap, range, self.readable(swapped), &mut markers)?;
         }
+        self.remove(&markers);
+        out.append(&mut markers);
         self.push_vdso(out);
         extents::normalize(out);
         Ok(pass)
@@ -305,6 +311,16 @@ impl Tracker {
         Ok(())
     }
 
+    /// Takes markers away that DONTNEED has left in the place of protected pages: each pass would report them again, and
+    /// MADV_GUARD_INSTALL, which waits for the place to be empty, would never return (guard_install_set_pte and
+    /// zap_pte_range in mm/, Linux 6.15 to 6.18).
+    fn remove(&self, markers: &[Extent]) {
+        for range in markers {
+            // If it fails, the mapping is another by now. A page that has come meanwhile counts as written.
+            let _ = sys::uffd_unprotect(self.uffd.as_fd(), *range);
+        }
+    }
+
     fn push_vdso(&self, out: &mut Vec<Extent>) {
         let vdso = |t: &&Tracked| t.mapping.kind == MappingKind::Vdso;
         out.extend(self.tracked.iter().filter(vdso).map(|t| t.mapping.extent));
@@ -319,10 +335,9 @@ impl Tracker {
 
     /// Brings `tracked` up to date and registers what is not.
     fn register_all(&mut self, pagemap: &File) -> Result<Pass, TrackError> {
-        let mut pass = Pass { registered: self.read_maps()?, untracked: 0 };
-        // Those refused before may be free now; they are few.
-        self.register_pending()?;
-        for _ in 0..REGISTER_ROUNDS_MAX {
+        let mut pass = Pass { registered: self.read_maps(pagemap)?, untracked: 0 };
+        for round in 0..=REGISTER_ROUNDS_MAX {
+            // Right before a registration, behind which it cannot be told what was not registered.
             let stray = self.unregistered(pagemap)?;
             let is_stray =
                 |t: &Tracked| t.registered && !extents::intersect(&[t.mapping.extent], &stray).is_empty();
@@ -331,12 +346,12 @@ impl Tracker {
                 (tracked.registered, tracked.listed) = (false, false);
                 found += 1;
             }
-            if found == 0 {
-                pass.untracked =
-                    self.tracked.iter().filter(|t| t.mapping.is_private() && !t.registered).count();
+            pass.untracked = self.tracked.iter().filter(|t| t.mapping.is_private() && !t.registered).count();
+            if pass.untracked == 0 || round > 0 && found == 0 {
                 return Ok(pass);
             }
             pass.registered += found;
+            // Those refused before may be free now; they are few.
             self.register_pending()?;
         }
         // The kernel says that it registers, and the page map that it is not so: not the same memory.
@@ -344,38 +359,57 @@ impl Tracker {
     }
 
     /// Reads `/proc/PID/maps`; gives the number of new private mappings.
-    fn read_maps(&mut self) -> Result<usize, TrackError> {
+    fn read_maps(&mut self, pagemap: &File) -> Result<usize, TrackError> {
         let text = fs::read(format!("/proc/{}/maps", self.pid))
             .map_err(|e| self.failed("reading /proc/PID/maps", e))?;
         if text == self.maps_text {
             return Ok(0);
         }
-        let mappings = maps::parse(&text)?;
+        let registered: Vec<Extent> =
+            self.tracked.iter().filter(|t| t.registered).map(|t| t.mapping.extent).collect();
         let mut old = self.tracked.iter().peekable();
         let mut new = 0;
-        let mut tracked = Vec::with_capacity(mappings.len());
-        for mapping in mappings {
+        let mut tracked = Vec::new();
+        for mapping in maps::parse(&text)? {
             while old.next_if(|t| t.mapping.extent.start < mapping.extent.start).is_some() {}
             let same = old.peek().filter(|t| t.mapping.is_same(mapping) && t.registered);
-            new += usize::from(same.is_none() && mapping.is_private());
-            tracked.push(Tracked {
-                mapping,
-                registered: same.is_some(),
-                listed: same.is_some_and(|t| t.listed),
-            });
+            let listed = same.is_some_and(|t| t.listed);
+            let registered = same.is_some()
+                || mapping.is_private() && self.has_changed(mapping.extent, &registered, pagemap)?;
+            new += usize::from(!registered && mapping.is_private());
+            tracked.push(Tracked { mapping, registered, listed });
         }
         self.tracked = tracked;
         self.maps_text = text;
         Ok(new)
     }
 
+    /// Whether a mapping is one of the registered that has grown or shrunk: then the kernel says of each of its pages that
+    /// it is registered.
+    fn has_changed(&self, extent: Extent, registered: &[Extent], pagemap: &File) -> Result<bool, TrackError> {
+        let behind = registered.partition_point(|other| other.end() <= extent.start);
+        if registered.get(behind).is_none_or(|other| other.start >= extent.end()) {
+            return Ok(false);
+        }
+        let any_page = Query { all: category::WP_ALLOWED, any: POPULATED, pages_max: 1, ..Query::default() };
+        let one = &mut [PageRegion::default()];
+        let scanned = sys::pagemap_scan(pagemap, extent.start, extent.end(), any_page, one);
+        scanned.map(|found| found > 0).map_err(|e| self.failed("scanning the page map", e))
+    }
+
     /// Registers all private mappings that are not: all between two that are not private in one call, one by one if that
-    /// fails.
+    /// fails. Of what was not registered no page counts as unwritten.
     ///
     /// The kernel splits a mapping at the end of what is registered, and the process, which runs, may have made a larger
     /// one in the place of one that was listed. Then its `mremap` of that fails (EFAULT) until the rest is registered
     /// too. So a call reaches over holes and over what is registered already, to where nothing private was.
+    ///
+    /// A page may bear the mark of a protection that did not hold: when `mremap` joins a mapping to its neighbour, the
+    /// kernel takes both off our list (copy_vma, then mremap_userfaultfd_prep, seen on Linux 6.18) and leaves the
+    /// neighbour's marks, and takes them for true when it is registered again, whatever was written meanwhile. So the
+    /// marks are taken away.
     fn register_pending(&mut self) -> Result<(), TrackError> {
+        let uffd = self.uffd.as_fd();
         let mut start = self.tracked.first().map_or(0, |first| first.mapping.extent.start);
         let listed_end = self.tracked.last().map_or(0, |last| last.mapping.extent.end());
         let mut at = 0;
@@ -386,10 +420,11 @@ impl Tracker {
             let end = other.map_or(listed_end, |other| other.start);
             if self.tracked[run.clone()].iter().any(|t| !t.registered) {
                 let whole = Extent { start, pages: (end - start) / PAGE_SIZE };
-                let all = sys::uffd_register(self.uffd.as_fd(), whole).is_ok();
+                let all = sys::uffd_register(uffd, whole).is_ok();
                 for tracked in self.tracked[run.clone()].iter_mut().filter(|t| !t.registered) {
-                    tracked.registered =
-                        all || sys::uffd_register(self.uffd.as_fd(), tracked.mapping.extent).is_ok();
+                    let extent = tracked.mapping.extent;
+                    tracked.registered = (all || sys::uffd_register(uffd, extent).is_ok())
+                        && sys::uffd_unprotect(uffd, extent).is_ok();
                 }
                 if !all && !self.attached_memory_lives() {
                     return Err(TrackError::Replaced(self.pid));
@@ -413,7 +448,7 @@ impl Tracker {
             inverted: category::WP_ALLOWED,
             all: category::WP_ALLOWED,
             any: POPULATED,
-            told: 0,
+            ..Query::default()
         };
         let mut stray = Vec::new();
         for range in runs(&self.tracked, is_tracked) {

@@ -1,15 +1,35 @@
 //! Epochs of a tree that never rests.
 
-use std::{thread, time::Duration};
+use std::{fs::File, os::fd::AsFd, path::Path, thread, time::Duration};
 
 use standin::{
-    capture::{Finish, Tracking},
+    capture::{Captured, Finish, Note, Tracking},
+    criu::{
+        images,
+        spawn::{Place, Spawn},
+        swrk::{RestoreOptions, Swrk},
+    },
     restore::{self, Mode},
 };
 
-use crate::host::{Home, Primary, await_true, restore};
+use crate::{
+    host::{Home, Primary, await_true, install},
+    truth::Truth,
+};
 
 const EPOCHS: u64 = 20;
+
+impl Primary {
+    /// An epoch into the store.
+    pub(crate) fn epoch(&mut self, finish: Finish<'_>) -> Captured {
+        self.attempt(finish).unwrap_or_else(|error| panic!("the epoch after {:?}: {error}", self.base))
+    }
+
+    /// An epoch into the store, compared with the frozen tree page by page.
+    pub(crate) fn true_epoch(&mut self, kill: bool) -> Truth {
+        self.try_true_epoch(kill).unwrap_or_else(|error| panic!("the epoch after {:?}: {error}", self.base))
+    }
+}
 
 #[test]
 fn a_dirty_page_is_never_lost() {
@@ -45,4 +65,27 @@ fn a_dirty_page_is_never_lost() {
     restore(&second, &ready.dir);
     second.await_ticks(counted + 100);
     assert!(second.sandbox.is_occupied().unwrap());
+}
+
+/// Restores a directory into a sandbox that waits; plain, with all pages at once.
+fn restore(home: &Home, dir: &Path) {
+    let note = Note::read(dir).unwrap();
+    let tasks = images::pstree(&images::read(dir, "pstree.img").unwrap()).unwrap();
+    let highest = tasks.iter().flat_map(|task| &task.threads).copied().max().unwrap();
+    let stdio: Vec<_> = note.log_pipes.iter().map(|_| home.sandbox.fresh_stdio().unwrap()).collect();
+    let pipes = note.log_pipes.iter().zip(&stdio);
+    let inherit = pipes.map(|(inode, fd)| (format!("pipe:[{inode}]"), fd.as_fd())).collect();
+    let init = home.sandbox.keeper().pidfd().unwrap();
+    let opened = File::open(dir).unwrap();
+    let spawn = Spawn {
+        place: Place::Inside { init: init.as_fd(), cgroup: false },
+        cgroups: vec![home.sandbox.keeper().cgroup().work()],
+        pids_above: Some(highest),
+        inherit,
+        ..Spawn::new(opened.as_fd())
+    };
+    let criu = Swrk::spawn(&install(), &spawn).unwrap();
+    let root = criu.restore(&RestoreOptions::default(), &mut |_| true).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(root, note.root);
+    home.sandbox.track(root).unwrap();
 }

@@ -1,10 +1,9 @@
 //! A primary without an agent: a workload in a sandbox, its capturer, and the store that a standby would have.
 
 use std::{
-    fs::{self, File},
-    io,
-    os::{fd::AsFd, unix::fs::FileExt},
-    path::{Path, PathBuf},
+    fs, io,
+    os::unix::fs::FileExt,
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, Ordering::Relaxed},
@@ -13,14 +12,8 @@ use std::{
 };
 
 use standin::{
-    capture::{CaptureError, Captured, Capturer, Emit, Finish, Note, Source, Tracking},
-    criu::{
-        Install,
-        bridge::Bridge,
-        images,
-        spawn::{Place, Spawn},
-        swrk::{RestoreOptions, Swrk},
-    },
+    capture::{CaptureError, Captured, Capturer, Finish, Source, Tracking},
+    criu::{Install, bridge::Bridge},
     memory::Vmas,
     model::{Epoch, EpochId, Name, PAGE_SIZE, Space, Term},
     store::{Durability, Staging, Store},
@@ -72,18 +65,22 @@ impl Home {
 
     /// The newest count of the workload.
     pub(crate) fn ticks(&self) -> u64 {
-        let log = self.log();
-        assert!(!log.contains("BROKEN"), "{log}");
-        // The last line may be in the making.
-        let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        let last = whole.lines().rev().find_map(|line| line.strip_prefix("tick ")?.parse().ok());
-        last.unwrap_or(0)
+        newest_tick(&self.log())
     }
 
     /// Waits until the workload has counted further than `from`.
     pub(crate) fn await_ticks(&self, from: u64) {
         await_true("the workload to go on", || self.ticks() > from);
     }
+}
+
+/// The newest count in what a workload has said, none of which may be a complaint.
+pub(crate) fn newest_tick(log: &str) -> u64 {
+    assert!(!log.contains("BROKEN") && !log.contains("panicked"), "{log}");
+    // The last line may be in the making.
+    let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let last = whole.lines().rev().find_map(|line| line.strip_prefix("tick ")?.parse().ok());
+    last.unwrap_or(0)
 }
 
 impl Drop for Home {
@@ -134,32 +131,9 @@ impl Primary {
         FrameHead::Begin { name: self.home.name.clone(), id, base: self.base }
     }
 
-    /// An epoch whose frames go where the caller says; it fails.
-    pub(crate) fn failing(&mut self, emit: &mut Emit<'_>) -> CaptureError {
-        let head = self.next_head();
-        let error = self.capturer.capture(head, Finish::Continue, emit).expect_err("the epoch fails");
-        self.capturer.failed();
-        let ticks = self.home.ticks();
-        self.home.await_ticks(ticks);
-        error
-    }
-
-    /// An epoch into the store.
-    pub(crate) fn epoch(&mut self, finish: Finish<'_>) -> Captured {
-        self.try_epoch(finish).unwrap_or_else(|error| panic!("after epoch {:?}: {error}", self.base))
-    }
-
-    /// An epoch that the store may refuse.
-    pub(crate) fn try_epoch(&mut self, finish: Finish<'_>) -> Result<Captured, CaptureError> {
-        let head = self.next_head();
-        let FrameHead::Begin { id, base, .. } = head else { unreachable!() };
-        let mut staging = self.store.begin(id, base).unwrap();
-        let captured =
-            self.capturer.capture(head, finish, &mut |head, body| stage(&mut staging, head, &body))?;
-        staging.commit().unwrap();
-        self.capturer.committed();
-        self.base = Some(id);
-        Ok(captured)
+    /// An epoch into the store, which may fail as one in earnest may.
+    pub(crate) fn attempt(&mut self, finish: Finish<'_>) -> Result<Captured, CaptureError> {
+        self.attempt_after(finish, &mut || ())
     }
 
     /// Changes a byte of every page that the image holds.
@@ -181,8 +155,38 @@ impl Primary {
         });
     }
 
-    /// An epoch into the store, compared with the frozen tree page by page.
-    pub(crate) fn true_epoch(&mut self, kill: bool) -> Truth {
+    /// `between` is called when the tree has been looked at and is not frozen yet.
+    fn attempt_after(
+        &mut self,
+        finish: Finish<'_>,
+        between: &mut dyn FnMut(),
+    ) -> Result<Captured, CaptureError> {
+        let head = self.next_head();
+        let FrameHead::Begin { id, base, .. } = head else { unreachable!() };
+        let mut staging = self.store.begin(id, base).unwrap();
+        let captured = self.capturer.capture(head, finish, &mut |head, body| {
+            if matches!(head, FrameHead::Begin { .. }) {
+                between();
+            }
+            stage(&mut staging, head, &body)
+        });
+        if captured.is_ok() {
+            staging.commit().unwrap();
+            self.capturer.committed();
+            self.base = Some(id);
+        } else {
+            self.capturer.failed();
+        }
+        captured
+    }
+
+    /// The same, compared with the frozen tree page by page.
+    pub(crate) fn try_true_epoch(&mut self, kill: bool) -> Result<Truth, CaptureError> {
+        self.compared(kill, &mut || ())
+    }
+
+    /// The same, and `between` as with [`Self::attempt_after`].
+    pub(crate) fn compared(&mut self, kill: bool, between: &mut dyn FnMut()) -> Result<Truth, CaptureError> {
         let (run_dir, name) = (self.home.dir.path().join("run"), self.home.name.clone());
         let sandbox = Sandbox::open(&run_dir, &name).unwrap();
         let mut truth = None;
@@ -190,7 +194,8 @@ impl Primary {
             truth = Some(Truth::read(&sandbox, manifest));
             kill
         };
-        let captured = self.epoch(Finish::Final { hold: &mut || true, conclude: &mut conclude });
+        let finish = Finish::Final { hold: &mut || true, conclude: &mut conclude };
+        let captured = self.attempt_after(finish, between)?;
         assert_eq!(captured.killed, kill);
         let mut truth = truth.expect("the final epoch was concluded");
         truth.sent_by_criu = self.tracking == Tracking::SoftDirty;
@@ -202,7 +207,7 @@ impl Primary {
         check("committed");
         self.store.fold().unwrap();
         check("folded");
-        truth
+        Ok(truth)
     }
 }
 
@@ -232,29 +237,6 @@ fn stage(staging: &mut Staging, head: FrameHead, body: &[u8]) -> io::Result<()> 
         FrameHead::File(_) | FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),
     };
     staged.map_err(io::Error::other)
-}
-
-/// Restores a directory into a sandbox that waits; plain, with all pages at once.
-pub(crate) fn restore(home: &Home, dir: &PathBuf) {
-    let note = Note::read(dir).unwrap();
-    let tasks = images::pstree(&images::read(dir, "pstree.img").unwrap()).unwrap();
-    let highest = tasks.iter().flat_map(|task| &task.threads).copied().max().unwrap();
-    let stdio: Vec<_> = note.log_pipes.iter().map(|_| home.sandbox.fresh_stdio().unwrap()).collect();
-    let pipes = note.log_pipes.iter().zip(&stdio);
-    let inherit = pipes.map(|(inode, fd)| (format!("pipe:[{inode}]"), fd.as_fd())).collect();
-    let init = home.sandbox.keeper().pidfd().unwrap();
-    let opened = File::open(dir).unwrap();
-    let spawn = Spawn {
-        place: Place::Inside { init: init.as_fd(), cgroup: false },
-        cgroups: vec![home.sandbox.keeper().cgroup().work()],
-        pids_above: Some(highest),
-        inherit,
-        ..Spawn::new(opened.as_fd())
-    };
-    let criu = Swrk::spawn(&install(), &spawn).unwrap();
-    let root = criu.restore(&RestoreOptions::default(), &mut |_| true).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(root, note.root);
-    home.sandbox.track(root).unwrap();
 }
 
 pub(crate) fn await_true(what: &str, mut done: impl FnMut() -> bool) {

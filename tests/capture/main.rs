@@ -6,5 +6,6 @@ mod failures;
 mod host;
 mod load;
 mod sys;
+mod traps;
 mod truth;
 mod workload;

@@ -39,6 +39,19 @@ impl Mapping {
         Self { start: start.cast(), pages }
     }
 
+    /// Private memory at an address of the caller's, in the place of what it may have there.
+    pub(crate) fn private_at(at: usize, pages: usize) -> Self {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: nobody but the caller has anything at that address.
+        let start = unsafe { libc::mmap(at as *mut libc::c_void, pages * PAGE, READ_WRITE, flags, -1, 0) };
+        assert_ne!(start, libc::MAP_FAILED);
+        Self { start: start.cast(), pages }
+    }
+
+    pub(crate) fn start(&self) -> usize {
+        self.start as usize
+    }
+
     pub(crate) fn pages(&self) -> usize {
         self.pages
     }
@@ -57,6 +70,13 @@ impl Mapping {
     pub(crate) fn read(&self, page: usize, word: usize) -> u64 {
         // SAFETY: as above.
         unsafe { self.word(page, word).read_volatile() }
+    }
+
+    /// All of it, read from a file by one system call.
+    pub(crate) fn read_from(&self, file: &std::fs::File, offset: usize) {
+        // SAFETY: the whole mapping, which only the kernel writes and nobody reads meanwhile.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.start, self.pages * PAGE) };
+        std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset as u64).expect("the file is as long");
     }
 
     /// MADV_DONTNEED.
@@ -96,6 +116,58 @@ pub(crate) fn fork() -> Option<i32> {
     (pid > 0).then_some(pid)
 }
 
+/// The same with a pid of the caller's choice.
+pub(crate) fn fork_as(pid: i32) -> Option<i32> {
+    // SAFETY: clone3 reads its arguments, which live, and one pid; without a stack it is a fork. The C library does not
+    // know of the child, which goes on alone and calls nothing that asks for its thread id.
+    unsafe {
+        let mut arguments: libc::clone_args = std::mem::zeroed();
+        arguments.exit_signal = libc::SIGCHLD as u64;
+        arguments.set_tid = (&raw const pid) as u64;
+        arguments.set_tid_size = 1;
+        let child =
+            libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) as i32;
+        assert!(child >= 0, "clone3: {}", std::io::Error::last_os_error());
+        (child > 0).then_some(child)
+    }
+}
+
+pub(crate) fn kill_and_reap(pid: i32) {
+    // SAFETY: integers only.
+    unsafe {
+        libc::kill(pid, libc::SIGKILL);
+        libc::waitpid(pid, null_mut(), 0);
+    }
+}
+
+/// A System V segment, attached for good; it goes with the process.
+pub(crate) fn attach_system_v() {
+    // SAFETY: integers only; the attach makes a new mapping.
+    unsafe {
+        let id = libc::shmget(libc::IPC_PRIVATE, PAGE, libc::IPC_CREAT | 0o600);
+        let at = libc::shmat(id, std::ptr::null(), 0);
+        assert!(id >= 0 && at as isize != -1, "{}", std::io::Error::last_os_error());
+        libc::shmctl(id, libc::IPC_RMID, null_mut());
+    }
+}
+
+/// Makes a process that shares this one's memory and sleeps.
+pub(crate) fn share_memory() {
+    extern "C" fn sleep(_: *mut libc::c_void) -> i32 {
+        loop {
+            // SAFETY: a system call without arguments of consequence.
+            unsafe { libc::pause() };
+        }
+    }
+    let stack = Mapping::private(16);
+    // SAFETY: the stack is the child's for good; `sleep` does nothing but wait.
+    let child = unsafe {
+        let top = stack.start.add(stack.pages * PAGE).cast();
+        libc::clone(sleep, top, libc::CLONE_VM | libc::SIGCHLD, null_mut())
+    };
+    assert!(child > 0);
+}
+
 pub(crate) fn exit() -> ! {
     // SAFETY: no handlers are run.
     unsafe { libc::_exit(0) }
@@ -113,6 +185,18 @@ pub(crate) fn userfaultfd() -> OwnedFd {
     unsafe {
         let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC);
         assert!(fd >= 0);
+        OwnedFd::from_raw_fd(fd as i32)
+    }
+}
+
+/// Another one.
+pub(crate) fn io_uring() -> OwnedFd {
+    // The size of `struct io_uring_params`, all of which may be zero.
+    let mut parameters = [0_u8; 120];
+    // SAFETY: the kernel writes the parameters; a new descriptor, which nothing else owns.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr());
+        assert!(fd >= 0, "io_uring_setup: {}", std::io::Error::last_os_error());
         OwnedFd::from_raw_fd(fd as i32)
     }
 }

@@ -113,7 +113,13 @@ impl Truth {
                 let addr = extent.start + at as u64 * PAGE_SIZE;
                 let first = truth.iter().zip(found).position(|(truth, found)| truth != found);
                 let last = truth.iter().zip(found).rposition(|(truth, found)| truth != found);
-                format!("{space:?} {addr:#x} from byte {first:?} to {last:?}, {}", self.name_of(*space, addr))
+                let name = self.name_of(*space, addr);
+                let word = |page: &[u8]| first.and_then(|at| page[at..].iter().take(8).max().copied());
+                format!(
+                    "{space:?} {addr:#x} from byte {first:?} to {last:?}: at most {:x?} and not {:x?}, {name}",
+                    word(found),
+                    word(truth)
+                )
             }));
         }
         wrong
@@ -171,6 +177,8 @@ impl Task {
     fn uncovered(&self, listed: &[Extent], out: &mut Vec<String>) {
         const PRESENT_OR_SWAPPED: u64 = 3 << 62;
         const OF_FILE: u64 = 1 << 61;
+        /// Since Linux 6.15: a guard region's, which holds nothing and cannot be read.
+        const GUARD: u64 = 1 << 58;
         let pagemap = File::open(format!("/proc/{}/pagemap", self.pid)).unwrap();
         let private = self.lines.iter().filter(|line| !line.shared && !line.path.starts_with("[v"));
         for line in private {
@@ -179,8 +187,11 @@ impl Task {
             let addresses = (line.start..line.end).step_by(PAGE_SIZE as usize);
             for (address, entry) in addresses.zip(entries.chunks_exact(8)) {
                 let entry = u64::from_ne_bytes(entry.try_into().unwrap());
-                let own = entry & PRESENT_OR_SWAPPED != 0 && (line.inode == 0 || entry & OF_FILE == 0);
-                let is_listed = listed.iter().any(|e| (e.start..e.end()).contains(&address));
+                let own = entry & PRESENT_OR_SWAPPED != 0
+                    && entry & GUARD == 0
+                    && (line.inode == 0 || entry & OF_FILE == 0);
+                let behind = listed.partition_point(|extent| extent.start <= address);
+                let is_listed = behind > 0 && address < listed[behind - 1].end();
                 if own && !is_listed && self.differs(line, address) {
                     out.push(format!("pid {} {address:#x} of {}", self.pid, line.path));
                 }

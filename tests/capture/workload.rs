@@ -14,15 +14,26 @@ use std::{
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use standin::workload::control;
 
-use crate::sys::{self, Mapping};
+use crate::{
+    sys::{self, Mapping},
+    traps,
+};
 
-const ROLE: &str = "STANDIN_CAPTURE_ROLE";
-const DIR: &str = "STANDIN_CAPTURE_DIR";
-/// Makes the workload hold a descriptor that CRIU refuses, while a file of this name is in its directory.
+pub(crate) const ROLE: &str = "STANDIN_CAPTURE_ROLE";
+pub(crate) const DIR: &str = "STANDIN_CAPTURE_DIR";
+/// Of the test that is the workload.
+pub(crate) const NAME: &str = "workload::the_workload";
+/// Makes the workload hold a descriptor that CRIU refuses, of the kind that is written in it, while a file of this name is
+/// in its directory.
 pub(crate) const REFUSED: &str = "refused";
 /// Pages of the hot and the idle memory of the role `hot`.
 pub(crate) const HOT_PAGES: usize = 8 << 10;
 pub(crate) const IDLE_PAGES: usize = 32 << 10;
+
+/// Threads of the role `direct`, the pages that each read brings, and the parts of the file that are read.
+const DIRECT_READERS: usize = 8;
+const DIRECT_PAGES: usize = 512;
+const DIRECT_PARTS: usize = 5;
 
 const PAGES: usize = 512;
 const SHARED_PAGES: usize = 64;
@@ -32,7 +43,7 @@ const STEP: Duration = Duration::from_millis(2);
 /// The command for a sandbox.
 pub(crate) fn command(role: &str, dir: &std::path::Path) -> control::Command {
     let program = std::env::current_exe().unwrap();
-    let argv = [program.to_str().unwrap(), "--exact", "workload::the_workload", "--nocapture"];
+    let argv = [program.to_str().unwrap(), "--exact", NAME, "--nocapture"];
     control::Command {
         argv: argv.map(str::to_owned).to_vec(),
         env: vec![format!("{ROLE}={role}"), format!("{DIR}={}", dir.display())],
@@ -48,7 +59,9 @@ fn the_workload() {
         Ok("churn") => Churn::new().run(),
         Ok("leaf") => leaf(),
         Ok("hot") => hot(),
-        _ => {}
+        Ok("direct") => direct(),
+        Ok(role) => traps::run(role),
+        Err(_) => {}
     }
 }
 
@@ -155,8 +168,12 @@ impl Churn {
         }
         let refused = self.dir.join(REFUSED).exists();
         if refused != self.refused.is_some() {
-            self.refused = refused.then(sys::userfaultfd);
-            println!("refused {refused}");
+            self.refused =
+                refused.then(|| match std::fs::read_to_string(self.dir.join(REFUSED)).as_deref() {
+                    Ok("io_uring") => sys::io_uring(),
+                    _ => sys::userfaultfd(),
+                });
+            println!("refused {}", self.refused.is_some());
         }
     }
 
@@ -223,7 +240,7 @@ impl Churn {
         if kind == 0 {
             let program = std::env::current_exe().unwrap();
             let error = Command::new(program)
-                .args(["--exact", "workload::the_workload", "--nocapture"])
+                .args(["--exact", NAME, "--nocapture"])
                 .env(ROLE, "leaf")
                 .stdout(std::process::Stdio::null())
                 .exec();
@@ -271,4 +288,34 @@ fn hot() {
             println!("tick {round}");
         }
     }
+}
+
+/// Threads that each read one part of a file after another to the same memory, past the page cache: the device writes it.
+/// And then they rest, so that nothing else writes there.
+fn direct() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = PathBuf::from(std::env::var_os(DIR).unwrap()).join("parts");
+    let mut file = File::create(&path).unwrap();
+    (0..DIRECT_PARTS * DIRECT_PAGES)
+        .for_each(|page| file.write_all(&[(page / DIRECT_PAGES) as u8 + 1; 4096]).unwrap());
+    file.sync_all().unwrap();
+    let Ok(file) = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path) else {
+        println!("tick 1 of a file system without O_DIRECT");
+        return;
+    };
+    thread::scope(|scope| {
+        for reader in 0..DIRECT_READERS {
+            let file = &file;
+            scope.spawn(move || {
+                let memory = Mapping::private(DIRECT_PAGES);
+                for round in 1_usize.. {
+                    memory.read_from(file, (reader + round) % DIRECT_PARTS * DIRECT_PAGES * 4096);
+                    if reader == 0 {
+                        println!("tick {round}");
+                    }
+                    thread::sleep(STEP * (8 + reader as u32));
+                }
+            });
+        }
+    });
 }

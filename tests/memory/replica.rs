@@ -81,6 +81,8 @@ fn image_pages(tracker: &Tracker) -> Vec<u64> {
     const PRESENT: u64 = 1 << 63;
     const SWAPPED: u64 = 1 << 62;
     const OF_FILE: u64 = 1 << 61;
+    /// Since Linux 6.15: of a guard region.
+    const GUARD: u64 = 1 << 58;
     let pagemap = File::open(format!("/proc/{}/pagemap", tracker.pid())).unwrap();
     let mut image = Vec::new();
     for mapping in tracker.mappings() {
@@ -90,6 +92,7 @@ fn image_pages(tracker: &Tracker) -> Vec<u64> {
         for (i, entry) in entries.chunks_exact(8).enumerate() {
             let entry = u64::from_ne_bytes(entry.try_into().unwrap());
             let wanted = match mapping.kind {
+                _ if entry & GUARD != 0 => false,
                 MappingKind::Anonymous => entry & (PRESENT | SWAPPED) != 0,
                 MappingKind::PrivateFile => {
                     entry & SWAPPED != 0 || entry & PRESENT != 0 && entry & OF_FILE == 0

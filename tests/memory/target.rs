@@ -229,6 +229,7 @@ impl Program {
             }
             "fork" => return self.fork().to_string(),
             "vfork" => return vfork_and_sleep(number(1)).to_string(),
+            "replace" => return replace_and_move(number(1)).to_string(),
             "limit" => return limit_descriptors().to_string(),
             name => return self.on_memory(name, words, &number),
         }
@@ -265,6 +266,36 @@ impl Program {
                 // SAFETY: a mapping of this program that nothing else refers to.
                 let dropped = unsafe { libc::madvise(start.cast(), held * PAGE, libc::MADV_DONTNEED) };
                 assert_eq!(dropped, 0);
+            }
+            // resize NAME PAGES: in place if there is room, else elsewhere
+            "resize" | "move" => {
+                let (len, flags) = if verb == "move" { (held, libc::MREMAP_FIXED) } else { (pages, 0) };
+                let room = map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
+                // SAFETY: a mapping of this program that nothing else refers to, and room for it.
+                let moved = unsafe {
+                    let flags = libc::MREMAP_MAYMOVE | flags;
+                    libc::mremap(start.cast(), held * PAGE, len * PAGE, flags, room)
+                };
+                assert_ne!(moved, libc::MAP_FAILED);
+                self.named.insert(name, (moved as usize, len));
+                return (moved as usize).to_string();
+            }
+            // shrink NAME PAGES: a hole behind it
+            "shrink" => {
+                // SAFETY: as above.
+                let cut = unsafe { libc::munmap(start.add(pages * PAGE).cast(), (held - pages) * PAGE) };
+                assert_eq!(cut, 0);
+                self.named.insert(name, (start as usize, pages));
+            }
+            // join NAME: the mapping `b` goes right behind it
+            "join" => {
+                let (from, len) = self.named["b"];
+                let behind = start.wrapping_add(held * PAGE);
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                // SAFETY: as above; there is a hole.
+                let moved =
+                    unsafe { libc::mremap(from as *mut libc::c_void, len * PAGE, len * PAGE, flags, behind) };
+                assert_eq!(moved, behind.cast());
             }
             "guard" => {
                 const MADV_GUARD_INSTALL: i32 = 102;
@@ -534,4 +565,34 @@ fn vfork_and_sleep(ms: u64) -> i32 {
         libc::waitpid(pid as i32, std::ptr::null_mut(), 0);
         pid as i32
     }
+}
+
+/// Again and again a small mapping, a large one in its place, and that one moved; how often the kernel would not move it.
+fn replace_and_move(times: u64) -> u64 {
+    const PAGES: usize = 32;
+    let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let (place, room) = (map(PAGES, private, -1), map(PAGES, private, -1));
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let mut refused = 0;
+    for round in 0..times {
+        // SAFETY: both places are this program's own and hold nothing.
+        unsafe {
+            libc::munmap(place.cast(), PAGES * PAGE);
+            libc::mmap(place.cast(), PAGE, access, private | libc::MAP_FIXED, -1, 0);
+            // Long enough to be found in the list of mappings, which is then read in vain.
+            spin(Duration::from_micros(40 + round % 64));
+            libc::munmap(place.cast(), PAGE);
+            libc::mmap(place.cast(), PAGES * PAGE, access, private | libc::MAP_FIXED, -1, 0);
+            spin(Duration::from_micros(round % 32));
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let moved = libc::mremap(place.cast(), PAGES * PAGE, PAGES * PAGE, flags, room);
+            refused += u64::from(moved == libc::MAP_FAILED);
+        }
+    }
+    refused
+}
+
+fn spin(time: Duration) {
+    let until = Instant::now() + time;
+    while Instant::now() < until {}
 }

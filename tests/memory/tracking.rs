@@ -80,6 +80,29 @@ fn a_cow_page_dropped_from_a_private_file_mapping_is_seen() {
     frozen_pass(&target, &mut tracker, &mut replica);
 }
 
+/// What DONTNEED left in the place of protected pages must go, or the kernel begins this madvise again for ever.
+#[test]
+fn a_guard_region_comes_in_the_place_of_protected_pages_of_a_file() {
+    let (mut target, mut tracker, mut replica, _) = followed(&["file f 8", "fill f 77"]);
+    target.tell("guard f 8");
+    let answer = std::thread::scope(|scope| {
+        let answer = scope.spawn(|| target.answer());
+        for _ in 0..200 {
+            replica.follow(&mut tracker, false);
+            if answer.is_finished() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        if !answer.is_finished() {
+            signal_process(tracker.pid(), libc::SIGKILL);
+        }
+        answer.join().expect("madvise returns")
+    });
+    println!("madvise: {answer}");
+    frozen_pass(&target, &mut tracker, &mut replica);
+}
+
 #[test]
 fn shared_memory_is_left_to_the_caller() {
     let (mut target, mut tracker, mut replica, at) = followed(&["shared s 16", "fill s 1"]);
@@ -115,6 +138,57 @@ fn a_mapping_made_again_at_the_same_place_is_seen() {
         target.ask("poke a 5 1");
         assert!(holds(&frozen_pass(&target, &mut tracker, &mut replica), at[0] + 5 * PAGE));
     }
+}
+
+#[test]
+fn a_mapping_that_grew_or_moved_is_followed() {
+    let (mut target, mut tracker, mut replica, _) = followed(&["anon a 16", "fill a 1"]);
+    for (value, command) in ["resize a 40", "move a", "resize a 60", "move a", "move a"].iter().enumerate() {
+        let at: u64 = target.ask(command).parse().unwrap();
+        // One that grew where it was is still registered, and none of its pages was written.
+        frozen_pass(&target, &mut tracker, &mut replica);
+        target.ask(&format!("fill a {}", 10 + value));
+        let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+        assert!((0..16).all(|page| holds(&dirty, at + page * PAGE)), "{command}, then written: {dirty:x?}");
+        let idle = frozen_pass(&target, &mut tracker, &mut replica);
+        assert!(!(0..16).any(|page| holds(&idle, at + page * PAGE)), "{command}, then left alone: {idle:x?}");
+    }
+}
+
+/// The kernel joins the two and takes both off the list of what is registered; the marks of the protection stay, and hold
+/// nothing up.
+#[test]
+fn a_mapping_that_another_is_moved_up_to_is_followed() {
+    // The second one has never been touched, so that it fits anywhere.
+    let prepare = ["anon b 4", "shared s 1", "anon a 32", "shrink a 16", "fill a 1"];
+    let (mut target, mut tracker, mut replica, at) = followed(&prepare);
+    frozen_pass(&target, &mut tracker, &mut replica);
+    target.ask("join a");
+    target.ask("poke a 3 9");
+    target.ask("poke a 5 9");
+    let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+    assert!([3, 5].iter().all(|page| holds(&dirty, at[2] + page * PAGE)), "{dirty:x?}");
+    target.ask("poke a 7 9");
+    frozen_pass(&target, &mut tracker, &mut replica);
+}
+
+/// A registration of what was listed splits what is there by now, and the kernel moves no mapping that is split.
+#[test]
+fn a_mapping_in_the_place_of_one_that_was_listed_can_be_moved() {
+    let (mut target, mut tracker, mut replica, _) = followed(&[]);
+    target.tell("replace 30000");
+    let (refused, passes) = std::thread::scope(|scope| {
+        let answer = scope.spawn(|| target.answer());
+        let mut passes = 0;
+        while !answer.is_finished() {
+            tracker.register().unwrap();
+            passes += 1;
+        }
+        (answer.join().unwrap(), passes)
+    });
+    assert!(passes > 50);
+    assert_eq!(refused, "0", "moves that were refused, {passes} passes");
+    frozen_pass(&target, &mut tracker, &mut replica);
 }
 
 #[test]

@@ -315,7 +315,8 @@ impl Capturer {
             match Tracker::attach(task.pid) {
                 Ok(tracker) => {
                     // The first pass reports all of its memory, so nothing that is known under this pid is trusted.
-                    self.tasks.insert(task.pid, Tracked { tracker, space, start_ticks: task.start_ticks });
+                    let start_ticks = task.start_ticks;
+                    self.tasks.insert(task.pid, Tracked { tracker, space, start_ticks, ahead: Vec::new() });
                 }
                 // It ended meanwhile; should CRIU see it after all, it is read whole.
                 Err(AttachError::Gone(_)) => {
@@ -344,7 +345,7 @@ impl Capturer {
                 break;
             }
             stale_before = stale;
-            for tracked in self.tasks.values() {
+            for tracked in self.tasks.values_mut() {
                 let Some(wanted) = pending.get_mut(&tracked.space) else { continue };
                 let (space, known, encoder) = (tracked.space, &mut self.known, &mut self.encoder);
                 let mut read: Vec<Extent> = Vec::new();
@@ -353,13 +354,16 @@ impl Capturer {
                     read.extend_from_slice(part.extents());
                     encode(encoder, known, space, part.extents(), part.data(), at, emit)
                 });
+                extents::normalize(&mut read);
+                *wanted = extents::subtract(wanted, &read);
+                if memory::reads_directly(tracked.tracker.pid()) {
+                    tracked.ahead.append(&mut read);
+                }
                 match sent {
                     // It ended meanwhile, as processes do; what was sent of it the manifest will not list.
                     Ok(()) | Err(CaptureError::Read(ReadError::Gone(_))) => {}
                     Err(error) => return Err(error),
                 }
-                extents::normalize(&mut read);
-                *wanted = extents::subtract(wanted, &read);
             }
         }
         pages.shrink();

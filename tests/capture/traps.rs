@@ -1,0 +1,207 @@
+//! The ways to lose a page, each with a program that does just that: without the rule against it, its test fails.
+
+use std::{
+    fs::{self, File},
+    os::{fd::AsFd, unix::process::CommandExt},
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use standin::capture::{CaptureError, Tracking};
+
+use crate::{
+    host::{Primary, await_true},
+    sys::{self, Mapping},
+    workload::{self, DIR, ROLE},
+};
+
+const PAGES: usize = 64;
+/// In a directory of the program: makes it do what it waits to do.
+const GO: &str = "go";
+/// The pid, inside, of a child that ends and comes again; far above those that come by themselves.
+const CHILD: i32 = 20_000;
+
+/// A store through the one mapping leaves no trace in the other, which is the one that CRIU looks at.
+#[test]
+fn shared_memory_that_is_written_through_another_mapping_is_not_lost() {
+    let mut primary = Primary::start("alias", Tracking::WriteProtect);
+    for _ in 0..4 {
+        let truth = primary.true_epoch(false);
+        assert_eq!(truth.spaces().1, 1);
+        let ticks = primary.home.ticks();
+        primary.home.await_ticks(ticks);
+    }
+}
+
+/// CRIU runs code of its own in each thread while our first pass is over.
+#[test]
+fn pages_that_criu_touches_in_the_freeze_are_those_of_the_freeze() {
+    let mut primary = Primary::start("rest", Tracking::WriteProtect);
+    (0..4).for_each(|_| drop(primary.true_epoch(false)));
+}
+
+/// Nothing that is known of a process is true of the next one with its pid.
+#[test]
+fn a_process_that_takes_anothers_pid_before_the_freeze_is_read_whole() {
+    changed_before_the_freeze("reborn");
+}
+
+#[test]
+fn a_process_that_executes_a_program_before_the_freeze_is_read_whole() {
+    changed_before_the_freeze("executing");
+}
+
+#[test]
+fn a_process_that_is_born_before_the_freeze_is_read_whole() {
+    changed_before_the_freeze("bearing");
+}
+
+/// The tree was looked at, and has another process when it is frozen.
+fn changed_before_the_freeze(role: &str) {
+    let mut primary = Primary::start(role, Tracking::WriteProtect);
+    primary.true_epoch(false);
+    primary.true_epoch(false);
+    let (go, log) = (primary.home.dir.path().join(GO), primary.home.dir.path().join("log"));
+    let truth = primary.compared(false, &mut || {
+        fs::write(&go, "").unwrap();
+        await_true("the change", || fs::read_to_string(&log).unwrap().contains("changed"));
+    });
+    let truth = truth.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(truth.spaces().0, 2);
+    primary.true_epoch(false);
+}
+
+#[test]
+fn processes_that_share_their_memory_are_refused_and_the_reason_is_named() {
+    is_refused("sharing", "shares its memory");
+}
+
+#[test]
+fn system_v_shared_memory_is_refused_and_named() {
+    is_refused("system-v", "System V shared memory");
+}
+
+fn is_refused(role: &str, reason: &str) {
+    let mut primary = Primary::start(role, Tracking::WriteProtect);
+    let error = primary.failing(&mut |_, _| Ok(()));
+    assert!(matches!(error, CaptureError::Holds { .. }), "{error}");
+    assert!(error.to_string().contains(reason), "{error}");
+}
+
+/// The programs.
+pub(crate) fn run(role: &str) {
+    match role {
+        "alias" => alias(),
+        "rest" => rest(),
+        "reborn" => change(|| {
+            child_of_pid(2);
+            || {
+                sys::kill_and_reap(CHILD);
+                child_of_pid(3);
+            }
+        }),
+        "bearing" => change(|| || child_of_pid(3)),
+        "executing" => change(|| {
+            child_that_executes();
+            || await_true("the other program", || fs::exists(in_dir("executed")).unwrap())
+        }),
+        "executed" => executed(),
+        "sharing" => {
+            sys::share_memory();
+            rest();
+        }
+        "system-v" => {
+            sys::attach_system_v();
+            rest();
+        }
+        _ => {}
+    }
+}
+
+fn in_dir(name: &str) -> PathBuf {
+    PathBuf::from(std::env::var_os(DIR).expect("a directory")).join(name)
+}
+
+/// A memory file that is mapped twice, and written through the mapping of which CRIU does not read.
+fn alias() {
+    let file = File::from(memfd_create(c"alias", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len((PAGES * 4096) as u64).unwrap();
+    let [first, second] = [(); 2].map(|()| Mapping::of_file(file.as_fd(), PAGES, true));
+    (0..PAGES).for_each(|page| first.write(page, 0, 1));
+    for tick in 1_u64.. {
+        let written = if first.start() > second.start() { &first } else { &second };
+        (0..PAGES).for_each(|page| written.write(page, 1, tick));
+        println!("tick {tick}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn rest() {
+    for _ in 0..3 {
+        thread::spawn(|| {
+            loop {
+                thread::sleep(Duration::from_secs(1))
+            }
+        });
+    }
+    for tick in 1_u64.. {
+        println!("tick {tick}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Prepares something, and does it when told to.
+fn change<F: FnOnce()>(prepare: impl FnOnce() -> F) {
+    let then = prepare();
+    println!("tick 1");
+    await_file(&in_dir(GO));
+    then();
+    println!("changed");
+    rest();
+}
+
+fn await_file(path: &Path) {
+    while !path.exists() {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A child with our pid, whose pages hold this at an address that is the same in each of them.
+fn child_of_pid(value: u64) {
+    let memory = Mapping::private_at(0x1234_5678_0000, PAGES);
+    if sys::fork_as(CHILD).is_none() {
+        (0..PAGES).for_each(|page| memory.write(page, page, value));
+        fs::write(in_dir(&format!("wrote-{value}")), "").unwrap();
+        loop {
+            thread::sleep(Duration::from_secs(1));
+        }
+    }
+    await_file(&in_dir(&format!("wrote-{value}")));
+}
+
+/// What it has at the address is known when it executes a program that has something else there.
+fn child_that_executes() {
+    let memory = Mapping::private_at(0x1234_5678_0000, PAGES);
+    (0..PAGES).for_each(|page| memory.write(page, page, 8));
+    if sys::fork().is_some() {
+        return;
+    }
+    await_file(&in_dir(GO));
+    let error = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", workload::NAME, "--nocapture"])
+        .env(ROLE, "executed")
+        .exec();
+    panic!("exec: {error}");
+}
+
+fn executed() {
+    let memory = Mapping::private_at(0x1234_5678_0000, PAGES);
+    (0..PAGES).for_each(|page| memory.write(page, page, 9));
+    fs::write(in_dir("executed"), "").unwrap();
+    loop {
+        thread::sleep(Duration::from_secs(1));
+    }
+}
