@@ -101,19 +101,25 @@ struct Row {
     epochs: usize,
     frozen_ms_p50: f64,
     frozen_ms_p99: f64,
-    /// Medians of Standin's parts.
+    /// Medians of Standin's parts, milliseconds.
     #[serde(flatten)]
     parts: Option<Parts>,
 }
 
 #[derive(serde::Serialize)]
 struct Parts {
-    freeze_ms: f64,
-    criu_ms: f64,
-    lists_ms: f64,
-    scan_ms: f64,
-    read_ms: f64,
-    fold_ms: f64,
+    #[serde(rename = "freeze_ms")]
+    freeze: f64,
+    #[serde(rename = "criu_ms")]
+    criu: f64,
+    #[serde(rename = "lists_ms")]
+    lists: f64,
+    #[serde(rename = "scan_ms")]
+    scan: f64,
+    #[serde(rename = "read_ms")]
+    read: f64,
+    #[serde(rename = "fold_ms")]
+    fold: f64,
 }
 
 /// One epoch's.
@@ -209,7 +215,9 @@ fn main() -> Result<()> {
             for methods in methods.chunks(together.max(1)) {
                 measured.extend(measure(methods, rss_mb, dirty_pages, wanted.epochs)?);
             }
-            measured.iter().for_each(|row| row.print(measured[0].frozen_ms_p50));
+            for row in &measured {
+                row.print(measured[0].frozen_ms_p50);
+            }
             rows.extend(measured);
         }
     }
@@ -259,10 +267,8 @@ impl Row {
             self.frozen_ms_p50 / full_ms
         );
         if let Some(parts) = &self.parts {
-            let Parts { freeze_ms, criu_ms, lists_ms, scan_ms, read_ms, fold_ms } = parts;
-            print!(
-                "  {freeze_ms:>7.2} {criu_ms:>6.2} {lists_ms:>6.2} {fold_ms:>6.2} {scan_ms:>6.2} {read_ms:>6.2}"
-            );
+            let Parts { freeze, criu, lists, scan, read, fold } = parts;
+            print!("  {freeze:>7.2} {criu:>6.2} {lists:>6.2} {fold:>6.2} {scan:>6.2} {read:>6.2}");
         }
         println!();
     }
@@ -278,12 +284,12 @@ impl Parts {
             Some(sample.frozen_us.saturating_sub(parts.stopping_us + parts.lists_us + parts.close_us))
         };
         Some(Self {
-            freeze_ms: median(&|parts| parts.stopping_us)?,
-            criu_ms: percentile_ms(samples, 50, criu)?,
-            lists_ms: median(&|parts| parts.lists_us)?,
-            scan_ms: median(&|parts| parts.scan_us)?,
-            read_ms: median(&|parts| parts.read_us)?,
-            fold_ms: median(&|parts| parts.close_us)?,
+            freeze: median(&|parts| parts.stopping_us)?,
+            criu: percentile_ms(samples, 50, criu)?,
+            lists: median(&|parts| parts.lists_us)?,
+            scan: median(&|parts| parts.scan_us)?,
+            read: median(&|parts| parts.read_us)?,
+            fold: median(&|parts| parts.close_us)?,
         })
     }
 }

@@ -179,11 +179,15 @@ pub struct Task {
 }
 
 /// Reads the process tree, the root first.
+///
+/// CRIU looks at no threads of a zombie, and writes as the one that it has whatever stood in its memory (seen with 4.2.1).
 pub fn pstree(bytes: &[u8]) -> Result<Vec<Task>, ImageError> {
     let mut entries = Entries::open(PSTREE_FILE, bytes, PSTREE_MAGIC)?;
     let mut tasks = Vec::new();
     while let Some(entry) = entries.next::<PstreeEntry>()? {
-        tasks.push(Task { pid: entry.pid, parent: entry.ppid, threads: entry.threads });
+        let PstreeEntry { pid, ppid: parent, threads, .. } = entry;
+        let threads = if threads.contains(&pid) { threads } else { vec![pid] };
+        tasks.push(Task { pid, parent, threads });
     }
     Ok(tasks)
 }
@@ -454,6 +458,21 @@ mod tests {
         let parts = lazy_extents(&vmas, &[0x6010, 0x6ff0, 0x14000, 0x2000]);
         let wanted = [(4, 2), (7, 2), (21, 1)].map(|(s, pages)| Extent { start: s << 12, pages });
         assert_eq!(parts, wanted);
+    }
+
+    #[test]
+    fn a_zombie_has_no_thread_but_itself() {
+        let entry =
+            |pid, threads: &[u32]| PstreeEntry { pid, ppid: 1, pgid: 1, sid: 1, threads: threads.to_vec() };
+        let entries = [entry(3, &[3, 5]), entry(7, &[1_698_084_144])].map(|entry| entry.encode_to_vec());
+        let mut bytes: Vec<u8> =
+            [COMMON_MAGIC, PSTREE_MAGIC].into_iter().flat_map(u32::to_le_bytes).collect();
+        for entry in entries {
+            bytes.extend((entry.len() as u32).to_le_bytes());
+            bytes.extend(entry);
+        }
+        let threads: Vec<Vec<u32>> = pstree(&bytes).unwrap().into_iter().map(|task| task.threads).collect();
+        assert_eq!(threads, [vec![3, 5], vec![7]]);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! Epochs that fail: the tree runs on, and the next epoch is right.
 
-use std::{fs, io};
+use std::{fs, io, os::unix::fs::FileExt};
 
-use standin::capture::{CaptureError, Emit, Finish, Tracking};
+use standin::{
+    capture::{CaptureError, Emit, Finish, Tracking},
+    model::{PAGE_SIZE, Space},
+};
 
 use crate::{
     host::{Primary, await_true},
@@ -10,6 +13,25 @@ use crate::{
 };
 
 impl Primary {
+    /// Changes a byte of every page that the image holds.
+    fn damage_image(&self) {
+        self.store.fold().unwrap();
+        let is_image = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with("image-");
+        let image = fs::read_dir(self.store.dir()).unwrap().map(Result::unwrap).find(is_image).unwrap();
+        self.store.view().unwrap().for_each_extent(|space, extent| {
+            let Space::Task(pid) = space else { return };
+            let name = format!("task-{pid}.{}", extent.start >> 40);
+            let path = image.path().join("pages").join(name);
+            let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+            for page in 0..extent.pages {
+                let at = extent.start % (1 << 40) + page * PAGE_SIZE + 2048;
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, at).unwrap();
+                file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+            }
+        });
+    }
+
     /// An epoch whose frames go where the caller says; it fails.
     pub(crate) fn failing(&mut self, emit: &mut Emit<'_>) -> CaptureError {
         let head = self.next_head();

@@ -2,7 +2,6 @@
 
 use std::{
     fs, io,
-    os::unix::fs::FileExt,
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -15,7 +14,7 @@ use standin::{
     capture::{CaptureError, Captured, Capturer, Finish, Source, Tracking},
     criu::{Install, bridge::Bridge},
     memory::Vmas,
-    model::{Epoch, EpochId, Name, PAGE_SIZE, Space, Term},
+    model::{Epoch, EpochId, Name, Term},
     store::{Durability, Staging, Store},
     wire::message::FrameHead,
     workload::{
@@ -134,25 +133,6 @@ impl Primary {
     /// An epoch into the store, which may fail as one in earnest may.
     pub(crate) fn attempt(&mut self, finish: Finish<'_>) -> Result<Captured, CaptureError> {
         self.attempt_after(finish, &mut || ())
-    }
-
-    /// Changes a byte of every page that the image holds.
-    pub(crate) fn damage_image(&self) {
-        self.store.fold().unwrap();
-        let is_image = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with("image-");
-        let image = fs::read_dir(self.store.dir()).unwrap().map(Result::unwrap).find(is_image).unwrap();
-        self.store.view().unwrap().for_each_extent(|space, extent| {
-            let Space::Task(pid) = space else { return };
-            let name = format!("task-{pid}.{}", extent.start >> 40);
-            let path = image.path().join("pages").join(name);
-            let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-            for page in 0..extent.pages {
-                let at = extent.start % (1 << 40) + page * PAGE_SIZE + 2048;
-                let mut byte = [0];
-                file.read_exact_at(&mut byte, at).unwrap();
-                file.write_all_at(&[byte[0] ^ 1], at).unwrap();
-            }
-        });
     }
 
     /// `between` is called when the tree has been looked at and is not frozen yet.
