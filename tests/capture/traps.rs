@@ -143,7 +143,7 @@ fn rest() {
     for _ in 0..3 {
         thread::spawn(|| {
             loop {
-                thread::sleep(Duration::from_secs(1))
+                thread::sleep(Duration::from_secs(1));
             }
         });
     }
