@@ -13,7 +13,7 @@ use std::{
 use standin::{
     capture::{CaptureError, Captured, Capturer, Finish, Source, Tracking},
     criu::{Install, bridge::Bridge},
-    memory::Vmas,
+    memory::{AttachError, Vmas},
     model::{Epoch, EpochId, Name, Term},
     store::{Durability, Staging, Store},
     wire::message::FrameHead,
@@ -109,11 +109,21 @@ impl Primary {
         let (home, ram) = (Home::new(), tempfile::tempdir_in("/dev/shm").unwrap());
         home.sandbox.start(&workload::command(role, home.dir.path())).unwrap();
         home.await_ticks(0);
-        let source = source(&home, ram.path(), tracking);
+        // A process of it may wait in a vfork just now.
+        let mut capturer = None;
+        await_true("all of the workload to be tracked", || {
+            match Capturer::new(source(&home, ram.path(), tracking)) {
+                Err(CaptureError::Attach(AttachError::NotStopping { .. })) => false,
+                made => {
+                    capturer = Some(made.unwrap_or_else(|error| panic!("{error}")));
+                    true
+                }
+            }
+        });
         let store =
             Store::open(&ram.path().join("store"), &home.name, Durability::Memory, Box::new(|_| Ok(())));
         Self {
-            capturer: Capturer::new(source).unwrap(),
+            capturer: capturer.expect("it was made"),
             store: store.unwrap(),
             base: None,
             tracking,
