@@ -16,7 +16,7 @@
 //!   captured earlier it would only be older when it arrives. So epochs get as long as link or standby need.
 //! - An interval is so long that the freeze is no more than its share of it: protection that takes all of a workload's
 //!   time, as of a large one on a kernel with slow tracking, is worse than an older epoch.
-//! - Failures in a row are spaced out, up to [`BACKOFF_MAX`].
+//! - Failures in a row are spaced out, up to five seconds.
 
 use std::time::{Duration, Instant};
 
