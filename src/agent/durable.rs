@@ -108,6 +108,11 @@ pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&temporary, path)?;
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    File::open(dir)?.sync_all()
+    sync(path)
+}
+
+/// Puts a file that is there on stable storage, with its name.
+pub(super) fn sync(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()?;
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
 }

@@ -105,9 +105,9 @@ impl Home {
         })
     }
 
-    /// Whether no process of a workload, whole or half restored, is in the place.
-    pub(super) fn is_empty(&self) -> bool {
-        self.keeper().cgroup().pids().is_ok_and(|pids| pids.is_empty())
+    /// Whether no process of a workload, whole or half restored, is in the place; those of `ours` may be.
+    pub(super) fn is_empty_but(&self, ours: &[u32]) -> bool {
+        self.keeper().cgroup().pids().is_ok_and(|pids| pids.iter().all(|pid| ours.contains(pid)))
     }
 
     /// Looks the addresses up and tells the guard what to silence. Must come before anything opens.

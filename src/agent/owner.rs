@@ -189,6 +189,10 @@ pub(super) struct Owner {
     pub(super) demoting: bool,
     /// Pages are still on their way to a restored tree.
     pub(super) lazy_pages: bool,
+    /// Pages did not come once: restores take all of them at once.
+    pub(super) eager: bool,
+    /// Why pages will not come to a tree whose restore has not been reported yet.
+    pub(super) pages_lost: Option<String>,
     /// The epoch that a handoff brought, to tell a takeover from a failover.
     pub(super) taken_over: Option<EpochId>,
     /// When the addresses were announced first, and the next round.
@@ -236,6 +240,8 @@ impl Owner {
             gone: false,
             demoting: false,
             lazy_pages: false,
+            eager: false,
+            pages_lost: None,
             taken_over: None,
             announced: None,
             permit_epochs: watch::Sender::new(Permit { may_capture: false, first_epoch: Epoch(1) }),
@@ -330,6 +336,7 @@ impl Owner {
                 self.restored(*home, phases);
             }
             Msg::RestoreFailed(reason) => {
+                self.pages_lost = None;
                 self.event("restore-failed", &reason, None);
                 self.feed(Input::RestoreFailed { reason });
             }
@@ -539,7 +546,7 @@ impl Owner {
             Ok(note) => {
                 self.feed(Input::Committed(id));
                 if let Some(standby) = standby {
-                    standby.committed(id, note);
+                    standby.committed(&self.agent, &self.name, id, note);
                 }
                 EpochAnswer::Committed { id, busy_us: 0 }
             }

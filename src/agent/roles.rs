@@ -41,11 +41,12 @@ impl Owner {
     pub(super) fn resume(&mut self) {
         let Some(mut record) = self.durable.record else { return };
         let marked = Standby::marked(&self.agent, &self.name);
-        if let (Some(epoch), ha::Role::Primary { .. }) = (marked, record.role) {
-            // The tree lacks pages that the dead agent was to bring: it is restored anew from the same epoch.
+        self.lazy_pages = marked.is_some() && Standby::is_served(&self.agent, &self.name);
+        if let (Some(epoch), ha::Role::Primary { .. }, false) = (marked, record.role, self.lazy_pages) {
+            // The tree lacks pages that nobody brings any more: it is restored anew from the same epoch.
             self.event(
                 "restored-anew",
-                "the agent ended while pages were still on their way to the workload",
+                "what brought the workload its pages ended before the last one was there",
                 Some(epoch),
             );
             self.kill_copy();
@@ -55,6 +56,9 @@ impl Owner {
             && let Err(error) = self.open_standby()
         {
             self.error = Some(format!("{error:#}"));
+        }
+        if let (true, Some(standby)) = (self.lazy_pages, &self.standby) {
+            standby.await_served(self.to_self.clone());
         }
         let copy = self.copy();
         // Also of a standby's place that waits: what it restores must be reached at once.
@@ -435,7 +439,8 @@ impl Owner {
             return;
         };
         // A place that an attempt has used is not used again.
-        let used = eager || self.home.as_ref().is_none_or(|home| !home.is_empty());
+        let waiting = standby.waiting();
+        let used = eager || self.home.as_ref().is_none_or(|home| !home.is_empty_but(&waiting));
         if used {
             self.kill_copy();
         }
@@ -444,9 +449,9 @@ impl Owner {
             return;
         }
         let Some(home) = self.home.take() else { return };
-        // Should the agent die while pages are on their way, memory is restored anew from the same epoch; files that the
-        // workload has written meanwhile would not be of it. So with files of its own it gets all pages at once.
-        let eager = eager || !self.durable.spec.sandbox.paths.is_empty();
+        // Should the pages not come, memory is restored anew from the same epoch; files that the workload has written
+        // meanwhile would not be of it. So with files of its own it gets all pages at once.
+        let eager = eager || self.eager || !self.durable.spec.sandbox.paths.is_empty();
         let (agent, plan) = (Arc::clone(&self.agent), RestorePlan { epoch, eager, owner: to_self.clone() });
         self.lazy_pages = !eager;
         tokio::task::spawn_blocking(move || {
@@ -471,7 +476,10 @@ impl Owner {
             promotion.phases.extend(phases);
             promotion.phases.insert("restore".into(), promotion.decided.elapsed().as_secs_f64() * 1e3);
         }
-        self.feed(Input::Restored);
+        match self.pages_lost.take() {
+            Some(reason) => self.feed(Input::RestoreFailed { reason }),
+            None => self.feed(Input::Restored),
+        }
     }
 
     pub(super) fn announce(&mut self, term: Term) {
@@ -528,10 +536,18 @@ impl Owner {
     pub(super) fn pages_failed(&mut self, reason: &str) {
         self.lazy_pages = false;
         if self.home.is_none() {
-            // The restore itself failed and is reported as that.
+            // Before the restore is reported, which perhaps has failed itself.
+            self.pages_lost = Some(reason.to_owned());
             return;
         }
         self.event("pages-failed", reason, None);
+        let role = self.durable.record.map(|record| record.role);
+        let runs_here = matches!(role, Some(ha::Role::Primary { .. } | ha::Role::Promoting { .. }));
+        if runs_here && !std::mem::replace(&mut self.eager, true) {
+            // As an agent that starts now would: the mark is still there.
+            self.resume();
+            return;
+        }
         self.error =
             Some(format!("pages could not be brought to the restored workload, which was ended: {reason}"));
         self.kill_copy();

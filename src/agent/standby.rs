@@ -7,14 +7,14 @@
 //!
 //! Invariants: commits go through the workload's owner one at a time, so that an epoch is never committed behind a
 //! promotion's back; a restore works on a frozen view of the store; until a lazy restore has every page, a mark on disk
-//! says so, and an agent that finds it restores anew ([`Standby::marked`]).
+//! says so, and an agent that finds it waits for whoever serves the pages, or restores anew if nobody does
+//! ([`Standby::marked`]).
 
 use std::{
     collections::BTreeMap,
     fs,
-    os::fd::AsFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -28,13 +28,11 @@ use crate::{
     criu::{
         bridge::Bridge,
         images,
-        lazy::{LazyServer, PageSource},
-        spawn::{Place, Spawn},
-        swrk::{RestoreOptions, Swrk},
+        lazy::{Mark, Pager, PagerHandle},
     },
     model::{EpochId, Extent, Name, Space, Term},
     observe::unix_ms,
-    restore::{self, Mode},
+    restore::{self, Ahead, Mode, Recency, Site},
     store::{BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, View},
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
@@ -54,6 +52,19 @@ pub(super) struct Standby {
     folding: Mutex<Option<String>>,
     /// One directory is made ready at a time.
     readying: Mutex<()>,
+    recency: Mutex<Recency>,
+    /// The CRIU that waits in the sandbox; none is started once one was asked for.
+    ahead: Mutex<Waiting>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    criu: Option<Ahead>,
+    ordered: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Standby {
@@ -75,6 +86,8 @@ impl Standby {
             newest: Mutex::new(newest),
             folding: Mutex::new(None),
             readying: Mutex::new(()),
+            recency: Mutex::default(),
+            ahead: Mutex::default(),
         })
     }
 
@@ -85,7 +98,7 @@ impl Standby {
 
     /// Age of the newest committed epoch by both hosts' wall clocks, milliseconds.
     pub(super) fn lag_ms(&self) -> Option<u64> {
-        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        let newest = lock(&self.newest);
         newest.as_ref().map(|(_, note)| unix_ms().saturating_sub(note.frozen_at_unix_ms))
     }
 
@@ -95,22 +108,25 @@ impl Standby {
     }
 
     /// After a commit: folds and makes ready, in the background.
-    pub(super) fn committed(self: &Arc<Self>, id: EpochId, note: Note) {
-        *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = Some((id, note));
-        let standby = Arc::clone(self);
-        tokio::task::spawn_blocking(move || standby.warm(id));
+    pub(super) fn committed(self: &Arc<Self>, agent: &Arc<Agent>, name: &Name, id: EpochId, note: Note) {
+        *lock(&self.newest) = Some((id, note));
+        let (standby, agent, name) = (Arc::clone(self), Arc::clone(agent), name.clone());
+        tokio::task::spawn_blocking(move || standby.warm(&agent, &name, id));
     }
 
-    fn warm(&self, id: EpochId) {
+    fn warm(&self, agent: &Agent, name: &Name, id: EpochId) {
         // A newer one on its way here does all of this too.
         let newest = || self.store.held() == Some(id);
         if newest()
             && let Some(view) = self.store.view()
-            && let Err(error) = self.ready(&view, Mode::Lazy)
         {
-            tracing::warn!(%error, "the restore is not prepared ahead");
+            self.learn(&view);
+            let dir = self.ready(&view, Mode::Lazy);
+            if let Err(error) = dir.and_then(|dir| self.wait_ahead(agent, name, &dir)) {
+                tracing::warn!(%error, "the restore is not prepared ahead");
+            }
         }
-        let mut trouble = self.folding.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut trouble = lock(&self.folding);
         if newest() {
             *trouble = match self.store.fold() {
                 // A reader (a restore) is in the way; the next epoch's fold makes up for it.
@@ -120,6 +136,44 @@ impl Standby {
         }
     }
 
+    /// Learns which pages were written lately, before a fold forgets it.
+    fn learn(&self, view: &View) {
+        let mut recency = lock(&self.recency);
+        view.unfolded().for_each(|(id, runs)| recency.note(id, runs));
+    }
+
+    /// Has a CRIU wait in the sandbox, unless one does that can restore this directory.
+    fn wait_ahead(&self, agent: &Agent, name: &Name, dir: &Path) -> anyhow::Result<()> {
+        let (pids, note) = (pids(dir)?, Note::read(dir)?);
+        let mut waiting = lock(&self.ahead);
+        let fits = waiting.criu.as_mut().is_some_and(|criu| criu.fits(&pids, note.log_pipes.len()));
+        if !fits && !waiting.ordered {
+            waiting.criu = None;
+            let sandbox = Sandbox::open(&agent.sandboxes_dir(), name)?;
+            waiting.criu = Some(self.start_criu(agent, &sandbox, &pids, &note)?);
+        }
+        Ok(())
+    }
+
+    fn start_criu(
+        &self,
+        agent: &Agent,
+        sandbox: &Sandbox,
+        pids: &[u32],
+        note: &Note,
+    ) -> anyhow::Result<Ahead> {
+        let stdio = note.log_pipes.iter().map(|_| sandbox.fresh_stdio()).collect::<Result<Vec<_>, _>>()?;
+        let keeper = sandbox.keeper();
+        let site = Site { init: keeper.pidfd()?, cgroup: keeper.cgroup().work(), stdio };
+        let bridge = Bridge::new(&agent.config.work_dir, agent.install.version)?;
+        Ok(Ahead::start(&agent.install, &bridge, &self.ready_root, &site, pids)?)
+    }
+
+    /// The processes that wait in the sandbox and are none of a workload.
+    pub(super) fn waiting(&self) -> Vec<u32> {
+        lock(&self.ahead).criu.as_ref().map(Ahead::processes).unwrap_or_default()
+    }
+
     /// Why the newest epoch could not be folded, if so: the next one may not fit, so none is taken before it is mended.
     pub(super) fn trouble(&self) -> Option<String> {
         self.folding.try_lock().ok().and_then(|trouble| trouble.clone())
@@ -127,7 +181,7 @@ impl Standby {
 
     /// Tries again what failed.
     fn mend(&self) -> Result<(), String> {
-        let mut trouble = self.folding.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut trouble = lock(&self.folding);
         if trouble.is_some() {
             *trouble = self.store.fold().err().map(|error| error.to_string());
         }
@@ -136,7 +190,7 @@ impl Standby {
 
     /// The directory from which CRIU restores the view's epoch, made unless it is there.
     fn ready(&self, view: &View, mode: Mode) -> anyhow::Result<PathBuf> {
-        let _one_at_a_time = self.readying.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = lock(&self.readying);
         if let Some(dir) = restore::ready_dir(&self.ready_root, view.id(), mode) {
             return Ok(dir);
         }
@@ -153,8 +207,27 @@ impl Standby {
         serde_json::from_slice(&fs::read(mark).ok()?).ok()
     }
 
+    /// Whether that restore goes on without the agent that ordered it.
+    pub(super) fn is_served(agent: &Agent, name: &Name) -> bool {
+        Mark::is_served(&durable::Place::of(&agent.config.state_dir, name).lazy_mark())
+    }
+
+    /// Tells the owner when it has ended.
+    pub(super) fn await_served(&self, owner: mpsc::Sender<Msg>) {
+        let mark = self.mark.clone();
+        std::thread::spawn(move || {
+            let message = if Mark::wait(&mark) {
+                Msg::PagesServed
+            } else {
+                Msg::PagesFailed("the process that served them ended early".into())
+            };
+            let _ = owner.blocking_send(message);
+        });
+    }
+
     /// Removes the image.
     pub(super) fn remove(&self) {
+        lock(&self.ahead).criu = None;
         if let Err(error) = self.store.clone().remove() {
             tracing::warn!(%error, "the image could not be removed");
         }
@@ -175,6 +248,12 @@ fn lazy_extents(dir: &Path, space: Space) -> anyhow::Result<Vec<Extent>> {
         stack_pointers.extend(images::stack_pointer(&name, &images::read(dir, &name)?)?);
     }
     Ok(images::lazy_extents(&vmas, &stack_pointers))
+}
+
+/// The pids of all processes and threads of an image.
+fn pids(dir: &Path) -> anyhow::Result<Vec<u32>> {
+    let tasks = images::pstree(&images::read(dir, images::PSTREE_FILE)?)?;
+    Ok(tasks.iter().flat_map(|task| task.threads.iter().copied().chain([task.pid])).collect())
 }
 
 // Receiving.
@@ -335,18 +414,9 @@ pub(super) struct RestorePlan {
     pub(super) owner: mpsc::Sender<Msg>,
 }
 
-/// Pages of a frozen view, for the lazy-pages server.
-struct Pages(View);
-
-impl PageSource for Pages {
-    fn read(&self, space: Space, start: u64, buffer: &mut [u8]) -> std::io::Result<bool> {
-        self.0.read_pages(space, start, buffer).map(|()| true).map_err(std::io::Error::other)
-    }
-}
-
 impl Standby {
     /// Restores an epoch into a sandbox that waits; blocks until the tree runs (unheard). With lazy pages the rest of the
-    /// memory follows behind, on a thread of its own.
+    /// memory follows behind, from a process of its own.
     pub(super) fn restore(
         self: &Arc<Self>,
         agent: &Agent,
@@ -360,70 +430,62 @@ impl Standby {
         let mode = if plan.eager { Mode::Eager } else { Mode::Lazy };
         let dir = self.ready(&view, mode)?;
         let note = Note::read(&dir)?;
-        let tasks = images::pstree(&images::read(&dir, "pstree.img")?)?;
-        let highest = tasks.iter().flat_map(|task| &task.threads).copied().max().unwrap_or(1);
-        let stdio = note.log_pipes.iter().map(|_| sandbox.fresh_stdio()).collect::<Result<Vec<_>, _>>()?;
-        let inherit = note
-            .log_pipes
-            .iter()
-            .zip(&stdio)
-            .map(|(inode, fd)| (format!("pipe:[{inode}]"), fd.as_fd()))
-            .collect();
-        let init = sandbox.keeper().pidfd()?;
-        let images_dir = fs::File::open(&dir)?;
-        let bridge = Bridge::new(&agent.config.work_dir, agent.install.version)?;
-        let spawn = Spawn {
-            place: Place::Inside { init: init.as_fd(), cgroup: false },
-            bridge: Some(&bridge),
-            cgroups: vec![sandbox.keeper().cgroup().work()],
-            pids_above: Some(highest),
-            inherit,
-            ..Spawn::new(images_dir.as_fd())
-        };
-        let server = if plan.eager { None } else { Some(LazyServer::listen(&agent.install, &dir)?) };
+        let criu = self.take_criu(agent, sandbox, &dir, &note)?;
         phases.insert("prepare".to_owned(), began.elapsed().as_secs_f64() * 1e3);
-        if server.is_some() {
-            durable::write_synced(&self.mark, &serde_json::to_vec(&plan.epoch)?)?;
-        }
-        let stopper = server.as_ref().map(LazyServer::stopper);
-        let serving = server.map(|server| self.serve_pages(server, view, plan.owner.clone()));
         let asked = Instant::now();
-        let restored = Swrk::spawn(&agent.install, &spawn).and_then(|swrk| {
-            let options = RestoreOptions { lazy: !plan.eager, ..RestoreOptions::default() };
-            swrk.restore(&options, &mut |_| true)
-        });
-        let root = match restored {
-            Ok(root) => root,
-            Err(error) => {
-                if let (Some(stopper), Some(serving)) = (stopper, serving) {
-                    stopper.stop();
-                    let _ = serving.join();
-                }
-                return Err(error.into());
-            }
+        let name = dir.file_name().and_then(|name| name.to_str()).context("a directory without a name")?;
+        let root = if plan.eager {
+            criu.restore(name, &note.log_pipes, None)?
+        } else {
+            let (pager, serving) = self.serve_pages(agent, view, &dir, plan)?;
+            criu.restore(name, &note.log_pipes, Some(&pager)).inspect_err(|_| {
+                pager.stop();
+                // Its thread has nothing to say that the error does not.
+                let _ = serving.join();
+            })?
         };
         phases.insert("criu".to_owned(), asked.elapsed().as_secs_f64() * 1e3);
         sandbox.track(root)?;
         Ok((phases, root))
     }
 
-    /// Serves pages until the tasks have them all.
+    /// The CRIU that waits, or else a new one.
+    fn take_criu(&self, agent: &Agent, sandbox: &Sandbox, dir: &Path, note: &Note) -> anyhow::Result<Ahead> {
+        let pids = pids(dir)?;
+        let waiting = {
+            let mut waiting = lock(&self.ahead);
+            waiting.ordered = true;
+            waiting.criu.take()
+        };
+        let fitting = waiting.and_then(|mut criu| criu.fits(&pids, note.log_pipes.len()).then_some(criu));
+        fitting.map_or_else(|| self.start_criu(agent, sandbox, &pids, note), Ok)
+    }
+
+    /// Has pages served until the tasks have them all.
     fn serve_pages(
         self: &Arc<Self>,
-        server: LazyServer,
+        agent: &Agent,
         view: View,
-        owner: mpsc::Sender<Msg>,
-    ) -> std::thread::JoinHandle<()> {
-        let standby = Arc::clone(self);
-        std::thread::spawn(move || {
-            let pages = Pages(view);
-            let served = server.serve(&pages, &mut || {});
+        dir: &Path,
+        plan: &RestorePlan,
+    ) -> anyhow::Result<(PagerHandle, std::thread::JoinHandle<()>)> {
+        self.learn(&view);
+        let pages = restore::page_files(&view, &lock(&self.recency));
+        let mark = Mark::make(&self.mark, &serde_json::to_vec(&plan.epoch)?)?;
+        let pager = Pager::start(&agent.install, dir, mark, &pages)?;
+        let handle = pager.handle()?;
+        let (standby, owner) = (Arc::clone(self), plan.owner.clone());
+        let serving = std::thread::spawn(move || {
+            // Should the host end meanwhile, the mark says that the epoch is to be restored from a store on a disk.
+            if let Err(error) = durable::sync(&standby.mark) {
+                tracing::debug!(%error, "the mark is gone already, or not on the disk");
+            }
+            let served = pager.wait();
             // Before anybody hears of it: a store that is being read cannot be removed.
-            drop(pages);
+            drop(view);
             let message = match served {
                 Ok(summary) => {
                     tracing::info!(?summary, "every page is in the restored workload");
-                    let _ = fs::remove_file(&standby.mark);
                     Msg::PagesServed
                 }
                 Err(failure) => {
@@ -434,6 +496,7 @@ impl Standby {
             };
             drop(standby);
             let _ = owner.blocking_send(message);
-        })
+        });
+        Ok((handle, serving))
     }
 }

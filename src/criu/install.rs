@@ -114,7 +114,7 @@ impl Install {
     }
 
     /// Program and leading arguments with which this CRIU is executed.
-    pub(super) fn command(&self) -> &[PathBuf] {
+    pub fn command(&self) -> &[PathBuf] {
         &self.command
     }
 }

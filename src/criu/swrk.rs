@@ -121,6 +121,10 @@ impl DumpOptions {
 pub struct RestoreOptions {
     /// Whether pages come from a server on `lazy-pages.socket` in the images directory.
     pub lazy: bool,
+    /// Name of the images' directory within the one that CRIU was started with; `None` if it is that one.
+    pub directory: Option<String>,
+    /// Keys of the inherited descriptors, if other than those that CRIU was started with.
+    pub inherit: Option<Vec<String>>,
     /// Resources outside the tree, in CRIU's notation.
     pub external: Vec<String>,
     /// How long CRIU may be silent between two notifications; an eager restore reads all pages.
@@ -129,7 +133,13 @@ pub struct RestoreOptions {
 
 impl Default for RestoreOptions {
     fn default() -> Self {
-        Self { lazy: false, external: Vec::new(), silence_max: Duration::from_secs(300) }
+        Self {
+            lazy: false,
+            directory: None,
+            inherit: None,
+            external: Vec::new(),
+            silence_max: Duration::from_secs(300),
+        }
     }
 }
 
@@ -180,6 +190,20 @@ impl Swrk {
         self.pages.take()
     }
 
+    /// Whether it still waits for its task.
+    pub fn is_waiting(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
+    /// Its processes in our pid namespace: the one that we started, and CRIU itself if that is its child.
+    pub fn processes(&self) -> Vec<u32> {
+        let Some(child) = &self.child else { return Vec::new() };
+        let pid = child.id();
+        let children =
+            std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        std::iter::once(pid).chain(children.split_whitespace().filter_map(|pid| pid.parse().ok())).collect()
+    }
+
     /// The version of this CRIU.
     pub fn version(&self) -> Version {
         self.version
@@ -217,10 +241,14 @@ impl Swrk {
     ) -> Result<u32, CriuError> {
         let mut wanted = common_options(RESTORE_LOG, &options.external);
         wanted.lazy_pages = Some(options.lazy);
-        wanted.inherit_fd = (slot::INHERIT..)
-            .zip(std::mem::take(&mut self.inherit))
-            .map(|(fd, key)| rpc::InheritFd { key, fd })
-            .collect();
+        if let Some(name) = &options.directory {
+            let path = format!("/proc/self/fd/{}/{name}", self.images.as_raw_fd());
+            let opened = File::open(path).map_err(|source| CriuError::Rpc { what: "restore", source })?;
+            self.images = opened.into();
+            wanted.images_dir = Some(format!("/proc/self/fd/{}/{name}", slot::IMAGES));
+        }
+        let keys = options.inherit.clone().unwrap_or_else(|| std::mem::take(&mut self.inherit));
+        wanted.inherit_fd = (slot::INHERIT..).zip(keys).map(|(fd, key)| rpc::InheritFd { key, fd }).collect();
         let answer = self.run("restore", Kind::Restore, wanted, options.silence_max, RESTORE_LOG, notify)?;
         let pid = answer.restore.and_then(|restored| u32::try_from(restored.pid).ok());
         pid.ok_or_else(|| CriuError::Rpc {

@@ -61,6 +61,20 @@ pub(crate) fn hurry() {
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
 }
 
+/// Asks the scheduler to run others before this thread: one that wakes then runs at once.
+pub(super) fn stand_back(nice: libc::c_int) {
+    // SAFETY: the call touches no memory; who 0 is the calling thread.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
+}
+
+/// Goes on when a signal asks this process to end.
+pub(super) fn ignore(signal: nix::sys::signal::Signal) -> io::Result<()> {
+    use nix::sys::signal::{SigHandler, signal as handle};
+    // SAFETY: no handler is installed.
+    unsafe { handle(signal, SigHandler::SigIgn) }?;
+    Ok(())
+}
+
 /// Has the kernel kill this process when its parent's thread ends.
 pub(super) fn die_with_parent() -> io::Result<()> {
     Ok(nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?)

@@ -7,8 +7,15 @@
 //!   the pages that cannot come through userfaultfd; the file is a hole where the others would be, so that
 //!   it costs no memory and no time, whatever the size of the workload.
 //!
+//! An [`Ahead`] is a CRIU that waits in the place where the tree will be, so that a restore begins with its first system
+//! call. [`page_files`] tells the process that serves the lazy pages where they lie in the store, and which of them the
+//! workload wrote lately ([`Recency`]): those come first.
+//!
 //! Invariants: a directory under its final name is complete (it is made under another and renamed), and
 //! making one changes nothing in the store.
+
+mod ahead;
+mod recency;
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -17,8 +24,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use self::{
+    ahead::{Ahead, Site},
+    recency::Recency,
+};
 use crate::{
     criu::images::{Pagemap, Run, mark_lazy, pagemap_file, pages_file},
+    criu::lazy::PageFiles,
     extents,
     model::{EpochId, Extent, PAGE_SIZE, Space},
     store::{ReadError, View},
@@ -178,6 +190,19 @@ pub fn materialise(
     retire(&ready.dir)?;
     fs::rename(&making, &ready.dir).map_err(on(&making))?;
     Ok(ready)
+}
+
+/// Where the pages of the view's epoch lie, those that were written lately first.
+pub fn page_files(view: &View, recency: &Recency) -> PageFiles {
+    let mut pages = PageFiles::default();
+    view.for_each_place(|space, extent, place| {
+        // Shared memory does not come lazily.
+        if matches!(space, Space::Task(_)) {
+            pages.add(space, extent, place);
+        }
+    });
+    pages.set_hot(recency.order());
+    pages
 }
 
 /// Removes every directory that [`materialise`] made (or did not finish) under `root`, but the one to keep.

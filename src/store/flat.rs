@@ -191,6 +191,15 @@ impl Flat {
         Ok(())
     }
 
+    /// Calls `each` with the file of each part of a run, and the offset in it.
+    pub(super) fn places(&self, space: Space, extent: Extent, mut each: impl FnMut(Extent, &Path, u64)) {
+        for (chunk, range) in chunks(extent.start, extent.end()) {
+            let start = (chunk << CHUNK_SHIFT) + range.start;
+            let part = Extent { start, pages: (range.end - range.start) / PAGE_SIZE };
+            each(part, &self.paths(space, chunk).0, range.start);
+        }
+    }
+
     /// Reads the pages' sums.
     pub(super) fn read_sums(&self, space: Space, start: u64, sums: &mut [Sum]) -> Result<(), IoFault> {
         let mut done = 0;

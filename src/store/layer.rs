@@ -71,6 +71,24 @@ impl Layer {
         Ok(())
     }
 
+    /// Where such pages lie.
+    pub(super) fn place(&self, source: Source) -> Option<(&Path, u64)> {
+        match source {
+            Source::Zero => None,
+            Source::At(page) => Some((&self.log_path, page * PAGE_SIZE)),
+        }
+    }
+
+    /// Every run of the epoch, by space and address.
+    pub(super) fn extents(&self) -> Vec<(Space, Extent)> {
+        let mut spaces: Vec<_> = self.runs.iter().collect();
+        spaces.sort_unstable_by_key(|(space, _)| **space);
+        let of_space = |(space, runs): (&Space, &Vec<Run>)| {
+            runs.iter().map(|run| (*space, run.extent)).collect::<Vec<_>>()
+        };
+        spaces.into_iter().flat_map(of_space).collect()
+    }
+
     /// The sums of such pages.
     pub(super) fn sums(&self, source: Source, sums: &mut [Sum]) {
         match source {

@@ -1,6 +1,9 @@
 //! Reading what is held: the image with the committed epochs laid over it.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use super::{
     FoldError, Held, Image, Inner, Store,
@@ -153,6 +156,24 @@ impl View {
         Ok(read(&self.image, &self.layers, space, extent, buf)?)
     }
 
+    /// Calls `each` with every run of the epoch's pages, in order, and where its content lies: a file and the offset
+    /// in it, or nowhere if the pages are zero. The files stay what they are while the view lives; after that, for
+    /// whoever has them open, until a newer epoch is folded.
+    pub fn for_each_place(&self, mut each: impl FnMut(Space, Extent, Option<(&Path, u64)>)) {
+        for map in &self.held.manifest.spaces {
+            for extent in &map.extents {
+                places(&self.image, &self.layers, map.space, *extent, &mut |extent, place| {
+                    each(map.space, extent, place);
+                });
+            }
+        }
+    }
+
+    /// The runs of pages that each epoch brought which is not folded yet, oldest first.
+    pub fn unfolded(&self) -> impl Iterator<Item = (EpochId, Vec<(Space, Extent)>)> {
+        self.layers.iter().rev().map(|layer| (layer.id, layer.extents()))
+    }
+
     fn checked(&self, space: Space, start: u64, bytes: u64) -> Result<Extent, ReadError> {
         let extent = Extent { start, pages: bytes / PAGE_SIZE };
         let held = bytes.is_multiple_of(PAGE_SIZE)
@@ -225,6 +246,29 @@ pub(super) fn read(
         read(image, below, space, gap, &mut buf[at(gap.start)..])?;
     }
     Ok(())
+}
+
+/// Is told where a run lies, or that it is zero.
+type EachPlace<'a> = dyn FnMut(Extent, Option<(&Path, u64)>) + 'a;
+
+/// As [`read`], for the places.
+fn places(image: &Image, layers: &[Arc<Layer>], space: Space, extent: Extent, each: &mut EachPlace<'_>) {
+    let Some((top, below)) = layers.split_first() else {
+        return image.flat.places(space, extent, |extent, path, offset| each(extent, Some((path, offset))));
+    };
+    let mut from = extent.start;
+    for run in top.overlapping(space, extent) {
+        if from < run.extent.start {
+            let gap = Extent { start: from, pages: (run.extent.start - from) / PAGE_SIZE };
+            places(image, below, space, gap, each);
+        }
+        each(run.extent, top.place(run.source));
+        from = run.extent.end();
+    }
+    if from < extent.end() {
+        let gap = Extent { start: from, pages: (extent.end() - from) / PAGE_SIZE };
+        places(image, below, space, gap, each);
+    }
 }
 
 /// As [`read`], for the checksums.

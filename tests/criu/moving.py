@@ -1,8 +1,9 @@
 """Memory with a known content in every page, and all that a program may do to it while pages are
-still to come. Waits for the file `go`; writes `result` and `result-child`, "good" or what was wrong."""
-import mmap, os, struct, sys, time
+still to come. Waits for the file `go`; writes `result` and `result-child`, "good" or what was wrong.
+Its argument is the number of pages of each of its eight areas."""
+import mmap, os, random, struct, sys, time
 
-PAGES = 1024
+PAGES = int(sys.argv[1])
 HEAD = struct.Struct("<QQ")
 
 
@@ -23,7 +24,37 @@ def report(name, faults):
     os.rename(name + ".new", name)
 
 
+def churn(rounds):
+    """Random steps against a model, as fast as pages come: what was chosen to be put just before a step
+    must not be put after it."""
+    faults = []
+    steps = random.Random(PAGES)
+    for step in range(rounds):
+        area, want = churned[steps.randrange(len(churned))]
+        first, count = steps.randrange(len(want) - 32), steps.randrange(1, 33)
+        pages = range(first, first + count)
+        kind = steps.randrange(12)
+        if kind < 4:
+            area.madvise(mmap.MADV_DONTNEED, first * 4096, count * 4096)
+            want[first : first + count] = [(0, 0)] * count
+        elif kind < 6 and len(want) < 4 * PAGES:
+            area.resize((len(want) + 64) * 4096)
+            want += [(0, 0)] * 64
+        elif kind < 8:
+            for page in pages:
+                want[page] = (99, step)
+                HEAD.pack_into(area, page * 4096, 99, step)
+        elif kind == 8 and step % 8 == 0 and os.fork() == 0:
+            os._exit(any(HEAD.unpack_from(area, p * 4096) != want[p] for p in pages))
+        else:
+            faults += [("churn", step, p) for p in pages if HEAD.unpack_from(area, p * 4096) != want[p]]
+    for area, want in churned:
+        faults += [("churned", p) for p in range(len(want)) if HEAD.unpack_from(area, p * 4096) != want[p]]
+    return faults
+
+
 areas = [fill(seed) for seed in range(8)]
+churned = [(fill(seed), [(seed, page) for page in range(PAGES)]) for seed in (100, 101)]
 every = range(PAGES)
 open("ready", "w").close()
 while not os.path.exists("go"):
@@ -42,7 +73,8 @@ if os.fork() == 0:
         faults.append("grandchild")
     report("result-child", faults)
     os._exit(0)
-faults = [("given up", p) for p in range(256, 768) if any(areas[0][p * 4096 : p * 4096 + 16])]
+churn_faults = churn(400)
+faults = churn_faults + [("given up", p) for p in range(256, 768) if any(areas[0][p * 4096 : p * 4096 + 16])]
 faults += [("beside it", p) for p in wrong(areas[0], 0, [*range(256), *range(768, PAGES)])]
 faults += [("new", p) for p in every if any(areas[2][p * 4096 : p * 4096 + 16])]
 for page in range(0, PAGES, 3):
@@ -50,7 +82,12 @@ for page in range(0, PAGES, 3):
 for seed in (7, 6, 5, 4, 3, 1):
     faults += [("parent", seed, p) for p in wrong(areas[seed], seed, reversed(every))]
 faults += [("written", p) for p in range(0, PAGES, 3) if areas[3][p * 4096 + 64] != 9]
-os.wait()
+while True:
+    try:
+        if os.wait()[1]:
+            faults.append("a child of the churn, or the other")
+    except ChildProcessError:
+        break
 report("result", faults)
 while True:
     time.sleep(1)

@@ -2,16 +2,23 @@
 
 use std::{
     fs, io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use standin::{
     criu::{
-        lazy::{FlatImages, LazyServer, PageSource},
-        swrk::CriuError,
+        bridge::Bridge,
+        lazy::{LazyServer, Mark, OpenFiles, PageFiles, PageSource, Pager},
+        spawn::{Place, Spawn},
+        swrk::{CriuError, RestoreOptions, Swrk},
     },
     model::Space,
 };
@@ -52,8 +59,8 @@ fn a_flat_image_restores_lazily() {
     let (digest, images) = dumped(&workload, true);
     let server = LazyServer::listen(&workload.install, &images).unwrap();
     std::thread::scope(|scope| {
-        let source = FlatImages::new(&images);
-        let served = scope.spawn(move || server.serve(&source, &mut || eprintln!("running")));
+        let source = open(&images);
+        let served = scope.spawn(move || server.serve(&source, &[], &mut || ()));
         let began = Instant::now();
         workload.restore(&images, true).unwrap_or_else(|error| panic!("{error}"));
         eprintln!("lazy: {:?}", began.elapsed());
@@ -69,17 +76,17 @@ fn a_lazy_server_can_be_stopped_and_a_failed_restore_ends_it() {
     let workload = Workload::redis();
     let (_, images) = dumped(&workload, true);
     let server = LazyServer::listen(&workload.install, &images).unwrap();
-    let stop = server.stopper();
+    let stop = server.caller();
     stop.stop();
-    assert!(server.serve(&FlatImages::new(&images), &mut || ()).unwrap_err().to_string().contains("stopped"));
+    assert!(server.serve(&open(&images), &[], &mut || ()).unwrap_err().to_string().contains("stopped"));
 
     // Without the registers of a task CRIU gives up behind the connection.
     std::fs::remove_file(images.join(format!("core-{ROOT_PID}.img"))).unwrap();
     let server = LazyServer::listen(&workload.install, &images).unwrap();
-    let stop = server.stopper();
+    let stop = server.caller();
     std::thread::scope(|scope| {
-        let source = FlatImages::new(&images);
-        let served = scope.spawn(move || server.serve(&source, &mut || ()));
+        let source = open(&images);
+        let served = scope.spawn(move || server.serve(&source, &[], &mut || ()));
         let error = workload.restore(&images, true).unwrap_err();
         assert!(matches!(error, CriuError::Refused { .. }), "{error}");
         eprintln!("{error}");
@@ -88,9 +95,13 @@ fn a_lazy_server_can_be_stopped_and_a_failed_restore_ends_it() {
     });
 }
 
+fn open(images: &Path) -> OpenFiles {
+    PageFiles::of_images(images).unwrap().open().unwrap()
+}
+
 /// Takes its time, and fails when told to.
 struct Slow {
-    images: FlatImages,
+    images: OpenFiles,
     reads_left: AtomicU32,
 }
 
@@ -106,9 +117,9 @@ impl PageSource for Slow {
 }
 
 /// A program that will move its memory about as soon as it is restored, dumped and ended.
-fn moving() -> (Workload, PathBuf) {
+fn moving(pages: u32) -> (Workload, PathBuf) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/criu/moving.py");
-    let workload = Workload::start(&format!("exec /usr/bin/python3 {}", script.display()));
+    let workload = Workload::start(&format!("exec /usr/bin/python3 {} {pages}", script.display()));
     wait_until("it is ready", || workload.directory.path().join("ready").exists());
     let images = workload.images("1");
     let mut collector = Collector::new(&workload, true);
@@ -129,11 +140,11 @@ fn result(workload: &Workload, name: &str) -> String {
 #[test]
 fn memory_that_is_moved_given_up_and_forked_while_pages_come_is_what_it_was() {
     for _ in 0..3 {
-        let (workload, images) = moving();
+        let (workload, images) = moving(1024);
         let server = LazyServer::listen(&workload.install, &images).unwrap();
         std::thread::scope(|scope| {
-            let source = Slow { images: FlatImages::new(&images), reads_left: AtomicU32::new(u32::MAX) };
-            let served = scope.spawn(move || server.serve(&source, &mut || ()));
+            let source = Slow { images: open(&images), reads_left: AtomicU32::new(u32::MAX) };
+            let served = scope.spawn(move || server.serve(&source, &[], &mut || ()));
             workload.restore(&images, true).unwrap_or_else(|error| panic!("{error}"));
             assert_eq!(result(&workload, "result"), "good");
             assert_eq!(result(&workload, "result-child"), "good");
@@ -144,79 +155,224 @@ fn memory_that_is_moved_given_up_and_forked_while_pages_come_is_what_it_was() {
     }
 }
 
-/// The processes that hold userfaultfds for some server of these tests.
-fn holders() -> Vec<u32> {
+/// The processes of these tests that serve pages (`page`) or hold userfaultfds (`hold`).
+fn helpers(verb: &str) -> Vec<i32> {
     let pids = fs::read_dir("/proc").unwrap();
-    let pids = pids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let pids = pids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
     pids.filter(|pid| {
         let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let ours = env!("CARGO_BIN_EXE_standin").as_bytes();
-        words.starts_with(ours) && words.ends_with(b"\0enter\0hold\0")
+        words.starts_with(ours) && words.ends_with(format!("\0enter\0{verb}\0").as_bytes())
     })
     .collect()
 }
 
-/// The workload waits for a page, neither wrong nor gone; it can be killed, and the holder goes too.
-fn assert_stuck_and_killable(workload: Workload, images: &Path) {
+/// The workload waits for a page, neither wrong nor gone.
+fn assert_stuck(workload: &Workload, images: &Path) {
     let file = workload.directory.path().join("result");
     std::thread::sleep(Duration::from_millis(500));
     assert!(!file.exists(), "it went on without its pages");
     assert!(workload.outside(ROOT_PID).is_some(), "it crashed");
-    assert!(!holders().is_empty());
+    assert!(!helpers("hold").is_empty());
     assert!(images.exists());
-    drop(workload);
 }
 
 #[test]
 fn a_server_that_fails_leaves_the_workload_waiting_until_it_is_killed() {
-    let (workload, images) = moving();
+    let (workload, images) = moving(1024);
     let server = LazyServer::listen(&workload.install, &images).unwrap();
-    let source = Slow { images: FlatImages::new(&images), reads_left: AtomicU32::new(60) };
+    let source = Slow { images: open(&images), reads_left: AtomicU32::new(60) };
     std::thread::scope(|scope| {
-        let served = scope.spawn(move || server.serve(&source, &mut || ()));
+        let served = scope.spawn(move || server.serve(&source, &[], &mut || ()));
         workload.restore(&images, true).unwrap_or_else(|error| panic!("{error}"));
         let error = served.join().unwrap().unwrap_err();
         assert!(error.to_string().contains("as told"), "{error}");
     });
-    assert_stuck_and_killable(workload, &images);
+    assert_stuck(&workload, &images);
 }
 
-/// Not a test: the agent that the next test kills. `STANDIN_TEST_SERVE` is the images directory.
+/// Not a test: the agent that the tests below kill. It restores lazily, and has the pager stop before the tasks run. Its
+/// standard input is the pidfd of the place's pid 1, `STANDIN_TEST_RESTORE` the images directory, and
+/// `STANDIN_TEST_DIE_AT` the stage of CRIU at which it is killed.
 #[test]
-#[ignore = "started by the test that kills it"]
-fn an_agent_serves_pages_slowly() {
-    let images = std::env::var_os("STANDIN_TEST_SERVE").map(PathBuf::from).expect("as the test starts it");
-    let server = LazyServer::listen(&crate::common::install(), &images).unwrap();
-    let source = Slow { images: FlatImages::new(&images), reads_left: AtomicU32::new(60) };
-    // The pages stop coming while the descriptors are open; then it is killed.
-    let _ = server.serve(&Stalling(source), &mut || fs::write(images.join("running"), "").unwrap());
+#[ignore = "started by the tests that kill it"]
+fn an_agent_restores() {
+    let images = std::env::var_os("STANDIN_TEST_RESTORE").map(PathBuf::from).expect("as a test starts it");
+    let die_at = std::env::var("STANDIN_TEST_DIE_AT").unwrap_or_default();
+    let install = crate::common::install();
+    let bridge = Bridge::new(&images, install.version).unwrap();
+    let mark = Mark::make(&images.join("mark"), b"").unwrap();
+    let pager = Pager::start(&install, &images, mark, &PageFiles::of_images(&images).unwrap()).unwrap();
+    fs::write(images.join("pager"), pager.id().to_string()).unwrap();
+    let (handle, id) = (pager.handle().unwrap(), Pid::from_raw(pager.id() as i32));
+    let (opened, init) = (fs::File::open(&images).unwrap(), io::stdin());
+    let spawn = Spawn {
+        place: Place::Inside { init: init.as_fd(), cgroup: false },
+        bridge: Some(&bridge),
+        pids_above: Some(5000),
+        ..Spawn::new(opened.as_fd())
+    };
+    let criu = Swrk::spawn(&install, &spawn).unwrap();
+    let options = RestoreOptions { lazy: true, ..RestoreOptions::default() };
+    let restored = criu.restore(&options, &mut |stage| {
+        if stage == die_at {
+            kill(Pid::this(), Signal::SIGKILL).unwrap();
+        }
+        if stage == "post-restore" {
+            handle.hold().unwrap();
+        }
+        if stage == "pre-resume" {
+            kill(id, Signal::SIGSTOP).unwrap();
+        }
+        true
+    });
+    restored.unwrap_or_else(|error| panic!("{error}"));
+    fs::write(images.join("running"), "").unwrap();
+    let outcome = pager.wait().map_or_else(|error| error.to_string(), |summary| format!("{summary:?}"));
+    fs::write(images.join("outcome"), outcome).unwrap();
 }
 
-struct Stalling(Slow);
+/// An agent that restores, and the workload that it restores.
+struct Orphans {
+    workload: Workload,
+    images: PathBuf,
+    agent: Child,
+}
 
-impl PageSource for Stalling {
-    fn read(&self, space: Space, start: u64, buffer: &mut [u8]) -> io::Result<bool> {
-        while self.0.reads_left.load(Ordering::Relaxed) == 0 {
-            std::thread::park();
+impl Orphans {
+    fn new(die_at: &str) -> Self {
+        let (workload, images) = moving(8192);
+        let Place::Inside { init, .. } = workload.room.place() else { panic!("a room has a pid 1") };
+        let agent = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "restore::an_agent_restores"])
+            .env("STANDIN_TEST_RESTORE", &images)
+            .env("STANDIN_TEST_DIE_AT", die_at)
+            .stdin(init.try_clone_to_owned().unwrap())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { workload, images, agent }
+    }
+
+    /// One whose workload runs, and gets no pages.
+    fn running() -> Self {
+        let orphans = Self::new("");
+        wait_until("the workload runs", || orphans.images.join("running").exists());
+        orphans
+    }
+
+    fn pager(&self) -> Pid {
+        Pid::from_raw(fs::read_to_string(self.images.join("pager")).unwrap().parse().unwrap())
+    }
+
+    fn mark(&self) -> PathBuf {
+        self.images.join("mark")
+    }
+
+    fn kill_agent(&mut self) {
+        self.agent.kill().unwrap();
+        self.agent.wait().unwrap();
+    }
+
+    /// Nothing is left of the restore but the workload, if it is.
+    fn assert_no_helpers(&self) {
+        let pager = self.pager().as_raw();
+        wait_until("the pager has ended", || !helpers("page").contains(&pager));
+    }
+
+    fn assert_good(&self) {
+        assert_eq!(result(&self.workload, "result"), "good");
+        assert_eq!(result(&self.workload, "result-child"), "good");
+        self.assert_no_helpers();
+        assert!(!self.mark().exists(), "the mark says that pages are missing");
+    }
+}
+
+impl Drop for Orphans {
+    fn drop(&mut self) {
+        // What has ended already need not be.
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
+        if let Ok(pid) = fs::read_to_string(self.images.join("pager"))
+            && let Ok(pid) = pid.parse()
+            && helpers("page").contains(&pid)
+        {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
         }
-        self.0.read(space, start, buffer)
     }
 }
 
 #[test]
-fn an_agent_that_is_killed_while_pages_come_leaves_the_workload_waiting() {
-    let (workload, images) = moving();
-    let mut agent = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "restore::an_agent_serves_pages_slowly"])
-        .env("STANDIN_TEST_SERVE", &images)
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    wait_until("it listens", || images.join("lazy-pages.socket").exists());
-    workload.restore(&images, true).unwrap_or_else(|error| panic!("{error}"));
-    wait_until("the workload runs", || images.join("running").exists());
-    std::thread::sleep(Duration::from_millis(50));
-    agent.kill().unwrap();
-    agent.wait().unwrap();
-    assert_stuck_and_killable(workload, &images);
+fn an_agent_that_is_killed_while_pages_come_costs_the_workload_nothing() {
+    let mut orphans = Orphans::running();
+    orphans.kill_agent();
+    assert!(Mark::is_served(&orphans.mark()));
+    kill(orphans.pager(), Signal::SIGCONT).unwrap();
+    orphans.assert_good();
+}
+
+#[test]
+fn a_pager_that_is_killed_leaves_the_workload_waiting_and_its_agent_knows() {
+    let orphans = Orphans::running();
+    kill(orphans.pager(), Signal::SIGKILL).unwrap();
+    wait_until("the agent knows", || orphans.images.join("outcome").exists());
+    let outcome = fs::read_to_string(orphans.images.join("outcome")).unwrap();
+    assert!(outcome.contains("ended early"), "{outcome}");
+    assert!(orphans.mark().exists() && !Mark::is_served(&orphans.mark()));
+    let Orphans { ref images, ref workload, .. } = orphans;
+    assert_stuck(workload, images);
+}
+
+#[test]
+fn an_agent_and_a_pager_that_are_killed_leave_the_workload_waiting_and_a_mark() {
+    let mut orphans = Orphans::running();
+    orphans.kill_agent();
+    kill(orphans.pager(), Signal::SIGKILL).unwrap();
+    wait_until("nobody serves", || !Mark::is_served(&orphans.mark()));
+    assert!(orphans.mark().exists());
+    assert_stuck(&orphans.workload, &orphans.images);
+}
+
+#[test]
+fn a_holder_that_is_killed_is_not_missed() {
+    let orphans = Orphans::running();
+    let pager = orphans.pager().as_raw();
+    let of_pager = |pid: &i32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.split(") S ").nth(1).is_some_and(|rest| rest.starts_with(&format!("{pager} ")))
+    };
+    let holder = helpers("hold").into_iter().find(of_pager).expect("a holder");
+    kill(Pid::from_raw(holder), Signal::SIGKILL).unwrap();
+    kill(orphans.pager(), Signal::SIGCONT).unwrap();
+    orphans.assert_good();
+}
+
+#[test]
+fn an_agent_that_is_killed_before_the_workload_runs_leaves_nothing_half_restored() {
+    let mut orphans = Orphans::new("post-restore");
+    orphans.agent.wait().unwrap();
+    wait_until("CRIU has ended what it made", || orphans.workload.outside(ROOT_PID).is_none());
+    orphans.assert_no_helpers();
+    assert!(orphans.mark().exists() && !Mark::is_served(&orphans.mark()));
+    // From here on CRIU does not ask any more.
+    let mut orphans = Orphans::new("pre-resume");
+    orphans.agent.wait().unwrap();
+    orphans.assert_good();
+}
+
+#[test]
+fn a_pager_whose_agent_is_killed_before_criu_comes_ends() {
+    let (workload, images) = moving(16);
+    let mark = images.join("mark");
+    let pages = PageFiles::of_images(&images).unwrap();
+    let pager = Pager::start(&workload.install, &images, Mark::make(&mark, b"").unwrap(), &pages).unwrap();
+    let id = pager.id() as i32;
+    assert!(Mark::is_served(&mark));
+    // All that the kernel does about it for an agent that is killed.
+    drop(pager);
+    wait_until("the pager has ended", || !Mark::is_served(&mark));
+    assert!(mark.exists());
+    wait_until("it is gone", || {
+        fs::read_to_string(format!("/proc/{id}/stat")).is_ok_and(|stat| stat.contains(") Z "))
+    });
 }

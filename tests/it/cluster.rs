@@ -85,6 +85,11 @@ impl Cluster {
     pub(crate) fn end_agent(&mut self, host: Host, signal: &str) {
         let pid = self.agent_pid(host);
         self.lab.ok(host, &["kill", &format!("-{signal}"), &pid]);
+        self.reap_agent(host);
+    }
+
+    /// Waits for the end of an agent that was killed.
+    pub(crate) fn reap_agent(&mut self, host: Host) {
         let position = self.agents.iter().position(|(other, _)| *other == host).expect("it was started");
         let (_, mut child) = self.agents.remove(position);
         child.wait().expect("the agent's end can be waited for");
@@ -205,8 +210,9 @@ impl Cluster {
 
     /// Whether (1) or not (0) a host has a redis that is not frozen.
     pub(crate) fn running_copies(&self, host: Host) -> usize {
-        let script = "e=/sys/fs/cgroup/standin/redis/work/cgroup.events; \
-             [ -e $e ] && grep -q 'populated 1' $e && grep -q 'frozen 0' $e && echo 1 || echo 0";
+        // A CRIU that waits there for its order is no copy.
+        let script = "cd /sys/fs/cgroup/standin/redis/work 2>/dev/null && grep -q 'frozen 0' cgroup.events && \
+             for p in $(cat cgroup.procs); do cat /proc/$p/comm; done | grep -q redis && echo 1 || echo 0";
         self.lab.ok(host, &["sh", "-c", script]).trim().parse().expect("a number")
     }
 

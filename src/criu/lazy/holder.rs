@@ -9,12 +9,12 @@ use std::{
     convert::Infallible,
     io,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
+    path::Path,
     process::{Child, Command, Stdio, exit},
     time::Duration,
 };
 
 use nix::sys::{
-    resource::{Resource, getrlimit, setrlimit},
     socket::{
         AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recv,
         recvmsg, send, sendmsg, setsockopt, socketpair, sockopt,
@@ -22,10 +22,7 @@ use nix::sys::{
     time::TimeVal,
 };
 
-use super::{
-    super::{Install, sys::own},
-    sys,
-};
+use super::{super::sys::own, pager, sys};
 
 /// To the holder: keep the descriptor beside this; its answer is the same.
 const KEEP: &[u8] = b"k";
@@ -44,11 +41,11 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    pub(super) fn start(install: &Install) -> io::Result<Self> {
+    pub(super) fn start(launcher: &Path) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(ANSWER_SECONDS, 0))?;
-        let child = Command::new(install.launcher())
+        let child = Command::new(launcher)
             .args(["enter", "hold"])
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
@@ -87,10 +84,7 @@ impl Drop for Holder {
 
 /// The holder itself: the verb `enter hold`, with the server at its standard input.
 pub(in super::super) fn hold() -> Result<Infallible, io::Error> {
-    // Not to be stopped by what is typed at the server's terminal.
-    nix::unistd::setsid()?;
-    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    pager::endure()?;
     let server = io::stdin();
     let server = server.as_fd().as_raw_fd();
     let mut held = Vec::new();

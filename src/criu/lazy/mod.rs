@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!   listen ──CRIU connects──► restoring ──"restore finished"──► running ──nothing pending──► done
-//!                                │  pid, userfaultfd            faults first, then the next chunk
+//!                                │  pid, userfaultfd            one thread answers faults, a crew puts the rest:
+//!                                │                              neighbours of faults, hot pages, all others
 //!                                └─ EOF: CRIU failed, and killed the tasks
 //! ```
 //!
@@ -11,44 +12,57 @@
 //! userfaultfd by SCM_RIGHTS, for each zombie its negated pid alone, and at the end one word.
 //!
 //! A userfaultfd that is closed lets go of its memory: a page that was not put is then *zero*, and
-//! the task goes on with it. So a second process (`holder.rs`) holds each of them too, until the
-//! last page is there. If the server fails, or this process dies, a task that touches a missing page
-//! waits for ever: stuck, never wrong. Whoever comes next must find a durable mark that a lazy
-//! restore was under way (written before the restore, removed when [`LazyServer::serve`] returns
-//! well), kill the tasks and restore anew. The holder must not be killed with this process: a
-//! service manager that ends all of a service's processes at once (systemd's default KillMode)
-//! ends the guarantee.
+//! the task goes on with it. So two processes hold each of them until the last page is there: the one that
+//! serves ([`Pager`]), which does not depend on the agent, and one that does nothing else (`holder.rs`).
+//!
+//! | who is killed | what becomes of the tree |
+//! |---|---|
+//! | the agent | nothing: the pager goes on to the last page |
+//! | the pager | a task that touches a missing page waits, stuck but never wrong; the agent hears of it and kills the tree |
+//! | both | the same; the next agent finds the mark, and that nobody holds its lock, and kills the tree |
+//! | the holder | nothing |
+//!
+//! Only the death of pager and holder in one moment could let a task see zeros. So neither is killed for memory
+//! (oom_score_adj), both ignore what asks a program to end, and a service manager must not end all of a service's
+//! processes at once (systemd: `KillMode=process`).
+//!
+//! The mark is a file that is written before the restore and names the epoch. The pager holds a lock on it (flock), and
+//! removes it behind the last page: a mark that nobody locks is a restore that did not end.
 
-mod flat;
+mod crew;
+mod files;
 mod holder;
+mod pager;
 mod pending;
+mod session;
 mod sys;
+mod task;
 
 use std::{
     collections::HashMap,
-    io::{self, Read as _},
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
-    },
+    io,
+    os::unix::net::UnixListener,
     path::Path,
-    sync::Arc,
-    time::{Duration, Instant},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-pub use self::flat::FlatImages;
-pub(super) use self::holder::hold;
-use self::{
-    holder::Holder,
-    pending::{Awaited, Pending},
-    sys::Event,
+use self::{crew::Crew, holder::Holder, pending::Pending, session::Session};
+pub use self::{
+    files::{OpenFiles, PageFiles},
+    pager::{Mark, Pager, PagerHandle},
 };
+pub(super) use self::{holder::hold, pager::page};
+use serde::{Deserialize, Serialize};
+
 use super::{
     Install,
     images::{self, ImageError, Pagemap},
@@ -60,14 +74,6 @@ pub const SOCKET_NAME: &str = "lazy-pages.socket";
 
 /// The word that CRIU sends when the tasks run.
 const RESTORE_FINISHED: i32 = 0x5253_5446;
-/// Pages put around one that is waited for.
-const FAULT_BYTES: u64 = 64 << 10;
-/// Chunk of the background transfer right after a fault, and the most it grows to: a fault may
-/// have to wait for one (about 0.2 ms at the most).
-const CHUNK_BYTES_MIN: u64 = 64 << 10;
-const CHUNK_BYTES_MAX: u64 = 1 << 20;
-/// Events taken of one task before the others get their turn.
-const EVENTS_PER_TURN_MAX: usize = 64;
 /// Tasks of one restore, forked ones included.
 const TASKS_MAX: usize = 1 << 16;
 /// How long the next part of a message may take once CRIU has begun it.
@@ -99,7 +105,10 @@ pub enum LazyError {
     /// The process beside us.
     #[error("holding userfaultfds in a process beside the agent failed: {0}")]
     Holder(#[source] io::Error),
-    /// [`Stop::stop`] was called before the restore was finished.
+    /// The process that serves pages.
+    #[error("the process that serves pages failed: {0}")]
+    Pager(String),
+    /// [`Caller::stop`] was called before the restore was finished.
     #[error("serving pages was stopped before the restore was finished")]
     Stopped,
     /// CRIU closed the socket; its own error says why.
@@ -138,14 +147,30 @@ pub enum LazyError {
     },
 }
 
+impl LazyError {
+    fn kernel(what: &'static str, pid: u32, errno: Errno) -> Self {
+        Self::Kernel { what, pid, source: errno.into() }
+    }
+}
+
+/// Reads pages of a task's image.
+fn read(source: &dyn PageSource, pid: u32, image: u64, buffer: &mut [u8]) -> Result<(), LazyError> {
+    let space = Space::Task(pid);
+    match source.read(space, image, buffer) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(LazyError::Missing { space, address: image }),
+        Err(source) => Err(LazyError::Source { space, source }),
+    }
+}
+
 /// What was served.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LazySummary {
     /// Tasks, forked ones included.
     pub tasks: usize,
     /// Faults answered.
     pub faults: u64,
-    /// Pages put because they were waited for, and their neighbours.
+    /// Pages put because they were waited for.
     pub fault_pages: u64,
     /// Pages put in the background.
     pub pushed_pages: u64,
@@ -153,15 +178,42 @@ pub struct LazySummary {
     pub pushing: Duration,
 }
 
-/// Ends a server whose restore is not finished; has no effect on one whose is.
+/// Speaks to a server from another thread.
 #[derive(Clone, Debug)]
-pub struct Stop(Arc<EventFd>);
+pub struct Caller(Arc<Calls>);
 
-impl Stop {
-    /// Ends it.
+#[derive(Debug)]
+struct Calls {
+    event: EventFd,
+    stop: AtomicBool,
+    hold: AtomicBool,
+}
+
+impl Caller {
+    fn new() -> io::Result<Self> {
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Self(Arc::new(Calls { event, stop: AtomicBool::new(false), hold: AtomicBool::new(false) })))
+    }
+
+    /// Ends a server to which no CRIU has connected; has no effect on another, which ends with its CRIU or its tasks.
     pub fn stop(&self) {
-        // Fails only if the counter is full, that is, stopped already.
-        let _ = self.0.write(1);
+        self.call(&self.0.stop);
+    }
+
+    /// Has it say when everything that CRIU has sent by now is held.
+    fn hold(&self) {
+        self.call(&self.0.hold);
+    }
+
+    fn call(&self, what: &AtomicBool) {
+        what.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// Has it look around.
+    fn wake(&self) {
+        // Fails only if the counter is full, that is, called already.
+        let _ = self.0.event.write(1);
     }
 }
 
@@ -170,55 +222,81 @@ impl Stop {
 pub struct LazyServer {
     listener: UnixListener,
     expected: HashMap<u32, Pending>,
-    stop: Arc<EventFd>,
+    caller: Caller,
     holder: Holder,
+}
+
+/// The socket for CRIU in the directory of the images.
+fn listen(directory: &Path) -> Result<UnixListener, LazyError> {
+    let failed = |source| LazyError::Listen { directory: directory.to_owned(), source };
+    let path = directory.join(SOCKET_NAME);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    // The path of a socket is limited to 107 bytes, so name it by way of the open directory.
+    let open = std::fs::File::open(directory).map_err(failed)?;
+    let short = format!("/proc/self/fd/{}/{SOCKET_NAME}", std::os::fd::AsRawFd::as_raw_fd(&open));
+    let listener = UnixListener::bind(short).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok(listener)
 }
 
 impl LazyServer {
     /// Listens in the directory of the images to be restored: their page maps say which pages are
     /// lazy. To be called before the restore is asked for.
     pub fn listen(install: &Install, directory: &Path) -> Result<Self, LazyError> {
+        Self::with(listen(directory)?, install.launcher(), directory)
+    }
+
+    fn with(listener: UnixListener, launcher: &Path, directory: &Path) -> Result<Self, LazyError> {
         let failed = |source| LazyError::Listen { directory: directory.to_owned(), source };
+        let holder = Holder::start(launcher).map_err(LazyError::Holder)?;
         let expected = expected_pages(directory)?;
-        let path = directory.join(SOCKET_NAME);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
-        // The path of a socket is limited to 107 bytes, so name it by way of the open directory.
-        let open = std::fs::File::open(directory).map_err(failed)?;
-        let short = format!("/proc/self/fd/{}/{SOCKET_NAME}", std::os::fd::AsRawFd::as_raw_fd(&open));
-        let listener = UnixListener::bind(short).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        let stop = Arc::new(stop.map_err(|error| failed(error.into()))?);
-        let holder = Holder::start(install).map_err(LazyError::Holder)?;
-        Ok(Self { listener, expected, stop, holder })
+        let caller = Caller::new().map_err(failed)?;
+        Ok(Self { listener, expected, caller, holder })
     }
 
-    /// A handle by which another thread can end it.
-    pub fn stopper(&self) -> Stop {
-        Stop(self.stop.clone())
+    /// A handle by which another thread can speak to it.
+    pub fn caller(&self) -> Caller {
+        self.caller.clone()
     }
 
-    /// Serves one restore until each task has all its pages; blocks. `finished` is called when the
-    /// tasks run. After an error tasks that run wait for missing pages, and must be killed.
+    /// Serves one restore until each task has all its pages, those that are hot first; blocks. `held` is called
+    /// when it was told to hold what CRIU has sent, and does. After an error tasks that run
+    /// wait for missing pages, and must be killed.
     pub fn serve(
         self,
         source: &dyn PageSource,
-        finished: &mut dyn FnMut(),
+        hot: &[(Space, Extent)],
+        held: &mut dyn FnMut(),
     ) -> Result<LazySummary, LazyError> {
+        let crew = Crew::new(crew::of_tasks(hot), self.caller.clone());
         let mut session = Session {
             source,
             expected: self.expected,
-            holder: self.holder,
-            tasks: Vec::new(),
-            buffer: vec![0; CHUNK_BYTES_MAX as usize],
-            finished_at: None,
+            holder: Some(self.holder),
+            running: false,
+            crew: &crew,
+            caller: self.caller,
+            held,
             summary: LazySummary::default(),
         };
-        session.run(&self.listener, &self.stop, finished)?;
-        session.holder.release();
+        session.restore(&self.listener)?;
+        let served = std::thread::scope(|scope| {
+            for number in 0..crew::threads() {
+                let crew = &crew;
+                scope.spawn(move || crew.work(number, source));
+            }
+            super::sys::hurry();
+            let served = session.serve();
+            crew.end();
+            served
+        });
+        served?;
+        if let Some(holder) = session.holder {
+            holder.release();
+        }
         Ok(session.summary)
     }
 }
@@ -254,286 +332,4 @@ fn cut_at_mappings(runs: &[Extent], vmas: &[images::Vma]) -> Vec<Extent> {
         cut.push(Extent { start, pages: (run.end() - start) / PAGE_SIZE });
     }
     cut
-}
-
-#[derive(Debug)]
-struct Task {
-    pid: u32,
-    uffd: OwnedFd,
-    pending: Pending,
-    chunk_bytes: u64,
-    exited: bool,
-}
-
-/// Who is to be attended to.
-struct Ready {
-    stopped: bool,
-    /// CRIU connects or says something.
-    spoken_to: bool,
-    /// Indices of tasks that did or want something.
-    tasks: Vec<usize>,
-}
-
-/// How an attempt to put pages ended.
-enum Put {
-    /// All, or all that the task still wants of them.
-    Done,
-    /// The task's mappings are changing: its events must be read first.
-    Changing,
-    /// The task is gone.
-    Exited,
-}
-
-struct Session<'a> {
-    source: &'a dyn PageSource,
-    expected: HashMap<u32, Pending>,
-    holder: Holder,
-    tasks: Vec<Task>,
-    buffer: Vec<u8>,
-    finished_at: Option<Instant>,
-    summary: LazySummary,
-}
-
-impl Session<'_> {
-    fn run(
-        &mut self,
-        listener: &UnixListener,
-        stop: &EventFd,
-        finished: &mut dyn FnMut(),
-    ) -> Result<(), LazyError> {
-        let mut socket: Option<UnixStream> = None;
-        let mut turn = 0;
-        loop {
-            if let Some(since) = self.finished_at {
-                self.tasks.retain(|task| !task.exited && !task.pending.is_empty());
-                if self.tasks.is_empty() {
-                    self.summary.pushing = since.elapsed();
-                    return Ok(());
-                }
-            }
-            let ready = self.wait(listener, stop, socket.as_ref())?;
-            // What CRIU said comes first: it may be that the tasks run.
-            if ready.stopped && !ready.spoken_to {
-                return Err(LazyError::Stopped);
-            }
-            for index in ready.tasks.iter().copied() {
-                self.events(index)?;
-            }
-            if ready.spoken_to {
-                match &socket {
-                    None => socket = Some(accept(listener)?),
-                    Some(stream) if self.hear(stream)? => finished(),
-                    Some(_) => {}
-                }
-            }
-            if ready.tasks.is_empty() && !self.tasks.is_empty() && self.finished_at.is_some() {
-                turn += 1;
-                self.push(turn)?;
-            }
-        }
-    }
-
-    /// Waits for the stop handle, the socket and the tasks; once there are pages to push, only
-    /// looks at the tasks.
-    fn wait(
-        &self,
-        listener: &UnixListener,
-        stop: &EventFd,
-        socket: Option<&UnixStream>,
-    ) -> Result<Ready, LazyError> {
-        let running = self.finished_at.is_some();
-        let speaker = socket.map_or_else(|| listener.as_fd(), UnixStream::as_fd);
-        let mut fds: Vec<PollFd<'_>> =
-            self.tasks.iter().map(|task| PollFd::new(task.uffd.as_fd(), PollFlags::POLLIN)).collect();
-        if !running {
-            fds.push(PollFd::new(stop.as_fd(), PollFlags::POLLIN));
-            fds.push(PollFd::new(speaker, PollFlags::POLLIN));
-        }
-        let timeout = if running { PollTimeout::ZERO } else { PollTimeout::NONE };
-        match poll(&mut fds, timeout) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(error) => {
-                let source = error.into();
-                return Err(LazyError::Kernel { what: "waiting for faults", pid: 0, source });
-            }
-        }
-        let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
-        let (tasks, head) = fds.split_at(self.tasks.len());
-        Ok(Ready {
-            stopped: head.first().is_some_and(is_ready),
-            spoken_to: head.get(1).is_some_and(is_ready),
-            tasks: (0..tasks.len()).filter(|index| is_ready(&tasks[*index])).collect(),
-        })
-    }
-
-    /// Takes one message of CRIU; true if the restore is finished by it.
-    fn hear(&mut self, socket: &UnixStream) -> Result<bool, LazyError> {
-        let mut word = [0; 4];
-        let mut reader = socket;
-        if let Err(error) = reader.read_exact(&mut word) {
-            return Err(match error.kind() {
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => LazyError::GivenUp,
-                _ => LazyError::Protocol(format!("no whole word ({error})")),
-            });
-        }
-        let word = i32::from_ne_bytes(word);
-        if word == RESTORE_FINISHED {
-            self.finished_at = Some(Instant::now());
-            return Ok(true);
-        }
-        let Ok(pid) = u32::try_from(word) else { return Ok(false) };
-        let uffd = sys::receive_fd(socket)
-            .map_err(|error| LazyError::Protocol(format!("pid {pid} without a descriptor ({error})")))?;
-        let Some(pending) = self.expected.remove(&pid) else {
-            return Err(LazyError::Protocol(format!("pid {pid}, which is not in the image")));
-        };
-        self.add(pid, uffd, pending)?;
-        Ok(false)
-    }
-
-    fn add(&mut self, pid: u32, uffd: OwnedFd, pending: Pending) -> Result<(), LazyError> {
-        self.holder.keep(&uffd).map_err(LazyError::Holder)?;
-        self.tasks.push(Task { pid, uffd, pending, chunk_bytes: CHUNK_BYTES_MIN, exited: false });
-        self.summary.tasks += 1;
-        if self.tasks.len() > TASKS_MAX {
-            return Err(LazyError::Protocol(format!("more than {TASKS_MAX} tasks")));
-        }
-        Ok(())
-    }
-
-    /// Handles what a task did and wants.
-    fn events(&mut self, index: usize) -> Result<(), LazyError> {
-        for _ in 0..EVENTS_PER_TURN_MAX {
-            let task = &mut self.tasks[index];
-            let event = sys::next_event(&task.uffd).map_err(|source| LazyError::Kernel {
-                what: "reading a fault",
-                pid: task.pid,
-                source,
-            })?;
-            match event {
-                None => return Ok(()),
-                Some(Event::Fault(address)) => self.fault(index, address - address % PAGE_SIZE)?,
-                Some(Event::Gone { start, end }) => task.pending.remove(start, end),
-                Some(Event::Remap { from, to, length }) => task.pending.remap(from, to, length),
-                // The kernel has held back every copy since the fork began, so what was pending
-                // then still is, and is what the child lacks.
-                Some(Event::Fork(uffd)) => {
-                    let (pid, pending) = (task.pid, task.pending.clone());
-                    self.add(pid, uffd, pending)?;
-                }
-                Some(Event::Unknown(event)) => {
-                    let source = io::Error::other(format!("unknown event {event:#x}"));
-                    return Err(LazyError::Kernel { what: "reading a fault", pid: task.pid, source });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn fault(&mut self, index: usize, address: u64) -> Result<(), LazyError> {
-        self.summary.faults += 1;
-        let task = &mut self.tasks[index];
-        task.chunk_bytes = CHUNK_BYTES_MIN;
-        if let Some(run) = task.pending.at(address) {
-            let end = run.end.min(address + FAULT_BYTES);
-            let (pages, put) = self.put(index, Awaited { end, ..run })?;
-            self.summary.fault_pages += pages;
-            if matches!(put, Put::Done) {
-                return Ok(());
-            }
-        } else if let Err(error) = sys::zero(&task.uffd, address, PAGE_SIZE) {
-            // Memory that the task had given up or never touched. Present already, or just being
-            // unmapped: it shall look again.
-            match error {
-                Errno::EEXIST | Errno::EAGAIN | Errno::ENOENT => {}
-                Errno::ESRCH | Errno::ENOSPC => task.exited = true,
-                error => {
-                    let source = error.into();
-                    return Err(LazyError::Kernel { what: "filling a page", pid: task.pid, source });
-                }
-            }
-        } else {
-            return Ok(());
-        }
-        // One that is woken without its page faults again, which comes behind the event that
-        // was in the way. A task that is gone cannot be woken.
-        let task = &self.tasks[index];
-        let _ = sys::wake(&task.uffd, address, PAGE_SIZE);
-        Ok(())
-    }
-
-    /// Puts the next chunk of one of the tasks, each in its turn.
-    fn push(&mut self, turn: usize) -> Result<(), LazyError> {
-        let index = turn % self.tasks.len();
-        let task = &mut self.tasks[index];
-        let Some(run) = task.pending.first() else { return Ok(()) };
-        let end = run.end.min(run.start + task.chunk_bytes);
-        task.chunk_bytes = (task.chunk_bytes * 2).min(CHUNK_BYTES_MAX);
-        let (pages, put) = self.put(index, Awaited { end, ..run })?;
-        self.summary.pushed_pages += pages;
-        if matches!(put, Put::Changing) {
-            self.events(index)?;
-        }
-        Ok(())
-    }
-
-    /// Reads a run, at most [`CHUNK_BYTES_MAX`], and puts it; what was put is pending no more.
-    /// Returns how many pages were put.
-    fn put(&mut self, index: usize, run: Awaited) -> Result<(u64, Put), LazyError> {
-        let task = &mut self.tasks[index];
-        let space = Space::Task(task.pid);
-        let bytes = &mut self.buffer[..(run.end - run.start) as usize];
-        match self.source.read(space, run.image, bytes) {
-            Ok(true) => {}
-            Ok(false) => return Err(LazyError::Missing { space, address: run.image }),
-            Err(source) => return Err(LazyError::Source { space, source }),
-        }
-        let page = PAGE_SIZE as usize;
-        let (mut done, mut pages) = (0, 0);
-        // One page at a time after the kernel did not find one mapping for all.
-        let mut step = bytes.len();
-        let mut no_memory_since: Option<Instant> = None;
-        while done < bytes.len() {
-            let at = run.start + done as u64;
-            let piece = &bytes[done..bytes.len().min(done + step)];
-            match sys::copy(&task.uffd, at, piece) {
-                Ok(length) => {
-                    pages += (length / page) as u64;
-                    done += length;
-                    no_memory_since = None;
-                }
-                Err(Errno::EAGAIN) => {
-                    task.pending.remove(run.start, at);
-                    return Ok((pages, Put::Changing));
-                }
-                Err(Errno::ENOENT) if step > page => step = page,
-                // Present already; or no mapping of ours is there. Changes of mappings that are
-                // under way say EAGAIN, so the latter is one whose event was read.
-                Err(Errno::EEXIST | Errno::ENOENT) => done += page,
-                Err(Errno::ESRCH | Errno::ENOSPC) => {
-                    task.exited = true;
-                    return Ok((pages, Put::Exited));
-                }
-                Err(Errno::ENOMEM)
-                    if no_memory_since.get_or_insert_with(Instant::now).elapsed() < NO_MEMORY_TIMEOUT =>
-                {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                Err(error) => {
-                    let source = error.into();
-                    return Err(LazyError::Kernel { what: "putting pages", pid: task.pid, source });
-                }
-            }
-        }
-        task.pending.remove(run.start, run.end);
-        Ok((pages, Put::Done))
-    }
-}
-
-fn accept(listener: &UnixListener) -> Result<UnixStream, LazyError> {
-    let failed = |error: io::Error| LazyError::Protocol(format!("a connection that failed ({error})"));
-    let (socket, _) = listener.accept().map_err(failed)?;
-    socket.set_nonblocking(false).map_err(failed)?;
-    socket.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
-    Ok(socket)
 }

@@ -31,8 +31,27 @@ impl Pending {
         self.0.is_empty()
     }
 
-    pub(super) fn first(&self) -> Option<Awaited> {
-        self.0.iter().next().map(|(start, (end, image))| Awaited { start: *start, end: *end, image: *image })
+    /// What is awaited first from `address` on, to the end of its run.
+    pub(super) fn next(&self, address: u64) -> Option<Awaited> {
+        let behind = || {
+            let (start, (end, image)) = self.0.range(address..).next()?;
+            Some(Awaited { start: *start, end: *end, image: *image })
+        };
+        self.at(address).or_else(behind)
+    }
+
+    /// The parts of a run that are still awaited where it says, from the same place in the image.
+    pub(super) fn still(&self, run: Awaited) -> Vec<Awaited> {
+        let mut parts = Vec::new();
+        let mut from = run.start;
+        while let Some(next) = self.next(from).filter(|next| next.start < run.end) {
+            let part = Awaited { end: next.end.min(run.end), ..next };
+            if part.image.wrapping_sub(part.start) == run.image.wrapping_sub(run.start) {
+                parts.push(part);
+            }
+            from = part.end;
+        }
+        parts
     }
 
     /// What is awaited from `address` to the end of its run.
@@ -133,7 +152,14 @@ mod tests {
                 for page in 0..90 {
                     let found = pending.at(page * PAGE).map(|run| run.image);
                     prop_assert_eq!(found, model.get(&(page * PAGE)).copied());
+                    let next = pending.next(page * PAGE).map(|run| run.start);
+                    prop_assert_eq!(next, model.range(page * PAGE..).next().map(|(page, _)| *page));
                 }
+                let run = Awaited { start: from, end: from + pages * PAGE, image: to };
+                let still: Vec<u64> = pending.still(run).iter()
+                    .flat_map(|part| (part.start..part.end).step_by(4096)).collect();
+                let wanted = model.range(from..run.end).filter(|(page, image)| **image == *page - from + to);
+                prop_assert_eq!(still, wanted.map(|(page, _)| *page).collect::<Vec<_>>());
             }
         }
     }

@@ -39,29 +39,37 @@ pub(super) enum Event {
     Unknown(u8),
 }
 
-/// Reads the next event, if there is one; the descriptor does not block.
-pub(super) fn next_event(uffd: &OwnedFd) -> io::Result<Option<Event>> {
-    let mut message = [0u8; MESSAGE_BYTES];
-    let length = match nix::unistd::read(uffd, &mut message) {
+/// Most events that are read at once.
+const EVENTS_MAX: usize = 32;
+
+/// Reads the events that are there, in the kernel's order (faults come before what else happened, whenever they did);
+/// the descriptor does not block.
+pub(super) fn read_events(uffd: &OwnedFd) -> io::Result<Vec<Event>> {
+    let mut messages = [0u8; EVENTS_MAX * MESSAGE_BYTES];
+    let length = match nix::unistd::read(uffd, &mut messages) {
         Ok(length) => length,
-        Err(Errno::EAGAIN | Errno::EINTR) => return Ok(None),
+        Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
-    if length != MESSAGE_BYTES {
-        return Err(io::Error::other(format!("a userfaultfd message of {length} bytes")));
+    if !length.is_multiple_of(MESSAGE_BYTES) {
+        return Err(io::Error::other(format!("userfaultfd messages of {length} bytes")));
     }
+    Ok(messages[..length].chunks_exact(MESSAGE_BYTES).map(event).collect())
+}
+
+fn event(message: &[u8]) -> Event {
     let word = |index: usize| {
         let at = 8 + 8 * index;
         u64::from_ne_bytes(std::array::from_fn(|i| message[at + i]))
     };
-    Ok(Some(match message[0] {
+    match message[0] {
         // Word 0 has the flags, word 1 the address.
         EVENT_PAGEFAULT => Event::Fault(word(1)),
         EVENT_FORK => Event::Fork(own(word(0) as u32 as i32)),
         EVENT_REMAP => Event::Remap { from: word(0), to: word(1), length: word(2) },
         EVENT_REMOVE | EVENT_UNMAP => Event::Gone { start: word(0), end: word(1) },
         other => Event::Unknown(other),
-    }))
+    }
 }
 
 #[repr(C)]

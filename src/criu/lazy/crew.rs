@@ -1,0 +1,233 @@
+//! The background transfer: threads that put the pages nobody waits for yet, the hot ones first.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use super::{
+    Caller, LazyError, NO_MEMORY_TIMEOUT, PageSource,
+    pending::Awaited,
+    task::{Put, Task},
+};
+use crate::model::{Extent, Space};
+
+/// What is read at once.
+const CHUNK_BYTES: u64 = 256 << 10;
+/// What is put at once: whoever waits for another page waits until it is there, some 5 µs.
+const PIECE_BYTES: u64 = 16 << 10;
+/// The workload, and whoever answers its faults, go first; it takes a quarter of a processor that others want too.
+const NICE: i32 = 5;
+/// So long after a fault all threads but one leave the processors to the workload: one can fill the memory's bandwidth
+/// nearly alone, and a fault then waits for one other thread at most.
+const FAULTING: Duration = Duration::from_millis(1);
+/// Neighbours of a page that was waited for, which come next.
+const NEAR_BYTES: u64 = 64 << 10;
+/// Such neighbourhoods that wait; more are forgotten, and come with the rest.
+const NEAR_MAX: usize = 64;
+/// How long a thread rests that has nothing to put, or has found mappings changing.
+const REST: Duration = Duration::from_micros(50);
+/// How long it waits for memory before it tries again.
+pub(super) const NO_MEMORY_REST: Duration = Duration::from_millis(10);
+/// More threads than this gain nothing: they wait for memory, not for each other.
+const THREADS_MAX: usize = 4;
+
+/// What the threads share.
+#[derive(Debug)]
+pub(super) struct Crew {
+    tasks: RwLock<Vec<Arc<Task>>>,
+    order: Mutex<Order>,
+    pub(super) pages: AtomicU64,
+    over: AtomicBool,
+    began: Instant,
+    /// When a page was waited for last, in microseconds since it began.
+    faulted_us: AtomicU64,
+    failure: Mutex<Option<LazyError>>,
+    /// Called once there may be nothing left to put, or a thread has failed.
+    caller: Caller,
+}
+
+/// What comes before the rest.
+#[derive(Debug)]
+struct Order {
+    near: VecDeque<(Arc<Task>, u64, u64)>,
+    hot: VecDeque<(u32, Extent)>,
+    turn: usize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many threads put pages.
+pub(super) fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
+}
+
+impl Crew {
+    /// `hot` names the tasks by their pids in the image.
+    pub(super) fn new(hot: Vec<(u32, Extent)>, caller: Caller) -> Self {
+        Self {
+            tasks: RwLock::default(),
+            order: Mutex::new(Order { near: VecDeque::new(), hot: hot.into(), turn: 0 }),
+            pages: AtomicU64::new(0),
+            over: AtomicBool::new(false),
+            began: Instant::now(),
+            faulted_us: AtomicU64::new(0),
+            failure: Mutex::new(None),
+            caller,
+        }
+    }
+
+    pub(super) fn tasks(&self) -> Vec<Arc<Task>> {
+        self.tasks.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn add(&self, task: Task) -> usize {
+        let mut tasks = self.tasks.write().unwrap_or_else(PoisonError::into_inner);
+        tasks.push(Arc::new(task));
+        tasks.len()
+    }
+
+    pub(super) fn is_done(&self) -> bool {
+        self.tasks.read().unwrap_or_else(PoisonError::into_inner).iter().all(|task| task.is_served())
+    }
+
+    /// A page was waited for: its neighbours come next.
+    pub(super) fn faulted(&self, task: &Arc<Task>, address: u64) {
+        self.faulted_us.store(self.began.elapsed().as_micros() as u64, Ordering::Relaxed);
+        let mut order = lock(&self.order);
+        if order.near.len() == NEAR_MAX {
+            order.near.pop_front();
+        }
+        order.near.push_back((Arc::clone(task), address, address + NEAR_BYTES));
+    }
+
+    /// Ends the threads.
+    pub(super) fn end(&self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn take_failure(&self) -> Option<LazyError> {
+        lock(&self.failure).take()
+    }
+
+    fn is_faulting(&self) -> bool {
+        let faulted = Duration::from_micros(self.faulted_us.load(Ordering::Relaxed));
+        self.began.elapsed() < faulted + FAULTING
+    }
+
+    /// What one of the threads, numbered from 0, does until [`Self::end`].
+    pub(super) fn work(&self, number: usize, source: &dyn PageSource) {
+        super::super::sys::stand_back(NICE);
+        let mut buffer = vec![0; CHUNK_BYTES as usize];
+        while !self.over.load(Ordering::Relaxed) {
+            if number > 0 && self.is_faulting() {
+                std::thread::sleep(FAULTING / 4);
+                continue;
+            }
+            let put = if let Some((task, run)) = self.choose() {
+                self.put(source, &task, run, &mut buffer)
+            } else {
+                self.caller.wake();
+                Ok(Put::Changing)
+            };
+            match put {
+                Ok(Put::Changing) => std::thread::sleep(REST),
+                Ok(_) => {}
+                Err(error) => {
+                    *lock(&self.failure) = Some(error);
+                    self.caller.wake();
+                    return;
+                }
+            }
+        }
+    }
+
+    fn put(
+        &self,
+        source: &dyn PageSource,
+        task: &Task,
+        run: Awaited,
+        buffer: &mut [u8],
+    ) -> Result<Put, LazyError> {
+        let bytes = &mut buffer[..(run.end - run.start) as usize];
+        super::read(source, task.pid, run.image, bytes)?;
+        for (piece, start) in
+            bytes.chunks(PIECE_BYTES as usize).zip((run.start..).step_by(PIECE_BYTES as usize))
+        {
+            let image = run.image + (start - run.start);
+            let put =
+                self.put_piece(task, Awaited { start, end: start + piece.len() as u64, image }, piece)?;
+            if put != Put::Done {
+                return Ok(put);
+            }
+        }
+        Ok(Put::Done)
+    }
+
+    fn put_piece(&self, task: &Task, run: Awaited, bytes: &[u8]) -> Result<Put, LazyError> {
+        let mut no_memory_since: Option<Instant> = None;
+        loop {
+            let gate = task.gate();
+            let put = task.put(run, bytes);
+            drop(gate);
+            let (pages, put) = put.map_err(|errno| LazyError::kernel("putting pages", task.pid, errno))?;
+            self.pages.fetch_add(pages, Ordering::Relaxed);
+            if put != Put::NoMemory {
+                return Ok(put);
+            }
+            if no_memory_since.get_or_insert_with(Instant::now).elapsed() > NO_MEMORY_TIMEOUT {
+                return Err(LazyError::kernel("putting pages", task.pid, nix::errno::Errno::ENOMEM));
+            }
+            std::thread::sleep(NO_MEMORY_REST);
+        }
+    }
+
+    /// Neighbours of what was waited for, then what is hot, then all others: a task each in turn.
+    fn choose(&self) -> Option<(Arc<Task>, Awaited)> {
+        let tasks = self.tasks.read().unwrap_or_else(PoisonError::into_inner);
+        let mut order = lock(&self.order);
+        while let Some((task, start, end)) = order.near.pop_front() {
+            let near = task.next(start).filter(|run| run.start < end && !task.is_gone());
+            if let Some(run) = near {
+                return Some((task, Awaited { end: run.end.min(end), ..run }));
+            }
+        }
+        while let Some((pid, extent)) = order.hot.front_mut() {
+            let task = tasks.iter().find(|task| task.pid == *pid);
+            // What the task has moved comes with the rest.
+            let run = task.and_then(|task| Some((task, task.next(extent.start)?)));
+            let run = run
+                .filter(|(task, run)| run.start < extent.end() && run.image == run.start && !task.is_gone());
+            let Some((task, run)) = run else {
+                order.hot.pop_front();
+                continue;
+            };
+            let end = run.end.min(extent.end()).min(run.start + CHUNK_BYTES);
+            *extent = Extent { start: end, pages: (extent.end() - end) / crate::model::PAGE_SIZE };
+            return Some((Arc::clone(task), Awaited { end, ..run }));
+        }
+        for _ in 0..tasks.len() {
+            order.turn += 1;
+            let task = &tasks[order.turn % tasks.len()];
+            if let Some(run) = task.advance(CHUNK_BYTES) {
+                return Some((Arc::clone(task), run));
+            }
+        }
+        None
+    }
+}
+
+/// The hot pages of tasks; shared memory does not come lazily.
+pub(super) fn of_tasks(hot: &[(Space, Extent)]) -> Vec<(u32, Extent)> {
+    let of_task = |(space, extent): &(Space, Extent)| match space {
+        Space::Task(pid) => Some((*pid, *extent)),
+        Space::Shared(_) => None,
+    };
+    hot.iter().filter_map(of_task).collect()
+}

@@ -1,0 +1,287 @@
+//! The process that serves the pages of one restore, so that the agent's end changes nothing for the restored tree.
+//!
+//! ```text
+//!   agent ──plan, listener, description of the pages, locked mark──► pager ──► holder
+//!         ──HOLD, while CRIU waits at post-restore─────────────────►
+//!         ◄──HELD: the tasks may run───────────────────────────────
+//!         ◄──what was served, or why not───────────────────────────
+//! ```
+
+use std::{
+    convert::Infallible,
+    fs::{self, File},
+    io::{self, Read as _, Seek as _, Write as _},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
+        unix::{
+            fs::MetadataExt as _,
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio, exit},
+    time::Duration,
+};
+
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        resource::{Resource, getrlimit, setrlimit},
+        signal::Signal,
+        socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg},
+    },
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    super::{Install, sys::own},
+    LazyError, LazyServer, LazySummary, PageFiles, listen,
+};
+
+/// To the pager: see that all userfaultfds which CRIU has sent are held twice; its answer is the same.
+const HOLD: u8 = b'h';
+/// How long it may take to answer.
+const HOLD_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest plan.
+const PLAN_BYTES_MAX: usize = 16 << 10;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Plan {
+    launcher: PathBuf,
+    directory: PathBuf,
+    mark: PathBuf,
+}
+
+type Outcome = Result<LazySummary, String>;
+
+/// A file that says that a lazy restore is under way, locked by whoever serves it.
+#[derive(Debug)]
+pub struct Mark {
+    path: PathBuf,
+    file: File,
+}
+
+/// Locks a file for as long as any process has this opening of it.
+fn lock(file: &File, wait: bool) -> nix::Result<()> {
+    let whole = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(file, if wait { FcntlArg::F_OFD_SETLKW(&whole) } else { FcntlArg::F_OFD_SETLK(&whole) }).map(drop)
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).open(path)
+}
+
+impl Mark {
+    /// Makes the file anew. It need not survive the host: neither does the tree.
+    pub fn make(path: &Path, text: &[u8]) -> io::Result<Self> {
+        let new = path.with_extension("new");
+        let mut file = File::create(&new)?;
+        file.write_all(text)?;
+        lock(&file, false)?;
+        fs::rename(&new, path)?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// Whether somebody still serves the restore of which the file at `path` speaks.
+    pub fn is_served(path: &Path) -> bool {
+        open(path).is_ok_and(|file| lock(&file, false).is_err())
+    }
+
+    /// Blocks until nobody serves that restore any more; whether every page has come.
+    pub fn wait(path: &Path) -> bool {
+        let Ok(file) = open(path) else { return true };
+        // Should it fail, the restore counts as one that did not end.
+        lock(&file, true).is_ok() && !path.exists()
+    }
+
+    /// Removes the file, unless another one is there by now.
+    fn remove(&self) -> io::Result<()> {
+        let (ours, there) = (self.file.metadata()?, fs::metadata(&self.path)?);
+        if (ours.dev(), ours.ino()) == (there.dev(), there.ino()) {
+            fs::remove_file(&self.path)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// The agent's side of a process that serves pages.
+#[derive(Debug)]
+pub struct Pager {
+    child: Child,
+    control: UnixStream,
+}
+
+impl Pager {
+    /// Listens in the directory of the images to be restored, and has a process of its own serve their lazy pages.
+    /// From then on that process alone has the mark, and removes it behind the last page.
+    pub fn start(
+        install: &Install,
+        directory: &Path,
+        mark: Mark,
+        pages: &PageFiles,
+    ) -> Result<Self, LazyError> {
+        let listener = listen(directory)?;
+        let plan = Plan {
+            launcher: install.launcher().to_owned(),
+            directory: directory.to_owned(),
+            mark: mark.path,
+        };
+        Self::spawn(install, &plan, &listener, &mark.file, pages)
+            .map_err(|error| LazyError::Pager(error.to_string()))
+    }
+
+    fn spawn(
+        install: &Install,
+        plan: &Plan,
+        listener: &UnixListener,
+        mark: &File,
+        pages: &PageFiles,
+    ) -> io::Result<Self> {
+        let (control, theirs) = UnixStream::pair()?;
+        let mut described = File::from(memfd_create(c"standin-pages", MFdFlags::MFD_CLOEXEC)?);
+        described.write_all(&pages.encode())?;
+        let child = Command::new(install.launcher())
+            .args(["enter", "page"])
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let fds = [listener.as_raw_fd(), described.as_raw_fd(), mark.as_raw_fd()];
+        let plan = serde_json::to_vec(plan)?;
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let socket = control.as_raw_fd();
+        sendmsg::<UnixAddr>(socket, &[io::IoSlice::new(&plan)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+        Ok(Self { child, control })
+    }
+
+    /// The process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A handle for whoever asks CRIU for the restore.
+    pub fn handle(&self) -> io::Result<PagerHandle> {
+        Ok(PagerHandle(self.control.try_clone()?))
+    }
+
+    /// Blocks until each task has all its pages. After an error tasks that run wait for missing pages, and must be
+    /// killed.
+    pub fn wait(mut self) -> Result<LazySummary, LazyError> {
+        let mut said = Vec::new();
+        let heard = self.control.read_to_end(&mut said);
+        // It has closed its end, which it does by ending.
+        let ended = self.child.wait();
+        heard.map_err(|error| LazyError::Pager(error.to_string()))?;
+        match serde_json::from_slice::<Outcome>(&said) {
+            Ok(outcome) => outcome.map_err(LazyError::Pager),
+            Err(_) => Err(LazyError::Pager(format!(
+                "it ended early ({ended:?}). The workload must be restored anew"
+            ))),
+        }
+    }
+}
+
+/// See [`Pager::handle`].
+#[derive(Debug)]
+pub struct PagerHandle(UnixStream);
+
+impl PagerHandle {
+    /// Returns when every userfaultfd that CRIU has sent is in two processes. To be called while CRIU waits with the
+    /// tasks restored and not running yet (`post-restore`): from then on no single death can take one away.
+    pub fn hold(&self) -> io::Result<()> {
+        self.0.set_read_timeout(Some(HOLD_TIMEOUT))?;
+        let mut socket = &self.0;
+        socket.write_all(&[HOLD])?;
+        let mut answer = [0];
+        socket.read_exact(&mut answer)?;
+        self.0.set_read_timeout(None)?;
+        if answer == [HOLD] { Ok(()) } else { Err(io::Error::other("the pager has failed")) }
+    }
+
+    /// Tells it that no CRIU will come; one to which a CRIU has connected goes on until that ends.
+    pub fn stop(&self) {
+        // One that has ended needs not be told.
+        let _ = self.0.shutdown(std::net::Shutdown::Write);
+    }
+}
+
+/// What a process on which a restored tree depends does first: it is not ended with the agent's terminal or service,
+/// nor for memory, and may have as many descriptors as there are tasks.
+pub(super) fn endure() -> io::Result<()> {
+    nix::unistd::setsid()?;
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        super::super::sys::ignore(signal)?;
+    }
+    // Refused without CAP_SYS_RESOURCE; it is small, and thus the last to be chosen anyway.
+    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, most, most)?)
+}
+
+/// The process itself: the verb `enter page`, with the agent at its standard input.
+pub(in super::super) fn page() -> Result<Infallible, io::Error> {
+    endure()?;
+    let mut agent = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let outcome: Outcome =
+        receive(&agent).map_err(|error| error.to_string()).and_then(|(plan, fds)| serve(&agent, plan, fds));
+    // An agent that is gone needs no answer: the mark says what became of it.
+    let _ = agent.write_all(&serde_json::to_vec(&outcome)?);
+    exit(i32::from(outcome.is_err()))
+}
+
+fn receive(agent: &UnixStream) -> io::Result<(Plan, [OwnedFd; 3])> {
+    let mut text = vec![0; PLAN_BYTES_MAX];
+    let mut space = nix::cmsg_space!([RawFd; 3]);
+    let mut slices = [io::IoSliceMut::new(&mut text)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<UnixAddr>(agent.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
+    let mut fds = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = part {
+            fds.extend(raw.into_iter().map(own));
+        }
+    }
+    let length = message.bytes;
+    let fds = fds.try_into().map_err(|_| io::Error::other("a plan without its descriptors"))?;
+    Ok((serde_json::from_slice(&text[..length])?, fds))
+}
+
+fn serve(agent: &UnixStream, plan: Plan, [listener, described, mark]: [OwnedFd; 3]) -> Outcome {
+    let text = |error: io::Error| error.to_string();
+    let mut described = File::from(described);
+    let mut bytes = Vec::new();
+    described.rewind().and_then(|()| described.read_to_end(&mut bytes)).map_err(text)?;
+    let pages = PageFiles::decode(&bytes).ok_or("the description of the pages is damaged")?;
+    drop(bytes);
+    let hot = pages.hot().to_vec();
+    let files = pages.open().map_err(text)?;
+    let server = LazyServer::with(UnixListener::from(listener), &plan.launcher, &plan.directory);
+    let server = server.map_err(|error| error.to_string())?;
+    let caller = server.caller();
+    let mut listening = agent.try_clone().map_err(text)?;
+    std::thread::spawn(move || {
+        let mut word = [0];
+        while listening.read(&mut word).is_ok_and(|length| length == 1) {
+            caller.hold();
+        }
+        // It has stopped us, or is gone.
+        caller.stop();
+    });
+    let mut speaking = agent.try_clone().map_err(text)?;
+    let mut held = || {
+        // If it is gone, so is whoever waits for the answer.
+        let _ = speaking.write_all(&[HOLD]);
+    };
+    let summary = server.serve(&files, &hot, &mut held).map_err(|error| error.to_string())?;
+    // Whoever finds no mark believes that every page is there.
+    Mark { path: plan.mark, file: File::from(mark) }.remove().map_err(text)?;
+    Ok(summary)
+}

@@ -1,0 +1,254 @@
+//! One restore: CRIU is heard, faults are answered, and the crew is watched.
+
+use std::{
+    collections::HashMap,
+    io::{self, Read as _},
+    os::{
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    sync::{
+        Arc,
+        atomic::Ordering::{Acquire, Relaxed},
+    },
+    time::Instant,
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+use super::{
+    Caller, LazyError, LazySummary, MESSAGE_TIMEOUT, NO_MEMORY_TIMEOUT, PageSource, RESTORE_FINISHED,
+    TASKS_MAX,
+    crew::{self, Crew},
+    holder::Holder,
+    pending::{Awaited, Pending},
+    sys::{self, Event},
+    task::{Put, Task},
+};
+use crate::model::PAGE_SIZE;
+
+/// Who is to be attended to.
+struct Ready {
+    /// By the caller, or the crew.
+    called: bool,
+    /// CRIU connects or says something.
+    spoken_to: bool,
+    /// Tasks that did or want something.
+    tasks: Vec<Arc<Task>>,
+}
+
+pub(super) struct Session<'a> {
+    pub(super) source: &'a dyn PageSource,
+    pub(super) expected: HashMap<u32, Pending>,
+    /// None once it is gone.
+    pub(super) holder: Option<Holder>,
+    /// Whether the tasks may run.
+    pub(super) running: bool,
+    pub(super) crew: &'a Crew,
+    pub(super) caller: Caller,
+    /// See [`super::LazyServer::serve`].
+    pub(super) held: &'a mut dyn FnMut(),
+    pub(super) summary: LazySummary,
+}
+
+impl Session<'_> {
+    /// From CRIU's connection to the moment when the tasks run.
+    pub(super) fn restore(&mut self, listener: &UnixListener) -> Result<(), LazyError> {
+        let mut socket: Option<UnixStream> = None;
+        loop {
+            let speaker = socket.as_ref().map_or_else(|| listener.as_fd(), UnixStream::as_fd);
+            let ready = self.wait(Some(speaker))?;
+            // What CRIU said comes first: userfaultfds to hold, or that the tasks run.
+            if ready.called && !ready.spoken_to {
+                self.hear_caller();
+                if self.caller.0.stop.load(Acquire) && socket.is_none() {
+                    return Err(LazyError::Stopped);
+                }
+            }
+            for task in &ready.tasks {
+                self.events(task)?;
+            }
+            if ready.spoken_to {
+                match &socket {
+                    None => socket = Some(accept(listener)?),
+                    Some(stream) if self.hear(stream)? => return Ok(()),
+                    Some(_) => {}
+                }
+            }
+        }
+    }
+
+    /// While the tasks run: until each has all its pages.
+    pub(super) fn serve(&mut self) -> Result<(), LazyError> {
+        let since = Instant::now();
+        self.running = true;
+        while !self.crew.is_done() {
+            let ready = self.wait(None)?;
+            if ready.called {
+                self.hear_caller();
+                if let Some(failure) = self.crew.take_failure() {
+                    return Err(failure);
+                }
+            }
+            for task in &ready.tasks {
+                self.events(task)?;
+            }
+        }
+        self.summary.pushing = since.elapsed();
+        self.summary.pushed_pages = self.crew.pages.load(Relaxed);
+        Ok(())
+    }
+
+    fn hear_caller(&mut self) {
+        // It was readable.
+        let _ = self.caller.0.event.read();
+        if self.caller.0.hold.swap(false, Acquire) {
+            (self.held)();
+        }
+    }
+
+    fn wait(&self, speaker: Option<BorrowedFd<'_>>) -> Result<Ready, LazyError> {
+        let tasks = self.crew.tasks();
+        let mut fds = vec![PollFd::new(self.caller.0.event.as_fd(), PollFlags::POLLIN)];
+        fds.extend(tasks.iter().map(|task| {
+            // One that is gone would be ready for ever.
+            let wanted = if task.is_gone() { PollFlags::empty() } else { PollFlags::POLLIN };
+            PollFd::new(task.uffd.as_fd(), wanted)
+        }));
+        fds.extend(speaker.map(|speaker| PollFd::new(speaker, PollFlags::POLLIN)));
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(LazyError::kernel("waiting for faults", 0, errno)),
+        }
+        let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        let called = is_ready(&fds[0]);
+        let spoken_to = fds.get(tasks.len() + 1).is_some_and(is_ready);
+        let theirs = tasks.iter().zip(&fds[1..]).filter(|(_, fd)| is_ready(fd));
+        Ok(Ready { called, spoken_to, tasks: theirs.map(|(task, _)| Arc::clone(task)).collect() })
+    }
+
+    /// Takes one message of CRIU; true if the restore is finished by it.
+    fn hear(&mut self, socket: &UnixStream) -> Result<bool, LazyError> {
+        let mut word = [0; 4];
+        let mut reader = socket;
+        if let Err(error) = reader.read_exact(&mut word) {
+            return Err(match error.kind() {
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => LazyError::GivenUp,
+                _ => LazyError::Protocol(format!("no whole word ({error})")),
+            });
+        }
+        let word = i32::from_ne_bytes(word);
+        if word == RESTORE_FINISHED {
+            return Ok(true);
+        }
+        let Ok(pid) = u32::try_from(word) else { return Ok(false) };
+        let uffd = sys::receive_fd(socket)
+            .map_err(|error| LazyError::Protocol(format!("pid {pid} without a descriptor ({error})")))?;
+        let Some(pending) = self.expected.remove(&pid) else {
+            return Err(LazyError::Protocol(format!("pid {pid}, which is not in the image")));
+        };
+        self.add(pid, uffd, pending)?;
+        Ok(false)
+    }
+
+    fn add(&mut self, pid: u32, uffd: OwnedFd, pending: Pending) -> Result<(), LazyError> {
+        if let Some(holder) = &self.holder {
+            let kept = holder.keep(&uffd).map_err(LazyError::Holder);
+            match kept {
+                // A child of a task that runs. It is better off with one holder than without its pages.
+                Err(error) if self.running => {
+                    tracing::warn!(%error, "userfaultfds are held once");
+                    self.holder = None;
+                }
+                kept => kept?,
+            }
+        }
+        self.summary.tasks += 1;
+        if self.crew.add(Task::new(pid, uffd, pending)) > TASKS_MAX {
+            return Err(LazyError::Protocol(format!("more than {TASKS_MAX} tasks")));
+        }
+        Ok(())
+    }
+
+    /// Handles what a task did and wants.
+    fn events(&mut self, task: &Arc<Task>) -> Result<(), LazyError> {
+        let events = task.events().map_err(|source| LazyError::Kernel {
+            what: "reading a fault",
+            pid: task.pid,
+            source,
+        })?;
+        for event in events {
+            match event {
+                Event::Fault(address) => self.fault(task, address - address % PAGE_SIZE)?,
+                // The kernel has held back every copy since the fork began, so what was pending
+                // then still is, and is what the child lacks.
+                Event::Fork(uffd) => self.add(task.pid, uffd, task.pending())?,
+                Event::Gone { .. } | Event::Remap { .. } => {}
+                Event::Unknown(event) => {
+                    let source = io::Error::other(format!("unknown event {event:#x}"));
+                    return Err(LazyError::Kernel { what: "reading a fault", pid: task.pid, source });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&mut self, task: &Arc<Task>, address: u64) -> Result<(), LazyError> {
+        self.summary.faults += 1;
+        if let Some(run) = task.at(address) {
+            let put = self.put_page(task, Awaited { end: address + PAGE_SIZE, ..run })?;
+            self.crew.faulted(task, address + PAGE_SIZE);
+            if put == Put::Done {
+                return Ok(());
+            }
+        } else if let Err(error) = sys::zero(&task.uffd, address, PAGE_SIZE) {
+            // Memory that the task had given up or never touched. Present already, or just being
+            // unmapped: it shall look again.
+            match error {
+                Errno::EEXIST | Errno::EAGAIN | Errno::ENOENT => {}
+                Errno::ESRCH | Errno::ENOSPC => task.end(),
+                errno => return Err(LazyError::kernel("filling a page", task.pid, errno)),
+            }
+        } else {
+            return Ok(());
+        }
+        // One that is woken without its page faults again, which comes behind the event that
+        // was in the way. A task that is gone cannot be woken.
+        let _ = sys::wake(&task.uffd, address, PAGE_SIZE);
+        Ok(())
+    }
+
+    /// Puts the page that is waited for. No event can be read meanwhile, so the gate is not needed.
+    fn put_page(&mut self, task: &Task, run: Awaited) -> Result<Put, LazyError> {
+        let mut page = [0; PAGE_SIZE as usize];
+        super::read(self.source, task.pid, run.image, &mut page)?;
+        let since = Instant::now();
+        loop {
+            let put = task.put(run, &page);
+            let (pages, put) = put.map_err(|errno| LazyError::kernel("putting a page", task.pid, errno))?;
+            self.summary.fault_pages += pages;
+            // Present already: whoever put it came before the fault was read, and woke nobody.
+            if put == Put::Done && pages == 0 {
+                return Ok(Put::Changing);
+            }
+            if put != Put::NoMemory {
+                return Ok(put);
+            }
+            if since.elapsed() > NO_MEMORY_TIMEOUT {
+                return Err(LazyError::kernel("putting a page", task.pid, Errno::ENOMEM));
+            }
+            std::thread::sleep(crew::NO_MEMORY_REST);
+        }
+    }
+}
+
+fn accept(listener: &UnixListener) -> Result<UnixStream, LazyError> {
+    let failed = |error: io::Error| LazyError::Protocol(format!("a connection that failed ({error})"));
+    let (socket, _) = listener.accept().map_err(failed)?;
+    socket.set_nonblocking(false).map_err(failed)?;
+    socket.set_read_timeout(Some(MESSAGE_TIMEOUT)).map_err(failed)?;
+    Ok(socket)
+}

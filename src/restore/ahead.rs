@@ -1,0 +1,103 @@
+//! A CRIU that waits for the order to restore: starting one takes as long as restoring does.
+
+use std::{
+    fs::File,
+    ops::RangeInclusive,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use crate::criu::{
+    Install,
+    bridge::Bridge,
+    lazy::PagerHandle,
+    spawn::{Place, Spawn},
+    swrk::{CriuError, RestoreOptions, Swrk},
+};
+
+/// CRIU's own pids begin so far above the workload's: those grow from epoch to epoch.
+const PIDS_AHEAD: u32 = 1000;
+/// Pids that CRIU may take for itself.
+const PIDS_OF_CRIU: u32 = 64;
+/// CRIU's last stage that can be refused: it has sent every userfaultfd, and nothing runs yet.
+const POST_RESTORE: &str = "post-restore";
+
+/// The place in which a tree will be restored.
+#[derive(Debug)]
+pub struct Site {
+    /// Its pid 1.
+    pub init: OwnedFd,
+    /// The cgroup's directory for the tree.
+    pub cgroup: PathBuf,
+    /// What the tree's pipes to its log become, in their order.
+    pub stdio: Vec<OwnedFd>,
+}
+
+/// A CRIU that waits there. Dropping it ends it.
+#[derive(Debug)]
+pub struct Ahead {
+    criu: Swrk,
+    pids: RangeInclusive<u32>,
+    stdio: usize,
+}
+
+impl Ahead {
+    /// Starts one that will restore a directory of `root`, of a tree with these pids; 10 to 20 ms.
+    pub fn start(
+        install: &Install,
+        bridge: &Bridge,
+        root: &Path,
+        site: &Site,
+        pids: &[u32],
+    ) -> Result<Self, CriuError> {
+        let opened = File::open(root).map_err(|source| CriuError::Rpc { what: "restore", source })?;
+        let above = pids.iter().copied().max().unwrap_or(1).saturating_add(PIDS_AHEAD);
+        let inherit = site.stdio.iter().map(|fd| (String::new(), fd.as_fd())).collect();
+        let spawn = Spawn {
+            place: Place::Inside { init: site.init.as_fd(), cgroup: false },
+            bridge: Some(bridge),
+            cgroups: vec![site.cgroup.clone()],
+            pids_above: Some(above),
+            inherit,
+            ..Spawn::new(opened.as_fd())
+        };
+        let criu = Swrk::spawn(install, &spawn)?;
+        Ok(Self { criu, pids: above + 1..=above + PIDS_OF_CRIU, stdio: site.stdio.len() })
+    }
+
+    /// Whether it still waits, and can restore a tree with these pids and so many pipes to its log.
+    pub fn fits(&mut self, pids: &[u32], stdio: usize) -> bool {
+        self.criu.is_waiting() && self.stdio == stdio && !pids.iter().any(|pid| self.pids.contains(pid))
+    }
+
+    /// Its processes, in our pid namespace.
+    pub fn processes(&self) -> Vec<u32> {
+        self.criu.processes()
+    }
+
+    /// Restores the directory `name` of the root, its pipes to the log named as in `log_pipes`; with a pager lazily.
+    /// Returns the pid of the tree's root in its namespace, when the tree runs.
+    pub fn restore(
+        self,
+        name: &str,
+        log_pipes: &[u64],
+        pager: Option<&PagerHandle>,
+    ) -> Result<u32, CriuError> {
+        let options = RestoreOptions {
+            lazy: pager.is_some(),
+            directory: Some(name.to_owned()),
+            inherit: Some(log_pipes.iter().map(|inode| format!("pipe:[{inode}]")).collect()),
+            ..RestoreOptions::default()
+        };
+        self.criu.restore(&options, &mut |stage| match pager {
+            Some(pager) if stage == POST_RESTORE => match pager.hold() {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::error!(%error, "the restore is called off: its userfaultfds are not held");
+                    false
+                }
+            },
+            _ => true,
+        })
+    }
+}
