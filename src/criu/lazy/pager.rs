@@ -4,8 +4,10 @@
 //!   agent ──plan, listener, description of the pages, locked mark──► pager ──► holder
 //!         ──HOLD, while CRIU waits at post-restore─────────────────►
 //!         ◄──HELD: the tasks may run───────────────────────────────
-//!         ◄──what was served, or why not───────────────────────────
+//!         ◄──what was served, or why not (standard output)─────────
 //! ```
+//!
+//! Each of the two answers has a way of its own: they are awaited by different threads.
 
 use std::{
     convert::Infallible,
@@ -19,7 +21,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio, exit},
+    process::{Child, ChildStdout, Command, Stdio, exit},
     time::Duration,
 };
 
@@ -41,8 +43,8 @@ use super::{
 
 /// To the pager: see that all userfaultfds which CRIU has sent are held twice; its answer is the same.
 const HOLD: u8 = b'h';
-/// How long it may take to answer.
-const HOLD_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long it may take to answer; then the restore is called off, and made without it.
+const HOLD_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest plan.
 const PLAN_BYTES_MAX: usize = 16 << 10;
 
@@ -117,6 +119,7 @@ impl Mark {
 pub struct Pager {
     child: Child,
     control: UnixStream,
+    outcome: ChildStdout,
 }
 
 impl Pager {
@@ -148,18 +151,19 @@ impl Pager {
         let (control, theirs) = UnixStream::pair()?;
         let mut described = File::from(memfd_create(c"standin-pages", MFdFlags::MFD_CLOEXEC)?);
         described.write_all(&pages.encode())?;
-        let child = Command::new(install.launcher())
+        let mut child = Command::new(install.launcher())
             .args(["enter", "page"])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()?;
+        let outcome = child.stdout.take().ok_or_else(|| io::Error::other("a pager without an output"))?;
         let fds = [listener.as_raw_fd(), described.as_raw_fd(), mark.as_raw_fd()];
         let plan = serde_json::to_vec(plan)?;
         let rights = [ControlMessage::ScmRights(&fds)];
         let socket = control.as_raw_fd();
         sendmsg::<UnixAddr>(socket, &[io::IoSlice::new(&plan)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
-        Ok(Self { child, control })
+        Ok(Self { child, control, outcome })
     }
 
     /// The process.
@@ -176,7 +180,7 @@ impl Pager {
     /// killed.
     pub fn wait(mut self) -> Result<LazySummary, LazyError> {
         let mut said = Vec::new();
-        let heard = self.control.read_to_end(&mut said);
+        let heard = self.outcome.read_to_end(&mut said);
         // It has closed its end, which it does by ending.
         let ended = self.child.wait();
         heard.map_err(|error| LazyError::Pager(error.to_string()))?;
@@ -202,7 +206,6 @@ impl PagerHandle {
         socket.write_all(&[HOLD])?;
         let mut answer = [0];
         socket.read_exact(&mut answer)?;
-        self.0.set_read_timeout(None)?;
         if answer == [HOLD] { Ok(()) } else { Err(io::Error::other("the pager has failed")) }
     }
 
@@ -226,14 +229,15 @@ pub(super) fn endure() -> io::Result<()> {
     Ok(setrlimit(Resource::RLIMIT_NOFILE, most, most)?)
 }
 
-/// The process itself: the verb `enter page`, with the agent at its standard input.
+/// The process itself: the verb `enter page`, with the agent at its standard input and output.
 pub(in super::super) fn page() -> Result<Infallible, io::Error> {
     endure()?;
-    let mut agent = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let agent = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let outcome: Outcome =
         receive(&agent).map_err(|error| error.to_string()).and_then(|(plan, fds)| serve(&agent, plan, fds));
     // An agent that is gone needs no answer: the mark says what became of it.
-    let _ = agent.write_all(&serde_json::to_vec(&outcome)?);
+    let mut output = io::stdout();
+    let _ = output.write_all(&serde_json::to_vec(&outcome)?).and_then(|()| output.flush());
     exit(i32::from(outcome.is_err()))
 }
 
