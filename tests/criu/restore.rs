@@ -376,3 +376,18 @@ fn a_pager_whose_agent_is_killed_before_criu_comes_ends() {
         fs::read_to_string(format!("/proc/{id}/stat")).is_ok_and(|stat| stat.contains(") Z "))
     });
 }
+
+#[test]
+fn the_order_to_hold_is_answered_to_whoever_gave_it_while_another_waits_for_the_end() {
+    let (workload, images) = moving(1024);
+    let pages = PageFiles::of_images(&images).unwrap();
+    let mark = Mark::make(&images.join("mark"), b"").unwrap();
+    let pager = Pager::start(&workload.install, &images, mark, &pages).unwrap();
+    let handle = pager.handle().unwrap();
+    let waiting = std::thread::spawn(move || pager.wait());
+    // The one that waits is asleep in its read before the other one is.
+    std::thread::sleep(Duration::from_millis(100));
+    handle.hold().unwrap();
+    handle.stop();
+    assert!(waiting.join().unwrap().unwrap_err().to_string().contains("stopped before"));
+}
