@@ -106,13 +106,13 @@ struct Slow {
 }
 
 impl PageSource for Slow {
-    fn read(&self, space: Space, start: u64, buffer: &mut [u8]) -> io::Result<bool> {
+    fn pages<'a>(&'a self, space: Space, start: u64, buffer: &'a mut [u8]) -> io::Result<Option<&'a [u8]>> {
         std::thread::sleep(Duration::from_micros(200 + 40 * (buffer.len() as u64 / 4096)));
         let left = self.reads_left.fetch_sub(1, Ordering::Relaxed);
         if left == 0 {
             return Err(io::Error::other("as told"));
         }
-        self.images.read(space, start, buffer)
+        self.images.pages(space, start, buffer)
     }
 }
 

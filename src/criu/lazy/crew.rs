@@ -1,4 +1,7 @@
-//! The background transfer: threads that put the pages nobody waits for yet, the hot ones first.
+//! The background transfer: puts the pages nobody waits for yet, the hot ones first.
+//!
+//! The thread that answers faults does it between two of them, since then it need not wake for the next one, which would
+//! take longer than all else. Other threads help for as long as nobody waits for a page.
 
 use std::{
     collections::VecDeque,
@@ -10,26 +13,23 @@ use std::{
 };
 
 use super::{
-    Caller, LazyError, NO_MEMORY_TIMEOUT, PageSource,
+    LazyError, NO_MEMORY_TIMEOUT, PageSource,
     pending::Awaited,
     task::{Put, Task},
 };
-use crate::model::{Extent, Space};
+use crate::model::{Extent, PAGE_SIZE, Space};
 
-/// What is read at once.
-const CHUNK_BYTES: u64 = 256 << 10;
-/// What is put at once: whoever waits for another page waits until it is there, some 5 µs.
-const PIECE_BYTES: u64 = 16 << 10;
+/// What is put at once: whoever waits for another page waits until it is there, some 8 µs.
+pub(super) const PIECE_BYTES: u64 = 16 << 10;
 /// The workload, and whoever answers its faults, go first; it takes a quarter of a processor that others want too.
 const NICE: i32 = 5;
-/// So long after a fault all threads but one leave the processors to the workload: one can fill the memory's bandwidth
-/// nearly alone, and a fault then waits for one other thread at most.
+/// So long after a fault the helpers leave the processors to the workload.
 const FAULTING: Duration = Duration::from_millis(1);
 /// Neighbours of a page that was waited for, which come next.
 const NEAR_BYTES: u64 = 64 << 10;
 /// Such neighbourhoods that wait; more are forgotten, and come with the rest.
 const NEAR_MAX: usize = 64;
-/// How long a thread rests that has nothing to put, or has found mappings changing.
+/// How long a helper rests that has nothing to put, or has found mappings changing.
 const REST: Duration = Duration::from_micros(50);
 /// How long it waits for memory before it tries again.
 pub(super) const NO_MEMORY_REST: Duration = Duration::from_millis(10);
@@ -46,9 +46,8 @@ pub(super) struct Crew {
     began: Instant,
     /// When a page was waited for last, in microseconds since it began.
     faulted_us: AtomicU64,
+    no_memory_since: Mutex<Option<Instant>>,
     failure: Mutex<Option<LazyError>>,
-    /// Called once there may be nothing left to put, or a thread has failed.
-    caller: Caller,
 }
 
 /// What comes before the rest.
@@ -63,14 +62,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How many threads put pages.
-pub(super) fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
+/// How many threads help the one that answers faults.
+pub(super) fn helpers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX) - 1
 }
 
 impl Crew {
     /// `hot` names the tasks by their pids in the image.
-    pub(super) fn new(hot: Vec<(u32, Extent)>, caller: Caller) -> Self {
+    pub(super) fn new(hot: Vec<(u32, Extent)>) -> Self {
         Self {
             tasks: RwLock::default(),
             order: Mutex::new(Order { near: VecDeque::new(), hot: hot.into(), turn: 0 }),
@@ -78,23 +77,21 @@ impl Crew {
             over: AtomicBool::new(false),
             began: Instant::now(),
             faulted_us: AtomicU64::new(0),
+            no_memory_since: Mutex::new(None),
             failure: Mutex::new(None),
-            caller,
         }
     }
 
-    pub(super) fn tasks(&self) -> Vec<Arc<Task>> {
-        self.tasks.read().unwrap_or_else(PoisonError::into_inner).clone()
+    /// The tasks are numbered from 0 in the order in which they were added.
+    pub(super) fn task(&self, number: usize) -> Option<Arc<Task>> {
+        self.tasks.read().unwrap_or_else(PoisonError::into_inner).get(number).cloned()
     }
 
+    /// Returns the task's number.
     pub(super) fn add(&self, task: Task) -> usize {
         let mut tasks = self.tasks.write().unwrap_or_else(PoisonError::into_inner);
         tasks.push(Arc::new(task));
-        tasks.len()
-    }
-
-    pub(super) fn is_done(&self) -> bool {
-        self.tasks.read().unwrap_or_else(PoisonError::into_inner).iter().all(|task| task.is_served())
+        tasks.len() - 1
     }
 
     /// A page was waited for: its neighbours come next.
@@ -121,33 +118,38 @@ impl Crew {
         self.began.elapsed() < faulted + FAULTING
     }
 
-    /// What one of the threads, numbered from 0, does until [`Self::end`].
-    pub(super) fn work(&self, number: usize, source: &dyn PageSource) {
+    /// What a helper does until [`Self::end`].
+    pub(super) fn help(&self, source: &dyn PageSource) {
         super::super::sys::stand_back(NICE);
-        let mut buffer = vec![0; CHUNK_BYTES as usize];
+        let mut buffer = [0; PIECE_BYTES as usize];
         while !self.over.load(Ordering::Relaxed) {
-            if number > 0 && self.is_faulting() {
+            if self.is_faulting() {
                 std::thread::sleep(FAULTING / 4);
                 continue;
             }
-            let put = if let Some((task, run)) = self.choose() {
+            let chosen = self.choose();
+            let put = chosen.map(|(task, run)| {
+                let _gate = task.gate();
                 self.put(source, &task, run, &mut buffer)
-            } else {
-                self.caller.wake();
-                Ok(Put::Changing)
-            };
+            });
             match put {
-                Ok(Put::Changing) => std::thread::sleep(REST),
-                Ok(_) => {}
-                Err(error) => {
+                None | Some(Ok(Put::Changing)) => std::thread::sleep(REST),
+                Some(Ok(Put::NoMemory)) => std::thread::sleep(NO_MEMORY_REST),
+                Some(Ok(Put::Done | Put::Gone)) => {}
+                Some(Err(error)) => {
                     *lock(&self.failure) = Some(error);
-                    self.caller.wake();
                     return;
                 }
             }
         }
     }
 
+    /// Puts the next piece; `None` if there is none. For the one thread that reads the tasks' events.
+    pub(super) fn push(&self, source: &dyn PageSource, buffer: &mut [u8]) -> Result<Option<Put>, LazyError> {
+        self.choose().map(|(task, run)| self.put(source, &task, run, buffer)).transpose()
+    }
+
+    /// The caller has the task's gate, or is the one who reads its events.
     fn put(
         &self,
         source: &dyn PageSource,
@@ -155,37 +157,20 @@ impl Crew {
         run: Awaited,
         buffer: &mut [u8],
     ) -> Result<Put, LazyError> {
-        let bytes = &mut buffer[..(run.end - run.start) as usize];
-        super::read(source, task.pid, run.image, bytes)?;
-        for (piece, start) in
-            bytes.chunks(PIECE_BYTES as usize).zip((run.start..).step_by(PIECE_BYTES as usize))
-        {
-            let image = run.image + (start - run.start);
-            let put =
-                self.put_piece(task, Awaited { start, end: start + piece.len() as u64, image }, piece)?;
-            if put != Put::Done {
-                return Ok(put);
-            }
-        }
-        Ok(Put::Done)
-    }
-
-    fn put_piece(&self, task: &Task, run: Awaited, bytes: &[u8]) -> Result<Put, LazyError> {
-        let mut no_memory_since: Option<Instant> = None;
-        loop {
-            let gate = task.gate();
-            let put = task.put(run, bytes);
-            drop(gate);
-            let (pages, put) = put.map_err(|errno| LazyError::kernel("putting pages", task.pid, errno))?;
-            self.pages.fetch_add(pages, Ordering::Relaxed);
-            if put != Put::NoMemory {
-                return Ok(put);
-            }
-            if no_memory_since.get_or_insert_with(Instant::now).elapsed() > NO_MEMORY_TIMEOUT {
+        let buffer = &mut buffer[..(run.end - run.start) as usize];
+        let bytes = super::pages(source, task.pid, run.image, buffer)?;
+        let put = task.put(run, bytes);
+        let (pages, put) = put.map_err(|errno| LazyError::kernel("putting pages", task.pid, errno))?;
+        self.pages.fetch_add(pages, Ordering::Relaxed);
+        if put == Put::NoMemory {
+            let since = *lock(&self.no_memory_since).get_or_insert_with(Instant::now);
+            if since.elapsed() > NO_MEMORY_TIMEOUT {
                 return Err(LazyError::kernel("putting pages", task.pid, nix::errno::Errno::ENOMEM));
             }
-            std::thread::sleep(NO_MEMORY_REST);
+        } else if pages > 0 {
+            *lock(&self.no_memory_since) = None;
         }
+        Ok(put)
     }
 
     /// Neighbours of what was waited for, then what is hot, then all others: a task each in turn.
@@ -194,9 +179,12 @@ impl Crew {
         let mut order = lock(&self.order);
         while let Some((task, start, end)) = order.near.pop_front() {
             let near = task.next(start).filter(|run| run.start < end && !task.is_gone());
-            if let Some(run) = near {
-                return Some((task, Awaited { end: run.end.min(end), ..run }));
+            let Some(run) = near else { continue };
+            let piece_end = run.end.min(end).min(run.start + PIECE_BYTES);
+            if piece_end < end {
+                order.near.push_front((Arc::clone(&task), piece_end, end));
             }
+            return Some((task, Awaited { end: piece_end, ..run }));
         }
         while let Some((pid, extent)) = order.hot.front_mut() {
             let task = tasks.iter().find(|task| task.pid == *pid);
@@ -208,14 +196,14 @@ impl Crew {
                 order.hot.pop_front();
                 continue;
             };
-            let end = run.end.min(extent.end()).min(run.start + CHUNK_BYTES);
-            *extent = Extent { start: end, pages: (extent.end() - end) / crate::model::PAGE_SIZE };
+            let end = run.end.min(extent.end()).min(run.start + PIECE_BYTES);
+            *extent = Extent { start: end, pages: (extent.end() - end) / PAGE_SIZE };
             return Some((Arc::clone(task), Awaited { end, ..run }));
         }
         for _ in 0..tasks.len() {
             order.turn += 1;
             let task = &tasks[order.turn % tasks.len()];
-            if let Some(run) = task.advance(CHUNK_BYTES) {
+            if let Some(run) = task.advance(PIECE_BYTES) {
                 return Some((Arc::clone(task), run));
             }
         }

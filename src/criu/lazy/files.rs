@@ -4,13 +4,14 @@ use std::{
     collections::HashMap,
     fs::File,
     io,
-    os::unix::{ffi::OsStrExt as _, fs::FileExt as _},
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
 };
 
 use super::{
     super::images::{self, ImageError, Pagemap},
     PageSource,
+    windows::Windows,
 };
 use crate::model::{Extent, Space};
 
@@ -95,10 +96,15 @@ impl PageFiles {
 
     /// Opens all the files.
     pub fn open(self) -> io::Result<OpenFiles> {
-        let open = |path: &PathBuf| {
-            File::open(path).map_err(|error| io::Error::other(format!("{}: {error}", path.display())))
+        let mut ranges = vec![Vec::new(); self.files.len()];
+        for piece in self.spaces.values().flatten().filter(|piece| piece.file != ZERO) {
+            ranges[piece.file as usize].push((piece.offset, piece.offset + (piece.end - piece.start)));
+        }
+        let open = |(path, ranges): (&PathBuf, &Vec<(u64, u64)>)| {
+            let windows = File::open(path).and_then(|file| Windows::new(file, ranges));
+            windows.map_err(|error| io::Error::other(format!("{}: {error}", path.display())))
         };
-        let files = self.files.iter().map(open).collect::<io::Result<_>>()?;
+        let files = self.files.iter().zip(&ranges).map(open).collect::<io::Result<_>>()?;
         Ok(OpenFiles { files, spaces: self.spaces })
     }
 
@@ -183,31 +189,40 @@ impl Words<'_> {
 /// The files of an image's pages, open.
 #[derive(Debug)]
 pub struct OpenFiles {
-    files: Vec<File>,
+    files: Vec<Windows>,
     spaces: HashMap<Space, Vec<Piece>>,
 }
 
+impl OpenFiles {
+    fn piece(&self, space: Space, at: u64) -> Option<Piece> {
+        let pieces = self.spaces.get(&space)?;
+        let next = pieces.partition_point(|piece| piece.start <= at);
+        next.checked_sub(1).map(|index| pieces[index]).filter(|piece| at < piece.end)
+    }
+}
+
 impl PageSource for OpenFiles {
-    fn read(&self, space: Space, start: u64, buffer: &mut [u8]) -> io::Result<bool> {
-        let Some(pieces) = self.spaces.get(&space) else { return Ok(false) };
+    fn pages<'a>(&'a self, space: Space, start: u64, buffer: &'a mut [u8]) -> io::Result<Option<&'a [u8]>> {
         let mut done = 0;
         while done < buffer.len() {
             let at = start + done as u64;
-            let next = pieces.partition_point(|piece| piece.start <= at);
-            let Some(piece) = next.checked_sub(1).map(|index| pieces[index]).filter(|piece| at < piece.end)
-            else {
-                return Ok(false);
-            };
+            let Some(piece) = self.piece(space, at) else { return Ok(None) };
             let length = ((piece.end - at) as usize).min(buffer.len() - done);
-            let into = &mut buffer[done..done + length];
+            let offset = piece.offset + (at - piece.start);
             if piece.file == ZERO {
-                into.fill(0);
+                buffer[done..done + length].fill(0);
             } else {
-                self.files[piece.file as usize].read_exact_at(into, piece.offset + (at - piece.start))?;
+                let file = &self.files[piece.file as usize];
+                if length == buffer.len()
+                    && let Some(view) = file.view(offset, length)
+                {
+                    return Ok(Some(view));
+                }
+                file.read(offset, &mut buffer[done..done + length])?;
             }
             done += length;
         }
-        Ok(true)
+        Ok(Some(buffer))
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   listen ──CRIU connects──► restoring ──"restore finished"──► running ──nothing pending──► done
-//!                                │  pid, userfaultfd            one thread answers faults, a crew puts the rest:
+//!                                │  pid, userfaultfd            faults are answered, and between them the rest comes:
 //!                                │                              neighbours of faults, hot pages, all others
 //!                                └─ EOF: CRIU failed, and killed the tasks
 //! ```
@@ -30,6 +30,7 @@
 //! removes it behind the last page: a mark that nobody locks is a restore that did not end.
 
 mod crew;
+mod ears;
 mod files;
 mod holder;
 mod pager;
@@ -37,6 +38,7 @@ mod pending;
 mod session;
 mod sys;
 mod task;
+mod windows;
 
 use std::{
     collections::HashMap,
@@ -55,7 +57,7 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-use self::{crew::Crew, holder::Holder, pending::Pending, session::Session};
+use self::{crew::Crew, ears::Ears, holder::Holder, pending::Pending, session::Session};
 pub use self::{
     files::{OpenFiles, PageFiles},
     pager::{Mark, Pager, PagerHandle},
@@ -83,9 +85,10 @@ const NO_MEMORY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where pages come from.
 pub trait PageSource: Send + Sync {
-    /// Fills `buffer` (whole pages) with the pages of `space` from `start` on, which is an address
-    /// of the image; false if one of them is not there. Asked for pages of one run of the page map.
-    fn read(&self, space: Space, start: u64, buffer: &mut [u8]) -> io::Result<bool>;
+    /// The pages of `space` from `start` on, which is an address of the image, as many as `buffer` has room for: put
+    /// there, or where they lie anyway; `None` if one of them is not there. Asked for pages of one run of the page map.
+    /// The answer is for the kernel to read, and nobody else.
+    fn pages<'a>(&'a self, space: Space, start: u64, buffer: &'a mut [u8]) -> io::Result<Option<&'a [u8]>>;
 }
 
 /// Why pages cannot be served.
@@ -153,12 +156,17 @@ impl LazyError {
     }
 }
 
-/// Reads pages of a task's image.
-fn read(source: &dyn PageSource, pid: u32, image: u64, buffer: &mut [u8]) -> Result<(), LazyError> {
+/// Pages of a task's image.
+fn pages<'a>(
+    source: &'a dyn PageSource,
+    pid: u32,
+    image: u64,
+    buffer: &'a mut [u8],
+) -> Result<&'a [u8], LazyError> {
     let space = Space::Task(pid);
-    match source.read(space, image, buffer) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(LazyError::Missing { space, address: image }),
+    match source.pages(space, image, buffer) {
+        Ok(Some(pages)) => Ok(pages),
+        Ok(None) => Err(LazyError::Missing { space, address: image }),
         Err(source) => Err(LazyError::Source { space, source }),
     }
 }
@@ -271,24 +279,23 @@ impl LazyServer {
         hot: &[(Space, Extent)],
         held: &mut dyn FnMut(),
     ) -> Result<LazySummary, LazyError> {
-        let crew = Crew::new(crew::of_tasks(hot), self.caller.clone());
+        let crew = Crew::new(crew::of_tasks(hot));
         let mut session = Session {
             source,
             expected: self.expected,
             holder: Some(self.holder),
             running: false,
             crew: &crew,
+            ears: Ears::new().map_err(|errno| LazyError::kernel("waiting for faults", 0, errno))?,
             caller: self.caller,
             held,
             summary: LazySummary::default(),
         };
         session.restore(&self.listener)?;
         let served = std::thread::scope(|scope| {
-            for number in 0..crew::threads() {
-                let crew = &crew;
-                scope.spawn(move || crew.work(number, source));
+            for _ in 0..crew::helpers() {
+                scope.spawn(|| crew.help(source));
             }
-            super::sys::hurry();
             let served = session.serve();
             crew.end();
             served

@@ -27,10 +27,6 @@ impl Pending {
         Self(runs.iter().map(|run| (run.start, (run.end(), run.start))).collect())
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
     /// What is awaited first from `address` on, to the end of its run.
     pub(super) fn next(&self, address: u64) -> Option<Awaited> {
         let behind = || {

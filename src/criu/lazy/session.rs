@@ -1,10 +1,10 @@
-//! One restore: CRIU is heard, faults are answered, and the crew is watched.
+//! One restore: CRIU is heard, faults are answered, and between them all other pages are put.
 
 use std::{
     collections::HashMap,
     io::{self, Read as _},
     os::{
-        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     sync::{
@@ -14,15 +14,13 @@ use std::{
     time::Instant,
 };
 
-use nix::{
-    errno::Errno,
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-};
+use nix::{errno::Errno, sys::epoll::EpollTimeout};
 
 use super::{
     Caller, LazyError, LazySummary, MESSAGE_TIMEOUT, NO_MEMORY_TIMEOUT, PageSource, RESTORE_FINISHED,
     TASKS_MAX,
-    crew::{self, Crew},
+    crew::{Crew, NO_MEMORY_REST, PIECE_BYTES},
+    ears::{Ears, Speaker},
     holder::Holder,
     pending::{Awaited, Pending},
     sys::{self, Event},
@@ -30,15 +28,8 @@ use super::{
 };
 use crate::model::PAGE_SIZE;
 
-/// Who is to be attended to.
-struct Ready {
-    /// By the caller, or the crew.
-    called: bool,
-    /// CRIU connects or says something.
-    spoken_to: bool,
-    /// Tasks that did or want something.
-    tasks: Vec<Arc<Task>>,
-}
+/// How long the next event may take that has mappings changing, in milliseconds; it is on its way.
+const CHANGING_MS: u8 = 1;
 
 pub(super) struct Session<'a> {
     pub(super) source: &'a dyn PageSource,
@@ -48,6 +39,7 @@ pub(super) struct Session<'a> {
     /// Whether the tasks may run.
     pub(super) running: bool,
     pub(super) crew: &'a Crew,
+    pub(super) ears: Ears,
     pub(super) caller: Caller,
     /// See [`super::LazyServer::serve`].
     pub(super) held: &'a mut dyn FnMut(),
@@ -57,25 +49,32 @@ pub(super) struct Session<'a> {
 impl Session<'_> {
     /// From CRIU's connection to the moment when the tasks run.
     pub(super) fn restore(&mut self, listener: &UnixListener) -> Result<(), LazyError> {
+        self.listen_to(Speaker::Caller, &self.caller.0.event)?;
+        self.listen_to(Speaker::Criu, listener)?;
         let mut socket: Option<UnixStream> = None;
         loop {
-            let speaker = socket.as_ref().map_or_else(|| listener.as_fd(), UnixStream::as_fd);
-            let ready = self.wait(Some(speaker))?;
-            // What CRIU said comes first: userfaultfds to hold, or that the tasks run.
-            if ready.called && !ready.spoken_to {
-                self.hear_caller();
-                if self.caller.0.stop.load(Acquire) && socket.is_none() {
-                    return Err(LazyError::Stopped);
-                }
-            }
-            for task in &ready.tasks {
-                self.events(task)?;
-            }
-            if ready.spoken_to {
-                match &socket {
-                    None => socket = Some(accept(listener)?),
-                    Some(stream) if self.hear(stream)? => return Ok(()),
-                    Some(_) => {}
+            let ready = self.wait(EpollTimeout::NONE)?;
+            for speaker in &ready {
+                match (speaker, &socket) {
+                    (Speaker::Task(number), _) => self.events(*number)?,
+                    (Speaker::Criu, None) => {
+                        let connected = accept(listener)?;
+                        self.ears.remove(listener);
+                        self.listen_to(Speaker::Criu, &connected)?;
+                        socket = Some(connected);
+                    }
+                    (Speaker::Criu, Some(stream)) if self.hear(stream)? => {
+                        self.ears.remove(stream);
+                        return Ok(());
+                    }
+                    // What CRIU said comes first: userfaultfds to hold, or that the tasks run.
+                    (Speaker::Caller, _) if !ready.contains(&Speaker::Criu) => {
+                        self.hear_caller();
+                        if self.caller.0.stop.load(Acquire) && socket.is_none() {
+                            return Err(LazyError::Stopped);
+                        }
+                    }
+                    _ => {}
                 }
             }
         }
@@ -85,17 +84,24 @@ impl Session<'_> {
     pub(super) fn serve(&mut self) -> Result<(), LazyError> {
         let since = Instant::now();
         self.running = true;
-        while !self.crew.is_done() {
-            let ready = self.wait(None)?;
-            if ready.called {
-                self.hear_caller();
-                if let Some(failure) = self.crew.take_failure() {
-                    return Err(failure);
+        let mut buffer = [0; PIECE_BYTES as usize];
+        let mut timeout = EpollTimeout::ZERO;
+        loop {
+            for speaker in self.wait(timeout)? {
+                match speaker {
+                    Speaker::Task(number) => self.events(number)?,
+                    _ => self.hear_caller(),
                 }
             }
-            for task in &ready.tasks {
-                self.events(task)?;
+            if let Some(failure) = self.crew.take_failure() {
+                return Err(failure);
             }
+            timeout = match self.crew.push(self.source, &mut buffer)? {
+                None => break,
+                Some(Put::Done | Put::Gone) => EpollTimeout::ZERO,
+                Some(Put::Changing) => CHANGING_MS.into(),
+                Some(Put::NoMemory) => (NO_MEMORY_REST.as_millis() as u8).into(),
+            };
         }
         self.summary.pushing = since.elapsed();
         self.summary.pushed_pages = self.crew.pages.load(Relaxed);
@@ -110,24 +116,12 @@ impl Session<'_> {
         }
     }
 
-    fn wait(&self, speaker: Option<BorrowedFd<'_>>) -> Result<Ready, LazyError> {
-        let tasks = self.crew.tasks();
-        let mut fds = vec![PollFd::new(self.caller.0.event.as_fd(), PollFlags::POLLIN)];
-        fds.extend(tasks.iter().map(|task| {
-            // One that is gone would be ready for ever.
-            let wanted = if task.is_gone() { PollFlags::empty() } else { PollFlags::POLLIN };
-            PollFd::new(task.uffd.as_fd(), wanted)
-        }));
-        fds.extend(speaker.map(|speaker| PollFd::new(speaker, PollFlags::POLLIN)));
-        match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(LazyError::kernel("waiting for faults", 0, errno)),
-        }
-        let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
-        let called = is_ready(&fds[0]);
-        let spoken_to = fds.get(tasks.len() + 1).is_some_and(is_ready);
-        let theirs = tasks.iter().zip(&fds[1..]).filter(|(_, fd)| is_ready(fd));
-        Ok(Ready { called, spoken_to, tasks: theirs.map(|(task, _)| Arc::clone(task)).collect() })
+    fn listen_to(&self, speaker: Speaker, fd: impl AsFd) -> Result<(), LazyError> {
+        self.ears.add(speaker, fd).map_err(|errno| LazyError::kernel("waiting for faults", 0, errno))
+    }
+
+    fn wait(&self, timeout: EpollTimeout) -> Result<Vec<Speaker>, LazyError> {
+        self.ears.listen(timeout).map_err(|errno| LazyError::kernel("waiting for faults", 0, errno))
     }
 
     /// Takes one message of CRIU; true if the restore is finished by it.
@@ -166,15 +160,20 @@ impl Session<'_> {
                 kept => kept?,
             }
         }
-        self.summary.tasks += 1;
-        if self.crew.add(Task::new(pid, uffd, pending)) > TASKS_MAX {
+        if self.summary.tasks == TASKS_MAX {
             return Err(LazyError::Protocol(format!("more than {TASKS_MAX} tasks")));
         }
-        Ok(())
+        self.summary.tasks += 1;
+        let number = self.crew.add(Task::new(pid, uffd, pending));
+        match self.crew.task(number) {
+            Some(task) => self.listen_to(Speaker::Task(number), &task.uffd),
+            None => Ok(()),
+        }
     }
 
     /// Handles what a task did and wants.
-    fn events(&mut self, task: &Arc<Task>) -> Result<(), LazyError> {
+    fn events(&mut self, number: usize) -> Result<(), LazyError> {
+        let Some(task) = self.crew.task(number) else { return Ok(()) };
         let events = task.events().map_err(|source| LazyError::Kernel {
             what: "reading a fault",
             pid: task.pid,
@@ -182,7 +181,7 @@ impl Session<'_> {
         })?;
         for event in events {
             match event {
-                Event::Fault(address) => self.fault(task, address - address % PAGE_SIZE)?,
+                Event::Fault(address) => self.fault(&task, address - address % PAGE_SIZE)?,
                 // The kernel has held back every copy since the fork began, so what was pending
                 // then still is, and is what the child lacks.
                 Event::Fork(uffd) => self.add(task.pid, uffd, task.pending())?,
@@ -192,6 +191,10 @@ impl Session<'_> {
                     return Err(LazyError::Kernel { what: "reading a fault", pid: task.pid, source });
                 }
             }
+        }
+        if task.is_gone() {
+            // It would be ready for ever.
+            self.ears.remove(&task.uffd);
         }
         Ok(())
     }
@@ -224,10 +227,10 @@ impl Session<'_> {
     /// Puts the page that is waited for. No event can be read meanwhile, so the gate is not needed.
     fn put_page(&mut self, task: &Task, run: Awaited) -> Result<Put, LazyError> {
         let mut page = [0; PAGE_SIZE as usize];
-        super::read(self.source, task.pid, run.image, &mut page)?;
+        let page = super::pages(self.source, task.pid, run.image, &mut page)?;
         let since = Instant::now();
         loop {
-            let put = task.put(run, &page);
+            let put = task.put(run, page);
             let (pages, put) = put.map_err(|errno| LazyError::kernel("putting a page", task.pid, errno))?;
             self.summary.fault_pages += pages;
             // Present already: whoever put it came before the fault was read, and woke nobody.
@@ -240,7 +243,7 @@ impl Session<'_> {
             if since.elapsed() > NO_MEMORY_TIMEOUT {
                 return Err(LazyError::kernel("putting a page", task.pid, Errno::ENOMEM));
             }
-            std::thread::sleep(crew::NO_MEMORY_REST);
+            std::thread::sleep(NO_MEMORY_REST);
         }
     }
 }

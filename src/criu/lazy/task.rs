@@ -66,11 +66,6 @@ impl Task {
         self.awaited().pending.clone()
     }
 
-    /// Whether nothing is to be put there any more.
-    pub(super) fn is_served(&self) -> bool {
-        self.gone.load(Ordering::Relaxed) || self.awaited().pending.is_empty()
-    }
-
     pub(super) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Relaxed)
     }
