@@ -6,9 +6,11 @@
 //! Two agents on two hosts of a lab (see `scripts/lab`), which share this machine's processors with redis and its client.
 //!
 //! **Throughput**: `redis-benchmark -t set` on random keys, in rounds; each round runs without protection and with it, at
-//! 1, 5 and 10 epochs a second, one after the other. `ops_ratio` is protected ÷ unprotected. `busy_ratio` tells what of
-//! it is a matter of processors: unprotected, with as much processor time per epoch taken away by a program that does
-//! nothing else, in the same rhythm. `frozen_share` is what the freezes take by themselves.
+//! 1, 5 and 10 epochs a second, one after the other. `ops_ratio` is protected ÷ unprotected. Where redis and its client
+//! take all processors there are, most of it is what the agents take from them, both agents, here; two figures tell that
+//! apart. `busy_ratio`: unprotected, with as much processor time per epoch taken away by a program that does nothing else,
+//! in the same rhythm. `spare_ratio`: what redis does per second of *its own* processor time, protected ÷ unprotected,
+//! less `frozen_share`, in which it does nothing: what is left to it on a host that has processors to spare.
 //!
 //! **Sustained**: continuous epochs of a process that writes a number of scattered pages per epoch.
 //!
@@ -230,8 +232,10 @@ fn epochs(cluster: &Cluster, name: &str) -> Result<Vec<EpochFigures>> {
 #[derive(serde::Serialize)]
 struct Throughput {
     epochs_per_s: u64,
+    epochs_per_s_seen: f64,
     ops_ratio: f64,
     busy_ratio: f64,
+    spare_ratio: f64,
     ops_per_s: f64,
     unprotected_ops_per_s: f64,
     #[serde(flatten)]
@@ -247,6 +251,7 @@ fn throughput(plan: &Plan) -> Result<Vec<Throughput>> {
     let mut protected = RATES.map(|_| Vec::new());
     let mut busy = RATES.map(|_| Vec::new());
     let mut costs = RATES.map(|_| Cost::default());
+    let mut seen = RATES.map(|_| 0.0);
     for _ in 0..plan.rounds {
         unprotected.push(benchmark(&cluster, plan)?);
         for (i, rate) in RATES.into_iter().enumerate() {
@@ -256,33 +261,39 @@ fn throughput(plan: &Plan) -> Result<Vec<Throughput>> {
             std::thread::sleep(Duration::from_millis(500));
             let watch = Watch::begin(&cluster, "redis")?;
             protected[i].push(benchmark(&cluster, plan)?);
-            (_, costs[i]) = watch.end()?;
+            (seen[i], costs[i]) = watch.end()?;
             cluster.standin(Host::A, &["unprotect", "redis"]);
             let burner = Burner::start(costs[i].cpu_ms_per_epoch, rate);
             busy[i].push(benchmark(&cluster, plan)?);
             drop(burner);
         }
     }
-    let unprotected = median(unprotected);
-    println!("\nredis: {unprotected:.0} ops/s unprotected, medians of {} rounds", plan.rounds);
+    let unprotected = Pace::median(&unprotected);
+    println!("\nredis: {:.0} ops/s unprotected, medians of {} rounds", unprotected.per_s, plan.rounds);
     println!(
-        "epochs/s  ops ratio  busy ratio  frozen share  dirty MB   cpu share   cpu ms/dirty MB   agents' MB"
+        "epochs/s    seen  ops ratio  busy ratio  spare ratio  frozen share  dirty MB   cpu share   \
+         cpu ms/dirty MB   agents' MB"
     );
     let mut rows = Vec::new();
-    for (((rate, cost), protected), busy) in RATES.into_iter().zip(costs).zip(protected).zip(busy) {
-        let ops_per_s = median(protected);
+    for (i, rate) in RATES.into_iter().enumerate() {
+        let (cost, protected) = (costs[i], Pace::median(&protected[i]));
         let row = Throughput {
             epochs_per_s: rate,
-            ops_ratio: ops_per_s / unprotected,
-            busy_ratio: median(busy) / unprotected,
-            ops_per_s,
-            unprotected_ops_per_s: unprotected,
+            epochs_per_s_seen: seen[i],
+            ops_ratio: protected.per_s / unprotected.per_s,
+            busy_ratio: Pace::median(&busy[i]).per_s / unprotected.per_s,
+            spare_ratio: protected.per_cpu_s / unprotected.per_cpu_s * (1.0 - cost.frozen_share),
+            ops_per_s: protected.per_s,
+            unprotected_ops_per_s: unprotected.per_s,
             cost,
         };
         println!(
-            "{rate:>8}  {:>9.3}  {:>10.3}  {:>10.1} %  {:>8.1}  {:>4.2} {:>4.2}  {:>8.1} {:>8.1}  {:>5.0} {:>6.0}",
+            "{rate:>8}  {:>6.1}  {:>9.3}  {:>10.3}  {:>11.3}  {:>10.1} %  {:>8.1}  {:>4.2} {:>4.2}  {:>8.1} {:>8.1}  \
+             {:>5.0} {:>6.0}",
+            row.epochs_per_s_seen,
             row.ops_ratio,
             row.busy_ratio,
+            row.spare_ratio,
             cost.frozen_share * 100.0,
             cost.dirty_mb_per_epoch,
             cost.primary.cpu_share,
@@ -297,16 +308,43 @@ fn throughput(plan: &Plan) -> Result<Vec<Throughput>> {
     Ok(rows)
 }
 
-/// Requests a second, by redis' own benchmark; beside it on host A, from where it is reached protected or not.
-fn benchmark(cluster: &Cluster, plan: &Plan) -> Result<f64> {
+/// How fast redis is.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// Requests a second.
+    per_s: f64,
+    /// Requests per second of its own processor time.
+    per_cpu_s: f64,
+}
+
+impl Pace {
+    /// Of each figure.
+    fn median(paces: &[Self]) -> Self {
+        let of = |figure: fn(&Self) -> f64| median(paces.iter().map(figure).collect());
+        Self { per_s: of(|pace| pace.per_s), per_cpu_s: of(|pace| pace.per_cpu_s) }
+    }
+}
+
+/// By redis' own benchmark, beside it on host A, from where it is reached protected or not.
+fn benchmark(cluster: &Cluster, plan: &Plan) -> Result<Pace> {
     let asked = ["-h", redis::VIP, "-t", "set", "-n", plan.requests, "-r", KEYS, "-d", VALUE_BYTES, "--csv"];
     let mut args = vec!["redis-benchmark"];
     args.extend(asked);
+    let before = redis_cpu_s(cluster)?;
     let text = cluster.lab.ok(Host::A, &args);
+    let used = redis_cpu_s(cluster)? - before;
     let line = text.lines().find(|line| line.starts_with("\"SET\""));
     let line = line.ok_or("redis-benchmark says nothing of SET")?;
     let field = line.split(',').nth(1).ok_or("no requests per second")?;
-    Ok(field.trim_matches('"').parse()?)
+    let requests: f64 = plan.requests.parse()?;
+    Ok(Pace { per_s: field.trim_matches('"').parse()?, per_cpu_s: requests / used })
+}
+
+/// Processor time of redis so far, all threads.
+fn redis_cpu_s(cluster: &Cluster) -> Result<f64> {
+    let text = cluster.lab.ok(Host::A, &["sh", "-c", "cat /proc/$(pidof redis-server)/task/*/schedstat"]);
+    let ns = text.lines().map(|line| line.split(' ').next().unwrap_or_default().parse::<f64>());
+    Ok(ns.sum::<std::result::Result<f64, _>>()? / 1e9)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
