@@ -222,6 +222,14 @@ impl Cluster {
         let events = history["events"].as_array().expect("events").clone();
         events.iter().map(|event| event["kind"].as_str().expect("a kind").to_owned()).collect()
     }
+
+    /// Whoever restored here did so at once: nothing had to be tried again, which is right in the end but takes its time.
+    pub(crate) fn assert_first_try(&self, host: Host) {
+        let history = self.history(host);
+        let again =
+            ["restore-failed", "pages-failed"].into_iter().find(|kind| history.iter().any(|it| it == kind));
+        assert_eq!(again, None, "at {host}: {history:?}");
+    }
 }
 
 impl Drop for Cluster {

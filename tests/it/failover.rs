@@ -44,6 +44,8 @@ fn a_redis_outlives_its_host_and_the_old_host_becomes_the_standby() {
     cluster.wait_state(Host::A, "primary", "protected");
     assert_eq!(cluster.running_copies(Host::B), 0);
     assert!(cluster.history(Host::A).contains(&"became-standby".to_owned()));
+    cluster.assert_first_try(Host::A);
+    cluster.assert_first_try(Host::B);
 }
 
 #[test]
@@ -85,6 +87,7 @@ fn the_old_primary_never_runs_beside_the_new_one() {
     let acks = counter.stop();
     let steps_back = acks.windows(2).filter(|pair| pair[1].value <= pair[0].value).count();
     assert!(steps_back <= 1, "{steps_back} steps back");
+    cluster.assert_first_try(Host::B);
 }
 
 #[test]

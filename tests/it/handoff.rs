@@ -22,6 +22,8 @@ fn a_handoff_loses_nothing_there_and_back() {
     let acks = counter.stop();
     assert_eq!(rolled_back(&acks), 0);
     assert_eq!(cluster.digest(), digest);
+    cluster.assert_first_try(Host::A);
+    cluster.assert_first_try(Host::B);
 }
 
 /// Leaves the standby's store no more than it takes between two epochs: an epoch that is there only until it is folded
