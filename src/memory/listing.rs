@@ -23,6 +23,8 @@ pub(super) struct Found {
     pub(super) swapped: Vec<Extent>,
     /// Of these, existing and not protected.
     pub(super) written: Vec<Extent>,
+    /// Of these, guard regions.
+    pub(super) guards: Vec<Extent>,
 }
 
 impl Listing {
