@@ -266,7 +266,9 @@ impl Reader<'_> {
             // Threads that help to read may run anywhere.
             drop(elsewhere);
             let served = self.serve_frozen(lent);
-            gate.iter().for_each(|gate| gate.close());
+            if let Some(gate) = &gate {
+                gate.close();
+            }
             served
         })
     }

@@ -14,6 +14,15 @@ pub(super) struct Listing {
     pages: Vec<Extent>,
 }
 
+/// Guard regions (MADV_GUARD_INSTALL) of an address space, as far as a pass looked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Guards {
+    /// Ranges in which there are no others.
+    pub looked: Vec<Extent>,
+    /// The regions within these.
+    pub found: Vec<Extent>,
+}
+
 /// What a pass found in a range.
 #[derive(Debug, Default)]
 pub(super) struct Found {

@@ -37,8 +37,9 @@ mod vmas;
 
 pub use direct::reads_directly;
 pub use inject::AttachError;
+pub use listing::Guards;
 pub use maps::{Mapping, MappingKind, MapsError, TASK_END, parse as mappings_of};
 pub use read::{Memory, Pages, ReadError};
-pub use tracker::{Guards, Pass, TrackError, Tracker, pages_of};
+pub use tracker::{Pass, TrackError, Tracker, pages_of};
 pub use tree::{TASKS_MAX, Task, TreeError, is_kernel_thread, resident_bytes, tasks_of};
 pub use vmas::{Vmas, VmasError};

@@ -24,7 +24,7 @@ use std::{
 
 use super::{
     inject::{self, AttachError, Injected},
-    listing::{Found, Listing},
+    listing::{Found, Guards, Listing},
     maps::{self, Mapping, MappingKind, MapsError},
     read::Memory,
     sys::{self, PageRegion, Query, category},
@@ -83,15 +83,6 @@ pub struct Pass {
     pub registered: usize,
     /// Mappings that cannot be registered (another userfaultfd is on them), reported whole by every pass.
     pub untracked: usize,
-}
-
-/// Guard regions (MADV_GUARD_INSTALL) of an address space, as far as a pass looked.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Guards {
-    /// Ranges in which there are no others.
-    pub looked: Vec<Extent>,
-    /// The regions within these.
-    pub found: Vec<Extent>,
 }
 
 /// A mapping and whether the kernel tracks it for us.

@@ -96,7 +96,9 @@ impl Capturer {
             // The reader ends before CRIU says `post-dump`, and whenever CRIU has ended.
             let mut reading = Some(reading);
             let mut read = || {
-                gate.iter().for_each(|gate| gate.close());
+                if let Some(gate) = &gate {
+                    gate.close();
+                }
                 reading.take().and_then(|reading| reading.join().expect("it does not panic"))
             };
             let mut notify = |stage: &str| match (stage, &mut *finish) {
