@@ -15,8 +15,8 @@
 //!
 //! Frozen time is CRIU's own figure in all of them, `freezing_time + frozen_time` of its statistics: from the first task
 //! stopped to the last task running again. Of Standin's it is split, in medians: `freeze` until all tasks stand, `lists`
-//! of the mappings, for which CRIU waits, `fold` from its close of the page server to our answer, for which it waits too;
-//! the rest is CRIU's. `scan` and `read` run beside that.
+//! for CRIU, `fold` from its close of the page server to our answer, for which it waits; `criu` is the rest of
+//! the frozen time. `lists`, `scan` and `read` run beside that.
 
 use std::{
     error::Error,
@@ -281,7 +281,7 @@ impl Parts {
         };
         let criu = |sample: &Sample| {
             let parts = sample.parts?;
-            Some(sample.frozen_us.saturating_sub(parts.stopping_us + parts.lists_us + parts.close_us))
+            Some(sample.frozen_us.saturating_sub(parts.stopping_us + parts.close_us))
         };
         Some(Self {
             freeze: median(&|parts| parts.stopping_us)?,

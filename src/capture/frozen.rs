@@ -1,29 +1,41 @@
 //! What is read while the tree is frozen.
 //!
-//! CRIU's page-server records arrive on one thread; the scan and the reads run on another, begun when the tree stands so
-//! that they overlap with what CRIU does anyway, and finished when CRIU closes.
+//! CRIU's page-server records arrive on one thread; the lists for CRIU, the scan and the reads run on another, begun when
+//! the tree stands so that they overlap with what CRIU does anyway, and finished when CRIU closes. What CRIU wrote to a
+//! task's memory itself is looked for as soon as it has left the task.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
-    sync::mpsc::{Receiver, Sender, channel},
-    time::Instant,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvError, Sender, TryRecvError, channel},
+    },
+    time::{Duration, Instant},
 };
 
 use super::{
     engine::CaptureError,
     files::{Change, Files},
-    maps::{self, Ours},
+    lists::{self, Lists, Ours},
     tracking::{Dumped, Tracking},
 };
 use crate::{
-    criu::page_server,
+    criu::{
+        Elsewhere,
+        gate::{Gate, Heard},
+        keep_off, page_server,
+    },
     delta::{Known, ReadStamp},
     extents,
-    memory::{self, Memory, Pages, TrackError, Tracker},
+    memory::{self, Memory, Pages, Task, TrackError, Tracker},
     model::{Extent, PAGE_SIZE, Space},
     wire::message::{Manifest, SpaceMap},
 };
+
+/// How long a thread stays awake for what comes at once; between two steps of CRIU at the end of a dump lie 0.3 ms.
+const AWAKE_MAX: Duration = Duration::from_millis(1);
 
 /// A tracked task.
 #[derive(Debug)]
@@ -71,23 +83,25 @@ pub(super) struct Frozen {
 pub struct FreezeParts {
     /// CRIU's figure: from the first task stopped to the last task stopped.
     pub stopping_us: u64,
-    /// Listing the mappings for CRIU, which waits.
+    /// Making the lists for CRIU, which goes on meanwhile, until it needs them.
     pub lists_us: u64,
     /// Finding the written pages, in both passes.
     pub scan_us: u64,
     /// Reading those, and what was found stale before the freeze, in both passes.
     pub read_us: u64,
-    /// From CRIU's close of the page server to our answer, for which it waits: what is left of the first pass, the second
-    /// one, and the replicated directories.
+    /// From CRIU's close of the page server to our answer, for which it waits: what is left of both passes, and the
+    /// replicated directories.
     pub close_us: u64,
 }
 
 /// From the page server's thread to the reader's.
 enum Order {
-    /// All tasks stand; of these mappings we list the pages.
-    Begin(Ours),
+    /// All tasks stand.
+    Begin,
     /// CRIU has come to the first task's memory.
     Opened,
+    /// CRIU has left the task of this pid inside.
+    Left(u32),
     Finish {
         manifest: Manifest,
         sent: Vec<Sent>,
@@ -96,13 +110,21 @@ enum Order {
 }
 
 /// Begins the reader's work; dropped without that, there was no freeze.
-pub(super) struct Starter(Sender<Order>);
+pub(super) struct Starter {
+    orders: Sender<Order>,
+    gate: Option<Arc<Gate>>,
+    /// The bridge has said that all tasks stand.
+    begun: Arc<AtomicBool>,
+}
 
 impl Starter {
-    /// All tasks stand.
-    pub(super) fn begin(self, ours: Ours) {
+    /// All tasks stand, as CRIU says; the bridge mostly has said so before.
+    pub(super) fn begin(self) {
         // A reader that has ended says so at the close.
-        let _ = self.0.send(Order::Begin(ours));
+        let _ = self.orders.send(Order::Begin);
+        if let Some(gate) = self.gate.filter(|_| !self.begun.load(Ordering::Acquire)) {
+            gate.listen_no_more();
+        }
     }
 }
 
@@ -116,12 +138,17 @@ pub(super) struct Collector {
 }
 
 /// The reader's side.
-pub(super) struct Reader {
+pub(super) struct Reader<'a> {
     orders: Receiver<Order>,
+    /// For what the bridge says.
+    own_orders: Option<Sender<Order>>,
+    begun: Arc<AtomicBool>,
     verdict: Sender<bool>,
     root: i32,
     /// Pages that were found stale before the freeze and not read since.
     pending: BTreeMap<Space, Vec<Extent>>,
+    /// None with soft-dirty bits: there is no bridge that would find them.
+    lists: Option<Lists<'a>>,
 }
 
 /// What the reader works with, lent by the capturer for the freeze.
@@ -135,13 +162,20 @@ pub(super) struct Lent<'a> {
 }
 
 /// Makes the two sides, and what begins.
-pub(super) fn channels(root: i32, pending: BTreeMap<Space, Vec<Extent>>) -> (Starter, Collector, Reader) {
+pub(super) fn channels(
+    root: i32,
+    pending: BTreeMap<Space, Vec<Extent>>,
+    lists: Option<Lists<'_>>,
+) -> (Starter, Collector, Reader<'_>) {
     let (orders, ordered) = channel();
     let (verdict, judged) = channel();
-    let starter = Starter(orders.clone());
+    let begun = Arc::new(AtomicBool::new(false));
+    let gate = lists.as_ref().map(|lists| Arc::clone(&lists.gate));
+    let own_orders = gate.is_some().then(|| orders.clone());
+    let starter = Starter { orders: orders.clone(), gate, begun: Arc::clone(&begun) };
     let collector =
         Collector { orders, verdict: judged, opened: false, listed: BTreeMap::new(), sent: Vec::new() };
-    (starter, collector, Reader { orders: ordered, verdict, root, pending })
+    (starter, collector, Reader { orders: ordered, own_orders, begun, verdict, root, pending, lists })
 }
 
 /// How a pass takes what was written.
@@ -153,6 +187,10 @@ struct Freeze<'a, 'b> {
     lent: &'a mut Lent<'b>,
     pending: BTreeMap<Space, Vec<Extent>>,
     ours: Ours,
+    /// Until the first pass is over.
+    lists: Option<Lists<'a>>,
+    /// Tasks that CRIU has left, and that were looked at since.
+    left: BTreeSet<Space>,
 }
 
 impl page_server::Handler for Collector {
@@ -199,34 +237,96 @@ impl page_server::Handler for Collector {
             .collect();
         let order =
             Order::Finish { manifest: Manifest { spaces }, sent: std::mem::take(&mut self.sent), closed };
-        let read = self.orders.send(order).is_ok() && self.verdict.recv().unwrap_or(false);
+        let read = self.orders.send(order).is_ok() && receive_soon(&self.verdict).unwrap_or(false);
         if read { Ok(()) } else { Err(io::Error::other("the frozen memory could not be read")) }
     }
 }
 
-impl Reader {
+impl Reader<'_> {
     /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far.
-    pub(super) fn serve(self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
-        let Ok(Order::Begin(ours)) = self.orders.recv() else { return None };
-        let mut freeze = Freeze { root: self.root, lent, pending: self.pending, ours };
+    pub(super) fn serve(mut self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
+        let (gate, own_orders) =
+            (self.lists.as_ref().map(|lists| Arc::clone(&lists.gate)), self.own_orders.take());
+        let (stands, elsewhere) = gate.as_ref().map_or((false, None), |gate| self.stand(gate));
+        if !stands && !matches!(self.orders.recv(), Ok(Order::Begin)) {
+            return None;
+        }
+        std::thread::scope(|scope| {
+            if let (Some(gate), Some(orders)) = (&gate, own_orders) {
+                // It says which tasks CRIU has left.
+                scope.spawn(move || {
+                    while let Some(heard) = gate.hear(Duration::ZERO) {
+                        if let Heard::Left(pid) = heard {
+                            // The reader ends last.
+                            let _ = orders.send(Order::Left(pid));
+                        }
+                    }
+                });
+            }
+            // Threads that help to read may run anywhere.
+            drop(elsewhere);
+            let served = self.serve_frozen(lent);
+            if let Some(gate) = &gate {
+                gate.close();
+            }
+            served
+        })
+    }
+
+    /// Waits for the bridge to say that all tasks stand, elsewhere than on CRIU's processor; false if it says no more.
+    fn stand(&self, gate: &Gate) -> (bool, Option<Elsewhere>) {
+        let (mut awake, mut elsewhere) = (Duration::ZERO, None);
+        loop {
+            match gate.hear(awake) {
+                // A wake-up takes longer than what lies between; and where the processors are busy this thread would
+                // come to run on CRIU's, in its place.
+                Some(Heard::Stopping(processor)) => {
+                    elsewhere = Some(keep_off(processor));
+                    awake = AWAKE_MAX;
+                }
+                Some(Heard::Stand) => {
+                    self.begun.store(true, Ordering::Release);
+                    return (true, elsewhere);
+                }
+                Some(Heard::Left(_)) => {}
+                None => return (false, elsewhere),
+            }
+        }
+    }
+
+    fn serve_frozen(self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
         let mut frozen = Frozen::default();
-        let mut first = freeze.pass(&mut frozen, &mut |tracker, dirty| tracker.take_dirty(dirty).map(drop));
+        let (tasks, ours) = match list(self.root, self.lists.as_ref(), &mut frozen.parts) {
+            Ok(listed) => listed,
+            Err(error) => return Some(Err(error)),
+        };
+        let (lists, left) = (self.lists, BTreeSet::new());
+        let mut freeze = Freeze { root: self.root, lent, pending: self.pending, ours, lists, left };
+        let take = &mut |tracker: &mut Tracker, dirty: &mut Vec<Extent>| tracker.take_dirty(dirty).map(drop);
+        let first = freeze.pass(&mut frozen, None, take);
+        freeze.lists = None;
         frozen.dirty_pages = *first.as_ref().unwrap_or(&0);
-        let mut next = self.orders.recv();
+        let mut result = first.map(drop);
         // For a file that is open and has lost this name CRIU makes another one, which the restore needs: when it dumps
         // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
         // run beside CRIU's work.
-        let early = memory::tasks_of(freeze.root).is_ok_and(|tasks| tasks.len() == 1);
-        if matches!(next, Ok(Order::Opened)) {
-            if first.is_ok() && early {
-                first = frozen.scan_files(freeze.lent.files.as_mut()).map(|()| 0);
+        let early = tasks.len() == 1;
+        let (manifest, sent, closed) = loop {
+            // CRIU closes soon after it has left the last task.
+            let last = freeze.left.len() == freeze.lent.tasks.len();
+            match if last { receive_soon(&self.orders) } else { self.orders.recv() } {
+                Ok(Order::Opened) if result.is_ok() && early => {
+                    result = frozen.scan_files(freeze.lent.files.as_mut());
+                }
+                Ok(Order::Left(pid)) if result.is_ok() => {
+                    result = freeze.look_again(&mut frozen, Some(Space::Task(pid)));
+                }
+                Ok(Order::Finish { manifest, sent, closed }) => break (manifest, sent, closed),
+                Ok(_) => {}
+                Err(_) => return result.err().map(Err),
             }
-            next = self.orders.recv();
-        }
-        let Ok(Order::Finish { manifest, sent, closed }) = next else {
-            return first.err().map(Err);
         };
-        let mut result = first.and_then(|_| freeze.finish(&mut frozen, manifest, sent));
+        result = result.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
         if result.is_ok() && !early {
             result = frozen.scan_files(freeze.lent.files.as_mut());
         }
@@ -235,6 +335,19 @@ impl Reader {
         let _ = self.verdict.send(result.is_ok());
         Some(result.map(|()| frozen))
     }
+}
+
+/// Makes the lists for CRIU; gives the tree, and the mappings whose pages we list.
+fn list(
+    root: i32,
+    lists: Option<&Lists<'_>>,
+    parts: &mut FreezeParts,
+) -> Result<(Vec<Task>, Ours), CaptureError> {
+    let began = Instant::now();
+    let tasks = memory::tasks_of(root)?;
+    let ours = lists.map(|lists| lists.write(&tasks)).transpose()?.unwrap_or_default();
+    parts.lists_us = us_since(began);
+    Ok((tasks, ours))
 }
 
 impl Frozen {
@@ -247,16 +360,25 @@ impl Frozen {
 }
 
 impl Freeze<'_, '_> {
-    /// Takes what was written of every tracked task and reads it; gives the number of pages that were. What cannot be read stays stale, which matters only if CRIU
-    /// lists it.
+    /// Takes what was written of one tracked task, or of all but those looked at since CRIU left them, and reads it; gives
+    /// the number of pages that were. What cannot be read stays stale, which matters only if CRIU lists it.
     ///
     /// A task that ended, or executed another program, between the last look at the tree and the freeze loses its
     /// tracker: if CRIU lists it, or another under its pid, that one is read whole. So does a task whose pass failed,
     /// because pages may be protected by then that nobody will report again.
-    fn pass(&mut self, frozen: &mut Frozen, take: &mut Take<'_>) -> Result<u64, CaptureError> {
+    fn pass(
+        &mut self,
+        frozen: &mut Frozen,
+        only: Option<Space>,
+        take: &mut Take<'_>,
+    ) -> Result<u64, CaptureError> {
         let (mut dirty, mut found) = (Vec::new(), 0);
         for pid in self.lent.tasks.keys().copied().collect::<Vec<_>>() {
             let Some(tracked) = self.lent.tasks.get_mut(&pid) else { continue };
+            let space = tracked.space;
+            if only.map_or(self.left.contains(&space), |only| only != space) {
+                continue;
+            }
             let began = Instant::now();
             if let Err(error) = take(&mut tracked.tracker, &mut dirty) {
                 self.lent.tasks.remove(&pid);
@@ -268,6 +390,11 @@ impl Freeze<'_, '_> {
             dirty.append(&mut tracked.ahead);
             extents::normalize(&mut dirty);
             self.lent.known.mark_stale(tracked.space, &dirty);
+            if let (Some(lists), Some(guards)) = (&self.lists, tracked.tracker.guards())
+                && let Err(error) = lists.write_guards(space, guards)
+            {
+                tracing::debug!(%error, pid, "CRIU looks for the guard regions of this process itself");
+            }
             found += extents::pages(&dirty);
             let mut wanted = self.pending.remove(&tracked.space).unwrap_or_default();
             wanted.extend_from_slice(&dirty);
@@ -281,7 +408,14 @@ impl Freeze<'_, '_> {
         Ok(found)
     }
 
-    /// The second pass: pages that CRIU's parasite touched, tasks that were born after the last look, and whatever the
+    /// The second pass over a task's memory, or over that of all that are left: pages that CRIU's parasite touched.
+    fn look_again(&mut self, frozen: &mut Frozen, only: Option<Space>) -> Result<(), CaptureError> {
+        self.pass(frozen, only, &mut Tracker::take_touched)?;
+        self.left.extend(only);
+        Ok(())
+    }
+
+    /// What is left of the second pass, tasks that were born after the last look, and whatever the
     /// list names that neither the standby nor this freeze has.
     fn finish(
         &mut self,
@@ -289,11 +423,11 @@ impl Freeze<'_, '_> {
         mut manifest: Manifest,
         sent: Vec<Sent>,
     ) -> Result<(), CaptureError> {
-        self.pass(frozen, &mut Tracker::take_touched)?;
+        self.look_again(frozen, None)?;
         for map in &mut manifest.spaces {
             if let Some(ours) = self.ours.get(&map.space) {
                 let pages_of = |mapping| self.pages_of(map.space, mapping);
-                map.extents = maps::with_ours(&map.extents, ours, pages_of)?;
+                map.extents = lists::with_ours(&map.extents, ours, pages_of)?;
             }
         }
         let same = self.same_tasks()?;
@@ -358,6 +492,19 @@ impl Freeze<'_, '_> {
         let task = tasks.iter().find(|task| task.inner_pid == inside);
         task.map(|task| task.pid).ok_or(CaptureError::Stranger(inside))
     }
+}
+
+/// Receives what is expected at once, mostly: a thread that sleeps until then takes 50 µs to wake.
+fn receive_soon<T>(from: &Receiver<T>) -> Result<T, RecvError> {
+    let until = Instant::now() + AWAKE_MAX;
+    while Instant::now() < until {
+        match from.try_recv() {
+            Ok(received) => return Ok(received),
+            Err(TryRecvError::Disconnected) => return Err(RecvError),
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+        }
+    }
+    from.recv()
 }
 
 fn us_since(began: Instant) -> u64 {

@@ -6,9 +6,10 @@
 //! ```text
 //!        ┌────────────── running ──────────────┐┌──────── frozen ─────────┐┌────── running ──────┐
 //!  tasks ► scan + protect ► read ► encode ► …   ► CRIU seizes the tree     ► encode what was read
-//!                     (pre-copy, if much)         its mappings are listed   ► small images
-//!                                                 first OPEN2: scan, read   ► manifest
-//!                                                 CLOSE: scan again, re-read
+//!                     (pre-copy, if much)         its lists for CRIU,       ► small images
+//!                                                 scan, read                ► manifest
+//!                                                 CRIU has left a task: scan
+//!                                                 again, re-read; CLOSE
 //! ```
 //!
 //! Invariants:
@@ -27,8 +28,10 @@ mod engine;
 mod files;
 mod frozen;
 mod images;
-mod maps;
+mod lists;
 pub mod pace;
+mod sockets;
+mod sys;
 mod tracking;
 
 pub use engine::{CaptureError, Captured, Capturer, Emit, Finish, Source};

@@ -1,4 +1,4 @@
-//! The bridge: the library that is preloaded into CRIU (see `bridge.c`), and its cache directory.
+//! The bridge: the library that is preloaded into CRIU (see `bridge/bridge.c`), and its cache directory.
 
 use std::{
     fs::File,

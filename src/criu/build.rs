@@ -5,10 +5,11 @@
 
 use std::{env, path::PathBuf, process::Command};
 
-const SOURCE: &str = "src/criu/bridge.c";
+const DIRECTORY: &str = "src/criu/bridge";
+const SOURCES: [&str; 3] = ["bridge.c", "lists.c", "scan.c"];
 
 fn main() {
-    println!("cargo::rerun-if-changed={SOURCE}");
+    println!("cargo::rerun-if-changed={DIRECTORY}");
     println!("cargo::rerun-if-env-changed=CC");
     let compiler = env::var_os("CC").unwrap_or_else(|| "cc".into());
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("bridge.so");
@@ -16,7 +17,7 @@ fn main() {
         .args(["-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-nostdlib"])
         .args(["-ffreestanding", "-fno-stack-protector", "-fvisibility=hidden", "-o"])
         .arg(&out)
-        .arg(SOURCE)
+        .args(SOURCES.map(|source| format!("{DIRECTORY}/{source}")))
         .status();
     let said = match run {
         Ok(status) if status.success() => return,
@@ -24,7 +25,7 @@ fn main() {
         Err(error) => format!("it could not be started: {error}"),
     };
     panic!(
-        "compiling {SOURCE} with the C compiler {} failed: {said}. \
+        "compiling {DIRECTORY} with the C compiler {} failed: {said}. \
          Install one (`apt install gcc`, `dnf install gcc`) or name it in CC.",
         compiler.display()
     );

@@ -53,8 +53,10 @@ pub(super) const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Largest plan or failure text.
 const CONTROL_BYTES_MAX: usize = 64 << 10;
-/// Descriptors beside the plan that are not inherited ones: rpc, images, pages, library, kerndat, init.
-const FIXED_FDS_MAX: usize = 6;
+/// Descriptors beside the plan that are not inherited ones: rpc, images, pages, library, kerndat, gate, init.
+const FIXED_FDS_MAX: usize = 7;
+/// Memory that a CRIU that dumps asks for in advance; what it uses of the heap in a dump of a few processes.
+const HEAP_BYTES: usize = 1 << 20;
 /// How often the process of the probe speaks.
 const ECHO_INTERVAL: Duration = Duration::from_millis(2);
 
@@ -151,6 +153,9 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
         place(slot::LIBRARY)?;
         place(slot::KERNDAT)?;
     }
+    if plan.gate {
+        place(slot::GATE)?;
+    }
     let init = plan.init.then(&mut next).transpose()?;
     for number in 0..plan.inherit {
         sys::dup_to(&next()?, slot::INHERIT + number as i32).map_err(failed("placing a descriptor"))?;
@@ -244,8 +249,17 @@ fn execute(plan: &Plan) -> Result<Infallible, String> {
         for text in [
             format!("LD_PRELOAD=/proc/self/fd/{}", slot::LIBRARY),
             format!("STANDIN_KERNDAT=/proc/self/fd/{}", slot::KERNDAT),
-            format!("STANDIN_SMAPS=/proc/self/fd/{}/smaps-", slot::IMAGES),
-            format!("STANDIN_OURS=/proc/self/fd/{}/ours-", slot::IMAGES),
+        ] {
+            environment.push(CString::new(text).map_err(failed("the environment of CRIU"))?);
+        }
+    }
+    if plan.gate {
+        for text in [
+            format!("STANDIN_LISTS=/proc/self/fd/{}", slot::IMAGES),
+            format!("STANDIN_GATE={}", slot::GATE),
+            // Nothing that can be done before the freeze shall be left for it: finding functions, asking for memory.
+            "LD_BIND_NOW=1".to_owned(),
+            format!("MALLOC_TOP_PAD_={HEAP_BYTES}"),
         ] {
             environment.push(CString::new(text).map_err(failed("the environment of CRIU"))?);
         }

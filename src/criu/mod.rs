@@ -3,7 +3,8 @@
 //! | file | owns |
 //! |---|---|
 //! | [`install`] | which CRIU is used, and its version |
-//! | [`bridge`] | the preload library (`bridge.c`, compiled by `build.rs`) and its cache directory |
+//! | [`bridge`] | the preload library (`bridge/*.c`, compiled by `build.rs`) and its cache directory |
+//! | [`gate`] | the socket between the agent and that library, in a dump |
 //! | [`spawn`], [`enter`] | starting `criu swrk`, here or inside a workload's namespaces |
 //! | [`swrk`] | its RPC: dump, restore, version, features; what a refusal says |
 //! | [`page_server`] | the receiving side of CRIU's page-server protocol |
@@ -29,6 +30,7 @@
 
 pub mod bridge;
 pub mod enter;
+pub mod gate;
 pub mod images;
 pub mod install;
 pub mod lazy;
@@ -42,4 +44,4 @@ pub mod swrk;
 mod sys;
 
 pub use install::{Install, Version};
-pub(crate) use sys::hurry;
+pub(crate) use sys::{Elsewhere, hurry, hurry_meanwhile, keep_off};

@@ -28,7 +28,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Install, bridge::Bridge, enter::START_TIMEOUT};
+use super::{Install, bridge::Bridge, enter::START_TIMEOUT, gate::Gate};
 
 /// Most of what CRIU may say on its standard error (it logs to a file once it has one).
 const STDERR_BYTES_MAX: i64 = 64 << 10;
@@ -45,6 +45,7 @@ pub(super) mod slot {
     pub(in super::super) const PAGES: i32 = 602;
     pub(in super::super) const LIBRARY: i32 = 603;
     pub(in super::super) const KERNDAT: i32 = 604;
+    pub(in super::super) const GATE: i32 = 605;
     pub(in super::super) const INHERIT: i32 = 610;
 }
 
@@ -124,6 +125,7 @@ pub(super) struct Plan {
     pub(super) pids_above: Option<u32>,
     pub(super) pages: bool,
     pub(super) bridge: bool,
+    pub(super) gate: bool,
     pub(super) init: bool,
     pub(super) cgroup_namespace: bool,
     pub(super) inherit: usize,
@@ -135,6 +137,7 @@ pub(super) struct Started {
     pub(super) child: Child,
     pub(super) rpc: OwnedFd,
     pub(super) pages: Option<UnixStream>,
+    pub(super) gate: Option<Gate>,
     pub(super) stderr: File,
 }
 
@@ -145,6 +148,10 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
     let (rpc, their_rpc) = sockets("making the RPC socket", SockType::SeqPacket)?;
     let (control, their_control) = sockets("making the control socket", SockType::SeqPacket)?;
     let (pages, their_pages) = spawn.page_server.then(page_sockets).transpose()?.unzip();
+    // It is for dumps.
+    let has_gate = spawn.page_server && spawn.bridge.is_some();
+    let gate = has_gate.then(|| sockets("making the bridge's socket", SockType::SeqPacket));
+    let (gate, their_gate) = gate.transpose()?.unzip();
     let stderr = bounded_file().map_err(|source| SpawnError::Prepare {
         what: "making a bounded file for the standard error",
         source,
@@ -163,6 +170,7 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
     if let Some(bridge) = spawn.bridge {
         fds.extend([bridge.library().as_raw_fd(), bridge.kerndat().as_raw_fd()]);
     }
+    fds.extend(their_gate.iter().map(AsRawFd::as_raw_fd));
     let (init, cgroup_namespace) = match spawn.place {
         Place::Here => (false, false),
         Place::Inside { init, cgroup } => {
@@ -177,6 +185,7 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
         pids_above: spawn.pids_above,
         pages: their_pages.is_some(),
         bridge: spawn.bridge.is_some(),
+        gate: has_gate,
         init,
         cgroup_namespace,
         inherit: spawn.inherit.len(),
@@ -187,7 +196,7 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
         std::thread::spawn(move || child.wait());
         return Err(error);
     }
-    Ok(Started { child, rpc, pages, stderr })
+    Ok(Started { child, rpc, pages, gate: gate.map(Gate::new), stderr })
 }
 
 /// Sends the plan and hears that CRIU is about to be executed.

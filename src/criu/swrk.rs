@@ -13,6 +13,7 @@ use std::{
 
 use super::{
     Install, Version,
+    gate::Gate,
     rpc::{self, Answer, Kind, Options, Request, Silence},
     spawn::{self, Spawn, SpawnError, slot},
 };
@@ -158,6 +159,7 @@ pub struct Swrk {
     rpc: Option<OwnedFd>,
     child: Option<Child>,
     pages: Option<UnixStream>,
+    gate: Option<Gate>,
     has_pages: bool,
     images: OwnedFd,
     stderr: File,
@@ -178,6 +180,7 @@ impl Swrk {
             child: Some(started.child),
             has_pages: started.pages.is_some(),
             pages: started.pages,
+            gate: started.gate,
             images,
             stderr: started.stderr,
             inherit: options.inherit.iter().map(|(key, _)| key.clone()).collect(),
@@ -188,6 +191,11 @@ impl Swrk {
     /// Our end of the page server's socket, for [`super::page_server::serve`] on another thread.
     pub fn take_page_server(&mut self) -> Option<UnixStream> {
         self.pages.take()
+    }
+
+    /// Our end of the bridge's socket. If it is not taken, the bridge of a dump asks the kernel for everything.
+    pub fn take_gate(&mut self) -> Option<Gate> {
+        self.gate.take()
     }
 
     /// Whether it still waits for its task.
@@ -217,6 +225,7 @@ impl Swrk {
         options: &DumpOptions,
         notify: &mut dyn FnMut(&str) -> bool,
     ) -> Result<(), CriuError> {
+        self.gate = None;
         let mut wanted = common_options(DUMP_LOG, &options.external);
         wanted.pid = Some(options.pid as i32);
         wanted.leave_running = Some(options.leave_running);

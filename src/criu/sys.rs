@@ -2,10 +2,14 @@
 
 use std::{
     io,
+    marker::PhantomData,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
 };
 
-use nix::unistd::{ForkResult, Pid};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::{ForkResult, Pid},
+};
 
 /// Takes charge of a descriptor that the kernel just gave this process (SCM_RIGHTS, an ioctl).
 pub(super) fn own(fd: RawFd) -> OwnedFd {
@@ -59,6 +63,55 @@ pub(crate) fn hurry() {
     const NICE: libc::c_int = -15;
     // SAFETY: the call touches no memory; who 0 is the calling thread.
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+}
+
+/// Keeps this thread, and those that it starts, off a processor that another needs, if there are others, for as long as
+/// what is returned lives. Where it runs then it mostly stays.
+pub(crate) fn keep_off(processor: usize) -> Elsewhere {
+    let this = Pid::from_raw(0);
+    let before = sched_getaffinity(this).ok();
+    if let Some(mut allowed) = before
+        && allowed.unset(processor).is_ok()
+    {
+        // Refused if no processor is left.
+        let _ = sched_setaffinity(this, &allowed);
+    }
+    Elsewhere { before, not_elsewhere: PhantomData }
+}
+
+/// Of the thread that called, and to be dropped by it.
+pub(crate) struct Elsewhere {
+    before: Option<CpuSet>,
+    not_elsewhere: PhantomData<*const ()>,
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _ = sched_setaffinity(Pid::from_raw(0), before);
+        }
+    }
+}
+
+/// Hurries for as long as what is returned lives.
+pub(crate) fn hurry_meanwhile() -> Hurried {
+    // SAFETY: the call touches no memory; who 0 is the calling thread.
+    let before = unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+    hurry();
+    Hurried { before, not_elsewhere: PhantomData }
+}
+
+/// Of the thread that called, and to be dropped by it.
+pub(crate) struct Hurried {
+    before: libc::c_int,
+    not_elsewhere: PhantomData<*const ()>,
+}
+
+impl Drop for Hurried {
+    fn drop(&mut self) {
+        // SAFETY: the call touches no memory; who 0 is the calling thread.
+        unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, self.before) };
+    }
 }
 
 /// Asks the scheduler to run others before this thread: one that wakes then runs at once.

@@ -14,6 +14,15 @@ pub(super) struct Listing {
     pages: Vec<Extent>,
 }
 
+/// Guard regions (MADV_GUARD_INSTALL) of an address space, as far as a pass looked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Guards {
+    /// Ranges in which there are no others.
+    pub looked: Vec<Extent>,
+    /// The regions within these.
+    pub found: Vec<Extent>,
+}
+
 /// What a pass found in a range.
 #[derive(Debug, Default)]
 pub(super) struct Found {
@@ -23,6 +32,8 @@ pub(super) struct Found {
     pub(super) swapped: Vec<Extent>,
     /// Of these, existing and not protected.
     pub(super) written: Vec<Extent>,
+    /// Of these, guard regions.
+    pub(super) guards: Vec<Extent>,
 }
 
 impl Listing {

@@ -37,6 +37,7 @@ mod vmas;
 
 pub use direct::reads_directly;
 pub use inject::AttachError;
+pub use listing::Guards;
 pub use maps::{Mapping, MappingKind, MapsError, TASK_END, parse as mappings_of};
 pub use read::{Memory, Pages, ReadError};
 pub use tracker::{Pass, TrackError, Tracker, pages_of};

@@ -24,7 +24,7 @@ use std::{
 
 use super::{
     inject::{self, AttachError, Injected},
-    listing::{Found, Listing},
+    listing::{Found, Guards, Listing},
     maps::{self, Mapping, MappingKind, MapsError},
     read::Memory,
     sys::{self, PageRegion, Query, category},
@@ -110,6 +110,7 @@ pub struct Tracker {
     maps_text: Vec<u8>,
     tracked: Vec<Tracked>,
     listing: Listing,
+    guards: Guards,
     regions: Vec<PageRegion>,
 }
 
@@ -134,6 +135,7 @@ impl Tracker {
             maps_text: Vec::new(),
             tracked: Vec::new(),
             listing: Listing::default(),
+            guards: Guards::default(),
             regions: vec![PageRegion::default(); REGIONS],
         })
     }
@@ -175,12 +177,15 @@ impl Tracker {
     /// On an error some pages may be protected and not reported: treat every page as stale.
     pub fn take_dirty(&mut self, out: &mut Vec<Extent>) -> Result<Pass, TrackError> {
         out.clear();
+        self.guards = Guards::default();
         let pagemap = self.pagemap()?;
         let pass = self.register_all(&pagemap)?;
         self.list_new(&pagemap)?;
         for range in runs(&self.tracked, is_tracked) {
-            let found = self.changed(&pagemap, range)?;
+            let mut found = self.changed(&pagemap, range)?;
             self.listing.update(&found);
+            self.guards.looked.push(range);
+            self.guards.found.append(&mut found.guards);
             self.protect(&pagemap, &found.written, out)?;
         }
         self.push_untracked(&pagemap, out)?;
@@ -221,6 +226,12 @@ impl Tracker {
         (tracked.listed && tracked.mapping.extent == mapping).then(|| self.listing.within(mapping))
     }
 
+    /// The guard regions that the last [`take_dirty`](Self::take_dirty) met; `None` if the kernel does not tell them. They
+    /// hold for as long as the process stands still since before it.
+    pub fn guards(&self) -> Option<&Guards> {
+        self.guards_known.then_some(&self.guards)
+    }
+
     /// All pages of private memory that exist now, as of the mappings of the last pass or registration.
     pub fn populated(&mut self, out: &mut Vec<Extent>) -> Result<(), TrackError> {
         out.clear();
@@ -246,7 +257,11 @@ impl Tracker {
         self.walk(pagemap, range, query, |run| {
             extents::push(&mut found.reported, run.start, run.end);
             let is = |category| run.categories & category != 0;
-            if is(category::GUARD) || !is(POPULATED) {
+            if is(category::GUARD) {
+                extents::push(&mut found.guards, run.start, run.end);
+                return;
+            }
+            if !is(POPULATED) {
                 return;
             }
             if is(category::SWAPPED) {

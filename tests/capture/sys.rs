@@ -56,6 +56,24 @@ impl Mapping {
         self.pages
     }
 
+    /// Makes pages a guard region (Linux 6.13; 6.15 for shared memory); false if the kernel has none.
+    pub(crate) fn guard(&self, page: usize, pages: usize) -> bool {
+        const MADV_GUARD_INSTALL: i32 = 102;
+        self.advise(page, pages, MADV_GUARD_INSTALL)
+    }
+
+    /// Makes them places for pages again.
+    pub(crate) fn unguard(&self, page: usize, pages: usize) {
+        const MADV_GUARD_REMOVE: i32 = 103;
+        self.advise(page, pages, MADV_GUARD_REMOVE);
+    }
+
+    fn advise(&self, page: usize, pages: usize, advice: i32) -> bool {
+        assert!(page + pages <= self.pages);
+        // SAFETY: a range of this mapping, to which nobody holds a reference.
+        unsafe { libc::madvise(self.start.add(page * PAGE).cast(), pages * PAGE, advice) == 0 }
+    }
+
     fn word(&self, page: usize, word: usize) -> *mut u64 {
         assert!(page < self.pages && word < PAGE / 8);
         // SAFETY: within the mapping, as was just checked.
@@ -221,4 +239,20 @@ pub(crate) fn shut_streams() -> usize {
         }
     }
     count
+}
+
+/// A bound netlink socket.
+pub(crate) fn netlink() -> OwnedFd {
+    // SAFETY: socket takes three integers.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE) };
+    assert!(fd >= 0);
+    // SAFETY: the kernel has just made it, for nobody else.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all zeroes is a value of this plain structure.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as u16;
+    let size = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+    // SAFETY: the kernel reads `size` bytes of a live address.
+    assert_eq!(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), size) }, 0);
+    fd
 }

@@ -15,6 +15,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use standin::workload::control;
 
 use crate::{
+    answers,
     sys::{self, Mapping},
     traps,
 };
@@ -60,7 +61,10 @@ fn the_workload() {
         Ok("leaf") => leaf(),
         Ok("hot") => hot(),
         Ok("direct") => direct(),
-        Ok(role) => traps::run(role),
+        Ok(role) => {
+            traps::run(role);
+            answers::run(role);
+        }
         Err(_) => {}
     }
 }

@@ -4,8 +4,8 @@
 use std::{
     collections::BTreeMap,
     io,
-    path::{Path, PathBuf},
-    sync::Mutex,
+    path::PathBuf,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -13,15 +13,13 @@ use super::{CaptureError, Capturer, Emit, Finish, Spare, encode};
 use crate::{
     capture::{
         blame,
-        frozen::{self, FreezeParts, Frozen, Lent, Piece},
+        frozen::{self, FreezeParts, Frozen, Lent, Piece, Starter},
         images::{self, Note},
-        maps::{self, Ours},
-        tracking::Tracking,
+        lists::Lists,
     },
-    criu::{hurry, page_server, parent, stats, swrk::DumpOptions},
+    criu::{hurry, hurry_meanwhile, page_server, parent, stats, swrk::DumpOptions},
     delta::{Encoder, Known},
     extents,
-    memory::{self, Vmas},
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
     observe::unix_ms,
     wire::message::{FrameHead, Manifest, SpaceMap},
@@ -66,7 +64,12 @@ impl Capturer {
         };
         let mut outlet = Outlet { encoder: &mut self.encoder, dir, note, figures, emit };
         let root = self.source.root;
-        let (vmas, tracking) = (self.source.vmas.as_deref(), self.source.tracking);
+        let gate = swrk.take_gate().map(Arc::new);
+        let lists = gate.clone().map(|gate| Lists {
+            dir: outlet.dir.clone(),
+            gate,
+            vmas: self.source.vmas.as_deref(),
+        });
         // They go to the reader and come back when it ends.
         let lent = Mutex::new(Lent {
             tracking: self.source.tracking,
@@ -76,9 +79,9 @@ impl Capturer {
             files: &mut self.files,
         });
         // What was read, and how it went out if that was before the thaw.
-        let (mut taken, mut sent, mut lists_us) = (None, None, 0);
+        let (mut taken, mut sent) = (None, None);
         let dumped = std::thread::scope(|scope| {
-            let (starter, mut collector, reader) = frozen::channels(root, pending);
+            let (starter, mut collector, reader) = frozen::channels(root, pending, lists);
             let mut starter = Some(starter);
             let lent = &lent;
             let reading = scope.spawn(move || {
@@ -92,21 +95,16 @@ impl Capturer {
             });
             // The reader ends before CRIU says `post-dump`, and whenever CRIU has ended.
             let mut reading = Some(reading);
-            let mut read = || reading.take().and_then(|reading| reading.join().expect("it does not panic"));
+            let mut read = || {
+                if let Some(gate) = &gate {
+                    gate.close();
+                }
+                reading.take().and_then(|reading| reading.join().expect("it does not panic"))
+            };
             let mut notify = |stage: &str| match (stage, &mut *finish) {
                 // The first stage at which the tree is frozen (cr_dump_tasks, behind collect_pstree).
                 ("query-ext-files", _) => {
-                    let began = Instant::now();
-                    let ours = list_mappings(tracking, vmas, root, &outlet.dir);
-                    lists_us = began.elapsed().as_micros() as u64;
-                    match (ours, starter.take()) {
-                        (Ok(ours), Some(starter)) => starter.begin(ours),
-                        (Ok(_), None) => {}
-                        (Err(error), _) => {
-                            tracing::warn!(%error, "the mappings could not be listed for CRIU");
-                            return false;
-                        }
-                    }
+                    starter.take().into_iter().for_each(Starter::begin);
                     true
                 }
                 ("post-dump", Finish::Final { hold, conclude }) => {
@@ -128,7 +126,9 @@ impl Capturer {
                 }
                 _ => true,
             };
+            let hurried = hurry_meanwhile();
             let dumped = swrk.dump(&options, &mut notify);
+            drop(hurried);
             // Without a freeze the reader waits for nothing any more.
             drop(starter);
             taken = taken.take().or_else(read);
@@ -147,7 +147,7 @@ impl Capturer {
         outlet.figures.frozen_us = freezing_us + frozen_us;
         outlet.figures.capture_us = began.elapsed().as_micros() as u64;
         let frozen = frozen.ok_or(CaptureError::NoMemory)?;
-        let parts = FreezeParts { stopping_us: freezing_us, lists_us, ..frozen.parts };
+        let parts = FreezeParts { stopping_us: freezing_us, ..frozen.parts };
         outlet.send(&mut self.known, frozen)?;
         Ok((false, parts))
     }
@@ -181,14 +181,4 @@ impl Outlet<'_, '_> {
         emit(FrameHead::Manifest(manifest.clone()), Vec::new())?;
         Ok(manifest)
     }
-}
-
-/// Lists the mappings of the frozen tree for CRIU, which waits; gives those whose pages we list.
-fn list_mappings(tracking: Tracking, vmas: Option<&Vmas>, root: i32, dir: &Path) -> io::Result<Ours> {
-    if tracking == Tracking::SoftDirty {
-        // There is no bridge that would find them.
-        return Ok(Ours::new());
-    }
-    let tasks = memory::tasks_of(root).map_err(io::Error::other)?;
-    maps::write(vmas, &tasks, dir)
 }

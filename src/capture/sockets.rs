@@ -1,0 +1,120 @@
+//! Which protocols the sockets of a frozen tree have, so that the bridge need not ask the kernel for those of others
+//! (`bridge/lists.c`).
+//!
+//! CRIU looks up only sockets that are among the descriptors of the tree's tasks, or mapped by them. So a protocol that
+//! none of those has may be left out of what it is told; in doubt all are asked for.
+
+use std::{ffi::CString, fs, io, os::unix::ffi::OsStrExt as _};
+
+use super::sys;
+use crate::memory::Task;
+
+/// The bridge's bits.
+mod bit {
+    pub(super) const UNIX: u32 = 1;
+    pub(super) const TCP: u32 = 2;
+    /// Of IPv4, other than TCP.
+    pub(super) const INET: u32 = 4;
+    pub(super) const TCP6: u32 = 8;
+    pub(super) const INET6: u32 = 16;
+    pub(super) const PACKET: u32 = 32;
+    pub(super) const NETLINK: u32 = 64;
+    pub(super) const ALL: u32 = 127;
+}
+
+/// Descriptors of a tree that are looked at: a look costs 2 µs, and all that it can spare is half a millisecond.
+const DESCRIPTORS_MAX: usize = 128;
+
+/// The protocols of a tree that stands still.
+pub(super) fn protocols_of(tasks: &[Task]) -> u32 {
+    let mut left = DESCRIPTORS_MAX;
+    let mut living = tasks.iter().filter(|task| !task.zombie);
+    let bits =
+        living.try_fold(0, |bits, task| Ok::<_, io::Error>(bits | protocols_of_task(task.pid, &mut left)?));
+    // What cannot be looked at may be anything.
+    bits.unwrap_or(bit::ALL)
+}
+
+fn protocols_of_task(pid: i32, left: &mut usize) -> io::Result<u32> {
+    let mut bits = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        if *left == 0 {
+            return Ok(bit::ALL);
+        }
+        *left -= 1;
+        let path = entry?.path();
+        if fs::read_link(&path)?.as_os_str().as_bytes().starts_with(b"socket:") {
+            let path = CString::new(path.into_os_string().as_encoded_bytes()).map_err(io::Error::other)?;
+            bits |= bits_of(&sys::socket_protocol(&path)?);
+        }
+    }
+    Ok(bits)
+}
+
+/// The lists in which a socket may be of which the kernel says this name. It is the name of when the socket was made: one
+/// of IPv6 may since have been made one of IPv4 (IPV6_ADDRFORM).
+fn bits_of(protocol: &str) -> u32 {
+    match protocol {
+        "UNIX" | "UNIX-STREAM" => bit::UNIX,
+        "TCP" => bit::TCP,
+        "TCPv6" => bit::TCP | bit::TCP6,
+        "UDP" | "UDP-Lite" | "RAW" => bit::INET,
+        "UDPv6" | "UDPLITEv6" | "RAWv6" => bit::INET | bit::INET6,
+        "PACKET" => bit::PACKET,
+        "NETLINK" => bit::NETLINK,
+        _ => bit::ALL,
+    }
+}
+
+/// Whether a list of mappings has one of a socket, which may have no descriptor any more.
+pub(super) fn has_mapped(maps: &[u8]) -> bool {
+    maps.windows(b"socket:".len()).any(|window| window == b"socket:")
+}
+
+/// What to say if one is mapped.
+pub(super) const ALL: u32 = bit::ALL;
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{TcpListener, UdpSocket},
+        os::{
+            fd::AsRawFd,
+            unix::net::{UnixDatagram, UnixListener, UnixStream},
+        },
+    };
+
+    use super::*;
+
+    fn protocol(socket: &impl AsRawFd) -> u32 {
+        let path = CString::new(format!("/proc/self/fd/{}", socket.as_raw_fd())).unwrap();
+        bits_of(&sys::socket_protocol(&path).unwrap())
+    }
+
+    #[test]
+    fn this_kernel_names_the_protocols_of_its_sockets_as_expected() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        for socket in [listener.as_raw_fd(), stream.as_raw_fd(), listener.accept().unwrap().0.as_raw_fd()] {
+            assert_eq!(protocol(&socket), bit::TCP);
+        }
+        assert_eq!(protocol(&UdpSocket::bind("127.0.0.1:0").unwrap()), bit::INET);
+        if let Ok(listener) = TcpListener::bind("[::1]:0") {
+            assert_eq!(protocol(&listener), bit::TCP | bit::TCP6);
+            assert_eq!(protocol(&UdpSocket::bind("[::1]:0").unwrap()), bit::INET | bit::INET6);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(protocol(&UnixListener::bind(dir.path().join("socket")).unwrap()), bit::UNIX);
+        assert_eq!(protocol(&UnixStream::pair().unwrap().0), bit::UNIX);
+        assert_eq!(protocol(&UnixDatagram::unbound().unwrap()), bit::UNIX);
+    }
+
+    #[test]
+    fn what_has_another_name_may_be_anything() {
+        for name in ["MPTCP", "", "VSOCK", "tcp"] {
+            assert_eq!(bits_of(name), bit::ALL);
+        }
+        assert!(has_mapped(b"7f00-7f01 rw-s 00000000 00:08 1234    socket:[1234]\n"));
+        assert!(!has_mapped(b"7f00-7f01 rw-s 00000000 00:08 1234    /srv/file\n"));
+    }
+}

@@ -1,0 +1,308 @@
+/*
+ * The bridge: what the agent says of the frozen tree. See bridge.c.
+ *
+ * The agent writes files into a directory (capture/lists.rs), each whole before it has its name, while CRIU works. CRIU
+ * waits where it comes to need one that is not there yet. Without an agent that says otherwise there is
+ * none, and the kernel is asked: what a list spares it is never what makes the answer true.
+ */
+
+#include "bridge.h"
+
+extern char **environ;
+
+const char *setting(const char *name)
+{
+	u64 n = length(name);
+
+	for (char **entry = environ; entry && *entry; entry++)
+		if (starts_with(*entry, name) && (*entry)[n] == '=')
+			return *entry + n + 1;
+	return 0;
+}
+
+/* ---- the socket between the bridge and the agent (gate.rs): a word and what belongs to it here, a pid there ---- */
+
+/* A list has come; all of a kind have come; which protocols the sockets of the tree have. */
+enum { HEARD_LIST = 0, HEARD_MAPPINGS = 1, HEARD_PAGES = 2, HEARD_PROTOCOLS = 3 };
+
+/* In the place of a pid: all tasks stand; the first is about to be stopped, by who runs on this processor. */
+#define ALL_STAND 0
+#define ABOUT_TO_STOP 0x80000000u
+
+#define MSG_NOSIGNAL 0x4000
+#define MSG_DONTWAIT 0x40
+#define EINTR 4
+
+static int gate_fd = -1;
+static const char *lists_dir;
+static int complete[2];
+/* Of the sockets of the tree; all as long as nothing is heard of it. */
+static u32 protocols = ~0u;
+static int protocols_known;
+
+static void find_agent(void)
+{
+	static int done;
+	const char *gate;
+
+	if (done)
+		return;
+	done = 1;
+	lists_dir = setting("STANDIN_LISTS");
+	gate = setting("STANDIN_GATE");
+	if (!gate || !lists_dir || length(lists_dir) + 20 + DIGITS_MAX >= PATH_SIZE) {
+		complete[LIST_OF_MAPPINGS] = complete[LIST_OF_PAGES] = 1;
+		return;
+	}
+	for (gate_fd = 0; *gate >= '0' && *gate <= '9'; gate++)
+		gate_fd = 10 * gate_fd + (*gate - '0');
+}
+
+static void hear(void)
+{
+	u32 heard[2];
+	long n;
+
+	do
+		n = raw_syscall(SYS_RECVFROM, gate_fd, (long)heard, sizeof(heard), 0, 0, 0);
+	while (n == -EINTR);
+	if (n != sizeof(heard)) {
+		complete[LIST_OF_MAPPINGS] = complete[LIST_OF_PAGES] = 1;
+	} else if (heard[0] == HEARD_MAPPINGS) {
+		complete[LIST_OF_MAPPINGS] = 1;
+	} else if (heard[0] == HEARD_PAGES) {
+		complete[LIST_OF_PAGES] = 1;
+	} else if (heard[0] == HEARD_PROTOCOLS) {
+		protocols = heard[1];
+		protocols_known = 1;
+	}
+}
+
+static void say(u32 said)
+{
+	find_agent();
+	/* An agent that does not hear it hears of the same from CRIU, later. */
+	if (gate_fd >= 0)
+		raw_syscall(SYS_SENDTO, gate_fd, (long)&said, sizeof(said), MSG_NOSIGNAL | MSG_DONTWAIT, 0, 0);
+}
+
+void say_touched_no_more(u64 pid)
+{
+	say((u32)pid);
+}
+
+/* What CRIU has come to: collect_pstree() in seize.c sets an alarm before it stops the first task and takes it off behind
+ * the last, or when it gave up; collect_pstree_ids(), which compares what tasks share, follows if it did not. */
+static enum { BEFORE, STOPPING, STOPPED_OR_NOT, STAND } stage;
+
+EXPORT u32 alarm(u32 seconds)
+{
+	u32 processor = 0;
+
+	if (seconds) {
+		stage = STOPPING;
+		sys3(SYS_GETCPU, &processor, 0, 0);
+		say(ABOUT_TO_STOP | processor);
+	} else if (stage == STOPPING) {
+		stage = STOPPED_OR_NOT;
+	}
+	return (u32)sys3(SYS_ALARM, seconds, 0, 0);
+}
+
+void tasks_are_compared(void)
+{
+	if (stage != STOPPED_OR_NOT)
+		return;
+	stage = STAND;
+	say(ALL_STAND);
+}
+
+long open_list(const char *name, u64 pid, enum list kind, int flags)
+{
+	char path[PATH_SIZE];
+	u64 n = 0;
+
+	find_agent();
+	if (gate_fd < 0)
+		return -1;
+	for (const char *from = lists_dir; *from;)
+		path[n++] = *from++;
+	path[n++] = '/';
+	path_with_number(path + n, name, pid, "");
+	for (;;) {
+		/* Looked at first: what came before the word that all have come is there then. */
+		int all = complete[kind];
+		long fd = sys4(SYS_OPENAT, AT_FDCWD, path, flags, 0);
+
+		if (fd >= 0 || all)
+			return fd;
+		hear();
+	}
+}
+
+/* ---- sockets ----
+ *
+ * CRIU asks the kernel for all sockets of the network namespace, protocol by protocol, before it
+ * looks at the tasks' descriptors (collect_sockets() in sockets.c), and later looks up those that it
+ * meets by their inodes. For the sockets of TCP the kernel walks its whole hash table, twice 0.16 ms,
+ * and for a protocol of which it has no module it tries to load that. The agent tells which
+ * protocols the sockets of the frozen tree have; for others the answer is an empty list.
+ */
+
+#define AF_UNIX 1
+#define AF_INET 2
+#define AF_INET6 10
+#define AF_NETLINK 16
+#define AF_PACKET 17
+#define IPPROTO_TCP 6
+#define SOCK_DIAG_BY_FAMILY 20
+#define NLM_F_MULTI 2
+#define NLM_F_DUMP 0x300
+#define NLMSG_DONE 3
+
+/* Bits of the agent's word, see capture/sockets.rs. */
+enum {
+	HAS_UNIX = 1,
+	HAS_TCP = 2,
+	HAS_INET = 4,
+	HAS_TCP6 = 8,
+	HAS_INET6 = 16,
+	HAS_PACKET = 32,
+	HAS_NETLINK = 64,
+	HAS_ALL = 127,
+};
+
+struct iovec {
+	void *base;
+	u64 size;
+};
+
+struct msghdr {
+	void *name;
+	u32 name_size;
+	struct iovec *parts;
+	u64 parts_count;
+	void *control;
+	u64 control_size;
+	int flags;
+};
+
+struct netlink_header {
+	u32 size;
+	unsigned short type, flags;
+	u32 sequence, pid;
+};
+
+struct sock_diag_request {
+	struct netlink_header header;
+	u8 family, protocol;
+};
+
+/* The socket on which a question stands that is answered here, and its number. */
+static int answered_fd = -1;
+static u32 answered_sequence;
+
+static u32 protocols_of_tree(void)
+{
+	while (!protocols_known && !complete[LIST_OF_MAPPINGS])
+		hear();
+	return protocols;
+}
+
+static u32 bit_of(const struct sock_diag_request *request)
+{
+	int tcp = request->protocol == IPPROTO_TCP;
+
+	switch (request->family) {
+	case AF_UNIX:
+		return HAS_UNIX;
+	case AF_INET:
+		return tcp ? HAS_TCP : HAS_INET;
+	case AF_INET6:
+		return tcp ? HAS_TCP6 : HAS_INET6;
+	case AF_PACKET:
+		return HAS_PACKET;
+	case AF_NETLINK:
+		return HAS_NETLINK;
+	default:
+		return HAS_ALL;
+	}
+}
+
+EXPORT long sendmsg(int fd, const struct msghdr *message, int flags)
+{
+	const unsigned short *family = message->name;
+
+	find_agent();
+	if (gate_fd >= 0 && family && message->name_size >= sizeof(*family) && *family == AF_NETLINK &&
+	    message->parts_count == 1 && message->parts[0].size >= sizeof(struct sock_diag_request)) {
+		const struct sock_diag_request *request = message->parts[0].base;
+
+		if (request->header.type == SOCK_DIAG_BY_FAMILY &&
+		    (request->header.flags & NLM_F_DUMP) == NLM_F_DUMP &&
+		    !(bit_of(request) & protocols_of_tree())) {
+			answered_fd = fd;
+			answered_sequence = request->header.sequence;
+			return (long)message->parts[0].size;
+		}
+	}
+	return with_errno(sys3(SYS_SENDMSG, fd, message, flags));
+}
+
+EXPORT long recvmsg(int fd, struct msghdr *message, int flags)
+{
+	struct {
+		struct netlink_header header;
+		int error;
+	} *answer;
+
+	if (fd != answered_fd || message->parts_count != 1 || message->parts[0].size < sizeof(*answer))
+		return with_errno(sys3(SYS_RECVMSG, fd, message, flags));
+	answered_fd = -1;
+	answer = message->parts[0].base;
+	answer->header.size = sizeof(*answer);
+	answer->header.type = NLMSG_DONE;
+	answer->header.flags = NLM_F_MULTI;
+	answer->header.sequence = answered_sequence;
+	answer->header.pid = 0;
+	answer->error = 0;
+	message->flags = 0;
+	return sizeof(*answer);
+}
+
+/* ---- memory ---- */
+
+#define MCL_CURRENT 1
+#define STACK_BYTES (128 * 1024)
+#define MSG_PEEK 2
+#define MSG_TRUNC 0x20
+
+/*
+ * The first look at each page of memory is a fault, some 60 of them in a freeze. So what CRIU has of
+ * memory is made present while it waits for its task, and once more when it is about to begin: it
+ * asks for the size of a message first (recv_criu_msg() in cr-service.c), of the request and then of
+ * the answer to "pre-dump". Locking does that, and is undone at once; where it is refused there are faults.
+ */
+#define PREPARED_MAX 2
+
+static void have_memory_present(void)
+{
+	volatile u8 stack[STACK_BYTES];
+
+	for (u64 i = STACK_BYTES; i >= 4096; i -= 4096)
+		(void)(stack[i - 1] = 0);
+	sys3(SYS_MLOCKALL, MCL_CURRENT, 0, 0);
+	sys3(SYS_MUNLOCKALL, 0, 0, 0);
+}
+
+EXPORT long recv(int fd, void *buffer, u64 size, int flags)
+{
+	static int prepared;
+
+	find_agent();
+	if (gate_fd >= 0 && prepared < PREPARED_MAX && flags == (MSG_PEEK | MSG_TRUNC)) {
+		prepared++;
+		have_memory_present();
+	}
+	return with_errno(raw_syscall(SYS_RECVFROM, fd, (long)buffer, (long)size, flags, 0, 0));
+}
