@@ -1,4 +1,22 @@
-//! Which mappings the kernel tracks for us, and how a mapping comes to be registered.
+//! Which mappings the kernel tracks for us.
+//!
+//! Evidence is the kernel's scan alone. The list of mappings says where to look, and what to register before it holds a
+//! page; that one is new, moved, grown or another's the scan would find without it, as soon as there is a page in it.
+//!
+//! Of a mapping that is registered anew no page counts as unwritten, whatever marks it bears. So a mapping that loses its
+//! registration unseen would be no harm, if the kernel did not take its marks for true once it is registered again, by a
+//! call that reaches over it ([`Tracker::register_pending`]). Hence, in a process that runs:
+//!
+//! ```text
+//!  maps ──► scan: what is not registered? ──► register it, take its marks away ──► maps: is what the call reached over
+//!                                                                                  the same? If not: not registered
+//! ```
+//!
+//! The kernel ends a registration and keeps the marks in one case: `mremap` joins another registered mapping to it (see
+//! there), and then the mapping is a larger one. What is left is a store to a mapping that is joined and cut apart again
+//! between the scan and the second look at the maps, some tens of microseconds: a program would have to move memory up to
+//! a neighbour, write to the neighbour, and take the memory away at once. In a frozen process nothing happens between
+//! them, and what it lost before the scan finds.
 
 use std::{
     fs::{self, File},
@@ -9,7 +27,7 @@ use super::{POPULATED, Pass, TrackError, Tracked, Tracker, is_tracked, runs};
 use crate::{
     extents,
     memory::{
-        maps,
+        maps::{self, Mapping},
         sys::{self, PageRegion, Query, category},
     },
     model::{Extent, PAGE_SIZE},
@@ -17,6 +35,12 @@ use crate::{
 
 /// How often a pass registers what it finds unregistered before it concludes that the memory is another.
 const REGISTER_ROUNDS_MAX: usize = 3;
+
+/// `/proc/PID/maps`.
+struct Listed {
+    text: Vec<u8>,
+    mappings: Vec<Mapping>,
+}
 
 impl Tracker {
     /// Brings `tracked` up to date and registers what is not.
@@ -38,25 +62,32 @@ impl Tracker {
             }
             pass.registered += found;
             // Those refused before may be free now; they are few.
-            self.register_pending()?;
+            let passed = self.register_pending()?;
+            self.doubt_changed(&passed)?;
         }
         // The kernel says that it registers, and the page map that it is not so: not the same memory.
         Err(TrackError::Replaced(self.pid))
     }
 
-    /// Reads `/proc/PID/maps`; gives the number of new private mappings.
-    fn read_maps(&mut self, pagemap: &File) -> Result<usize, TrackError> {
+    /// `/proc/PID/maps`, if it is not as the last time.
+    fn changed_maps(&self) -> Result<Option<Listed>, TrackError> {
         let text = fs::read(format!("/proc/{}/maps", self.pid))
             .map_err(|e| self.failed("reading /proc/PID/maps", e))?;
         if text == self.maps_text {
-            return Ok(0);
+            return Ok(None);
         }
+        Ok(Some(Listed { mappings: maps::parse(&text)?, text }))
+    }
+
+    /// Reads `/proc/PID/maps`; gives the number of new private mappings.
+    fn read_maps(&mut self, pagemap: &File) -> Result<usize, TrackError> {
+        let Some(Listed { text, mappings }) = self.changed_maps()? else { return Ok(0) };
         let registered: Vec<Extent> =
             self.tracked.iter().filter(|t| t.registered).map(|t| t.mapping.extent).collect();
         let mut old = self.tracked.iter().peekable();
         let mut new = 0;
         let mut tracked = Vec::new();
-        for mapping in maps::parse(&text)? {
+        for mapping in mappings {
             while old.next_if(|t| t.mapping.extent.start < mapping.extent.start).is_some() {}
             let same = old.peek().filter(|t| t.mapping.is_same(mapping) && t.registered);
             let listed = same.is_some_and(|t| t.listed);
@@ -93,8 +124,9 @@ impl Tracker {
     /// A page may bear the mark of a protection that did not hold: when `mremap` joins a mapping to its neighbour, the
     /// kernel takes both off our list (copy_vma, then mremap_userfaultfd_prep, seen on Linux 6.18) and leaves the
     /// neighbour's marks, and takes them for true when it is registered again, whatever was written meanwhile. So the
-    /// marks are taken away.
-    fn register_pending(&mut self) -> Result<(), TrackError> {
+    /// marks are taken away. Gives the mappings that a call reached over and that were registered, or so we think.
+    fn register_pending(&mut self) -> Result<Vec<Mapping>, TrackError> {
+        let mut passed = Vec::new();
         let uffd = self.uffd.as_fd();
         let mut start = self.tracked.first().map_or(0, |first| first.mapping.extent.start);
         let listed_end = self.tracked.last().map_or(0, |last| last.mapping.extent.end());
@@ -107,6 +139,10 @@ impl Tracker {
             if self.tracked[run.clone()].iter().any(|t| !t.registered) {
                 let whole = Extent { start, pages: (end - start) / PAGE_SIZE };
                 let all = sys::uffd_register(uffd, whole).is_ok();
+                if all {
+                    let registered = self.tracked[run.clone()].iter().filter(|t| t.registered);
+                    passed.extend(registered.map(|t| t.mapping));
+                }
                 for tracked in self.tracked[run.clone()].iter_mut().filter(|t| !t.registered) {
                     let extent = tracked.mapping.extent;
                     tracked.registered = (all || sys::uffd_register(uffd, extent).is_ok())
@@ -117,6 +153,27 @@ impl Tracker {
                 }
             }
             (at, start) = (run.end + 1, other.map_or(end, |other| other.end()));
+        }
+        Ok(passed)
+    }
+
+    /// Of mappings that a registration reached over: those that are others by now may have lost their own before it, and
+    /// been written. They count as unregistered, and so does all in them as written, until the next pass registers them.
+    fn doubt_changed(&mut self, passed: &[Mapping]) -> Result<(), TrackError> {
+        if passed.is_empty() {
+            return Ok(());
+        }
+        let Some(Listed { mappings: now, .. }) = self.changed_maps()? else { return Ok(()) };
+        let is_as_it_was = |mapping: Mapping| {
+            let at = now.binary_search_by_key(&mapping.extent.start, |other| other.extent.start);
+            at.is_ok_and(|at| now[at].is_same(mapping))
+        };
+        let changed: Vec<u64> =
+            passed.iter().filter(|m| !is_as_it_was(**m)).map(|m| m.extent.start).collect();
+        for tracked in &mut self.tracked {
+            if changed.binary_search(&tracked.mapping.extent.start).is_ok() {
+                (tracked.registered, tracked.listed) = (false, false);
+            }
         }
         Ok(())
     }
