@@ -27,7 +27,7 @@ use super::{POPULATED, Pass, TrackError, Tracked, Tracker, is_tracked, runs};
 use crate::{
     extents,
     memory::{
-        maps::{self, Mapping},
+        maps::{self, Mapping, MapsError},
         sys::{self, PageRegion, Query, category},
     },
     model::{Extent, PAGE_SIZE},
@@ -35,6 +35,8 @@ use crate::{
 
 /// How often a pass registers what it finds unregistered before it concludes that the memory is another.
 const REGISTER_ROUNDS_MAX: usize = 3;
+/// How often mappings are listed that change while they are, which is rare.
+const LISTINGS_MAX: usize = 8;
 
 /// `/proc/PID/maps`.
 struct Listed {
@@ -71,12 +73,18 @@ impl Tracker {
 
     /// `/proc/PID/maps`, if it is not as the last time.
     fn changed_maps(&self) -> Result<Option<Listed>, TrackError> {
-        let text = fs::read(format!("/proc/{}/maps", self.pid))
-            .map_err(|e| self.failed("reading /proc/PID/maps", e))?;
-        if text == self.maps_text {
-            return Ok(None);
+        for _ in 0..LISTINGS_MAX {
+            let text = fs::read(format!("/proc/{}/maps", self.pid))
+                .map_err(|e| self.failed("reading /proc/PID/maps", e))?;
+            if text == self.maps_text {
+                return Ok(None);
+            }
+            match maps::parse(&text) {
+                Err(MapsError::Torn) => {}
+                mappings => return Ok(Some(Listed { mappings: mappings?, text })),
+            }
         }
-        Ok(Some(Listed { mappings: maps::parse(&text)?, text }))
+        Err(MapsError::Torn.into())
     }
 
     /// Reads `/proc/PID/maps`; gives the number of new private mappings.
