@@ -211,8 +211,8 @@ impl Reader {
         let Ok(Order::Begin(ours)) = self.orders.recv() else { return None };
         let mut freeze = Freeze { root: self.root, lent, pending: self.pending, ours };
         let mut frozen = Frozen::default();
-        let mut first = freeze.pass(&mut frozen, &mut |tracker, dirty| tracker.take_dirty(dirty).map(drop));
-        frozen.dirty_pages = *first.as_ref().unwrap_or(&0);
+        let found = freeze.pass(&mut frozen, &mut |tracker, dirty| tracker.take_dirty(dirty).map(drop));
+        let mut first = found.map(|pages| frozen.dirty_pages = pages);
         let mut next = self.orders.recv();
         // For a file that is open and has lost this name CRIU makes another one, which the restore needs: when it dumps
         // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
@@ -220,14 +220,14 @@ impl Reader {
         let early = memory::tasks_of(freeze.root).is_ok_and(|tasks| tasks.len() == 1);
         if matches!(next, Ok(Order::Opened)) {
             if first.is_ok() && early {
-                first = frozen.scan_files(freeze.lent.files.as_mut()).map(|()| 0);
+                first = frozen.scan_files(freeze.lent.files.as_mut());
             }
             next = self.orders.recv();
         }
         let Ok(Order::Finish { manifest, sent, closed }) = next else {
             return first.err().map(Err);
         };
-        let mut result = first.and_then(|_| freeze.finish(&mut frozen, manifest, sent));
+        let mut result = first.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
         if result.is_ok() && !early {
             result = frozen.scan_files(freeze.lent.files.as_mut());
         }
@@ -248,8 +248,8 @@ impl Frozen {
 }
 
 impl Freeze<'_, '_> {
-    /// Takes what was written of every tracked task and reads it; gives the number of pages that were. What cannot be read stays stale, which matters only if CRIU
-    /// lists it.
+    /// Takes what was written of every tracked task and reads it; gives the number of pages that were. What cannot be read
+    /// stays stale, which matters only if CRIU lists it.
     ///
     /// A task that ended, or executed another program, between the last look at the tree and the freeze loses its
     /// tracker: if CRIU lists it, or another under its pid, that one is read whole. (Of another program's memory a tracker
