@@ -93,6 +93,22 @@ impl Mapping {
         unsafe { libc::mprotect(at.cast(), PAGE, access) };
     }
 
+    pub(crate) fn protect_all(&self, access: i32) {
+        // SAFETY: all of the mapping.
+        let done = unsafe { libc::mprotect(self.start.cast(), self.pages * PAGE, access) };
+        assert_eq!(done, 0);
+    }
+
+    /// Makes pages a guard region, or ends that; whether this kernel does such a thing.
+    pub(crate) fn guard(&self, page: usize, pages: usize, install: bool) -> bool {
+        const MADV_GUARD_INSTALL: i32 = 102;
+        const MADV_GUARD_REMOVE: i32 = 103;
+        assert!(page + pages <= self.pages);
+        let (at, advice) = (self.word(page, 0), if install { MADV_GUARD_INSTALL } else { MADV_GUARD_REMOVE });
+        // SAFETY: pages of the mapping; nothing is referred to in them.
+        unsafe { libc::madvise(at.cast(), pages * PAGE, advice) == 0 }
+    }
+
     /// Grows or shrinks it, perhaps elsewhere.
     pub(crate) fn resize(&mut self, pages: usize) {
         // SAFETY: the mapping is ours, and nothing keeps its address.
