@@ -18,6 +18,9 @@
 //! for CRIU, `fold` from its close of the page server to our answer, for which it waits; `criu` is the rest of
 //! the frozen time. `lists`, `scan` and `read` run beside that.
 
+#[path = "common/sandbox.rs"]
+mod sandbox;
+
 use std::{
     error::Error,
     fs::{self, File},
@@ -45,18 +48,15 @@ use standin::{
         swrk::{DumpOptions, Swrk},
     },
     memory::Vmas,
-    model::{Epoch, EpochId, Extent, Name, PAGE_SIZE, Space, Term},
+    model::{Epoch, EpochId, Extent, PAGE_SIZE, Space, Term},
     wire::message::FrameHead,
-    workload::{
-        control::{Command, User},
-        sandbox::{Options, Sandbox},
-        spec::{Net, SandboxSpec},
-    },
+    workload::control::{Command, User},
 };
+
+use self::sandbox::{Home, PROGRAM};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_standin");
 const RSS_MB: [u64; 4] = [16, 256, 1024, 4096];
 const DIRTY_PAGES: [u64; 3] = [250, 2500, 25_000];
 const EPOCHS: usize = 40;
@@ -304,36 +304,22 @@ fn percentile_ms(samples: &[Sample], percent: usize, figure: impl Fn(&Sample) ->
 
 /// A process in its sandbox, and what captures it.
 struct Subject {
+    /// Goes first.
+    sandbox: Home,
     method: Method,
-    sandbox: Sandbox,
     install: Install,
     capturer: Option<Capturer>,
     epochs: u64,
     pids: (u32, u32),
     counter: PathBuf,
-    name: Name,
-    dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
     ram: tempfile::TempDir,
 }
 
 impl Subject {
     fn start(method: Method, rss_mb: u64, dirty_pages: u64) -> Result<Self> {
         let (dir, ram) = (tempfile::tempdir()?, tempfile::tempdir_in("/dev/shm")?);
-        let name: Name = format!("freeze-{}-{}", std::process::id(), method.name()).parse()?;
-        let spec = SandboxSpec {
-            name: name.clone(),
-            net: Net::Host,
-            paths: Vec::new(),
-            hostname: "freeze".to_owned(),
-        };
-        let options = Options {
-            program: PROGRAM.into(),
-            run_dir: dir.path().join("run"),
-            data_dir: dir.path().join("data"),
-            log: dir.path().join("log"),
-            log_bytes_max: 1 << 20,
-        };
-        let sandbox = Sandbox::create(&spec, &options)?;
+        let sandbox = Home::create("freeze", method.name(), dir.path())?;
         let counter = dir.path().join("counter");
         let install = Install::find(None)?.with_launcher(PROGRAM.into());
         let mut subject = Self {
@@ -344,8 +330,7 @@ impl Subject {
             epochs: 0,
             pids: (0, 0),
             counter,
-            name,
-            dir,
+            _dir: dir,
             ram,
         };
         let argv = [
@@ -414,7 +399,7 @@ impl Subject {
         };
         let id = |epoch| EpochId { term: Term(1), epoch: Epoch(epoch) };
         let base = (self.epochs > 1).then(|| id(self.epochs - 1));
-        let head = FrameHead::Begin { name: self.name.clone(), id: id(self.epochs), base };
+        let head = FrameHead::Begin { name: self.sandbox.name.clone(), id: id(self.epochs), base };
         let captured = capturer.capture(head, Finish::Continue, &mut |_, _| Ok(()))?;
         capturer.committed();
         capturer.spawn_ahead()?;
@@ -443,14 +428,6 @@ impl Subject {
         let (freezing_us, frozen_us) = stats::frozen(&images)?;
         fs::remove_dir_all(&images)?;
         Ok(freezing_us + frozen_us)
-    }
-}
-
-impl Drop for Subject {
-    fn drop(&mut self) {
-        if let Err(error) = Sandbox::destroy(&self.dir.path().join("run"), &self.name) {
-            eprintln!("the sandbox {} could not be removed: {error}", self.name);
-        }
     }
 }
 

@@ -17,6 +17,9 @@
 //! them pages that it wrote before its last epochs, half any. A touch of more than 2 µs has waited for its page; those are
 //! `fault_us_p50` and `fault_us_p99`. At the end the process looks whether every page is what it was.
 
+#[path = "common/sandbox.rs"]
+mod sandbox;
+
 use std::{
     error::Error,
     fs::{self, File},
@@ -41,20 +44,17 @@ use standin::{
         spawn::{Place, Spawn},
         swrk::{RestoreOptions, Swrk},
     },
-    model::{Epoch, EpochId, Extent, Name, PAGE_SIZE, Space, Term},
+    model::{Epoch, EpochId, Extent, PAGE_SIZE, Space, Term},
     restore::{self, Ahead, Mode, Recency, Site},
     store::{Durability, Staging, Store, View},
     wire::message::FrameHead,
-    workload::{
-        control::{Command, User},
-        sandbox::{Options, Sandbox},
-        spec::{Net, SandboxSpec},
-    },
+    workload::control::{Command, User},
 };
+
+use self::sandbox::{Home, PROGRAM};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_standin");
 const RSS_MB: [u64; 4] = [16, 256, 1024, 4096];
 const RSS_MB_QUICK: [u64; 2] = [16, 256];
 const ROUNDS: usize = 5;
@@ -384,14 +384,14 @@ impl Image {
         control.set(Word::Written, 0)?;
         let install = Install::find(None)?.with_launcher(PROGRAM.into());
         let bridge = Bridge::new(ram.path(), install.version)?;
-        let place = SandboxOf::create(dir.path())?;
+        let place = Home::create("restore", "place", dir.path())?;
         let argv = [
             std::env::current_exe()?.display().to_string(),
             "run".to_owned(),
             path.display().to_string(),
             rss_mb.to_string(),
         ];
-        place.sandbox.start(&Command {
+        place.start(&Command {
             argv: argv.to_vec(),
             env: Vec::new(),
             cwd: "/".into(),
@@ -416,12 +416,12 @@ impl Image {
 
     fn restore(&self, method: Method) -> Result<Taken> {
         self.control.reset()?;
-        let place = SandboxOf::create(self.dir.path())?;
+        let place = Home::create("restore", "place", self.dir.path())?;
         let (root, ordered, last_ns) = match method {
             Method::Standin => self.standin(&place)?,
             Method::CriuEager | Method::CriuLazy => self.criu(&place, method == Method::CriuLazy)?,
         };
-        place.sandbox.track(root)?;
+        place.track(root)?;
         let first = self.control.wait(Word::First, |first| first != 0)?;
         self.control.set(Word::Stop, 1)?;
         let wrong = self.control.wait(Word::Wrong, |wrong| wrong != NONE)?;
@@ -439,9 +439,10 @@ impl Image {
     }
 
     /// As `agent/standby.rs` does it. Returns the root's pid, the time of the order and that of the last page.
-    fn standin(&self, place: &SandboxOf) -> Result<(u32, u64, Option<u64>)> {
+    fn standin(&self, place: &Home) -> Result<(u32, u64, Option<u64>)> {
         let root = self.lazy.parent().ok_or("a directory without a parent")?;
-        let mut criu = Ahead::start(&self.install, &self.bridge, root, &place.site(&self.note)?, &self.pids)?;
+        let mut criu =
+            Ahead::start(&self.install, &self.bridge, root, &site(place, &self.note)?, &self.pids)?;
         settle();
         self.control.set(Word::Go, 1)?;
         let ordered = now_ns();
@@ -458,12 +459,12 @@ impl Image {
         Ok((root, ordered, Some(now_ns())))
     }
 
-    fn criu(&self, place: &SandboxOf, lazy: bool) -> Result<(u32, u64, Option<u64>)> {
+    fn criu(&self, place: &Home, lazy: bool) -> Result<(u32, u64, Option<u64>)> {
         let dir = if lazy { &self.marked } else { &self.eager };
         let mut daemon = lazy.then(|| self.daemon(dir)).transpose()?;
         settle();
         self.control.set(Word::Go, 1)?;
-        let site = place.site(&self.note)?;
+        let site = site(place, &self.note)?;
         let ordered = now_ns();
         let opened = File::open(dir)?;
         let pipes = self.note.log_pipes.iter().zip(&site.stdio);
@@ -513,24 +514,18 @@ fn settle() {
 }
 
 /// Three epochs into the store, the last of which ends the process.
-fn capture(
-    place: &SandboxOf,
-    install: &Install,
-    ram: &Path,
-    store: &Store,
-    control: &Control,
-) -> Result<Recency> {
-    let (host, inside) = place.sandbox.workload_pid()?.ok_or("the process has ended")?;
+fn capture(place: &Home, install: &Install, ram: &Path, store: &Store, control: &Control) -> Result<Recency> {
+    let (host, inside) = place.workload_pid()?.ok_or("the process has ended")?;
     let mut capturer = Capturer::new(Source {
         root: host as i32,
         root_inside: inside,
-        init: Some(place.sandbox.keeper().pidfd()?),
+        init: Some(place.keeper().pidfd()?),
         bridge: Bridge::new(ram, install.version)?,
         vmas: None,
         tracking: Tracking::choose(&Kernel::probe(Path::new(PROGRAM))?)?,
         install: install.clone(),
         work: ram.join("dump"),
-        log_pipes: place.sandbox.log_pipes()?,
+        log_pipes: place.log_pipes()?,
         trees: Vec::new(),
     })?;
     let mut recency = Recency::default();
@@ -589,48 +584,13 @@ fn with_marks(lazy: &Path, eager: &Path, into: &Path) -> Result<PathBuf> {
     Ok(into.to_owned())
 }
 
-/// A sandbox that goes with its value.
-struct SandboxOf {
-    sandbox: Sandbox,
-    name: Name,
-    run_dir: PathBuf,
-}
-
-impl SandboxOf {
-    fn create(dir: &Path) -> Result<Self> {
-        let name: Name = format!("restore-{}", std::process::id()).parse()?;
-        let spec = SandboxSpec {
-            name: name.clone(),
-            net: Net::Host,
-            paths: Vec::new(),
-            hostname: "restore".to_owned(),
-        };
-        let run_dir = dir.join("run");
-        let options = Options {
-            program: PROGRAM.into(),
-            run_dir: run_dir.clone(),
-            data_dir: dir.join("data"),
-            log: dir.join("log"),
-            log_bytes_max: 1 << 20,
-        };
-        Ok(Self { sandbox: Sandbox::create(&spec, &options)?, name, run_dir })
-    }
-
-    fn site(&self, note: &Note) -> Result<Site> {
-        let keeper = self.sandbox.keeper();
-        let stdio = note.log_pipes.iter().map(|_| self.sandbox.fresh_stdio());
-        Ok(Site {
-            init: keeper.pidfd()?,
-            cgroup: keeper.cgroup().work(),
-            stdio: stdio.collect::<std::result::Result<_, _>>()?,
-        })
-    }
-}
-
-impl Drop for SandboxOf {
-    fn drop(&mut self) {
-        if let Err(error) = Sandbox::destroy(&self.run_dir, &self.name) {
-            eprintln!("the sandbox {} could not be removed: {error}", self.name);
-        }
-    }
+/// Of the sandbox, for one restore.
+fn site(place: &Home, note: &Note) -> Result<Site> {
+    let keeper = place.keeper();
+    let stdio = note.log_pipes.iter().map(|_| place.fresh_stdio());
+    Ok(Site {
+        init: keeper.pidfd()?,
+        cgroup: keeper.cgroup().work(),
+        stdio: stdio.collect::<std::result::Result<_, _>>()?,
+    })
 }

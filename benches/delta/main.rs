@@ -21,6 +21,8 @@
 
 mod memory;
 mod record;
+#[path = "../common/sandbox.rs"]
+mod sandbox;
 mod standby;
 
 use std::{fs, path::PathBuf, time::Duration};
@@ -88,6 +90,24 @@ struct Run {
     shipped_bytes: u64,
     encoding: Duration,
     staging: Duration,
+}
+
+impl Run {
+    /// Takes in an epoch; the first is none of those that count.
+    fn add(
+        &mut self,
+        epoch: usize,
+        batches: Vec<(BatchHead, Vec<u8>)>,
+        encoding: Duration,
+        staging: Duration,
+    ) -> Result<()> {
+        if epoch > 0 {
+            self.shipped_bytes += bytes_of(batches)?;
+            self.encoding += encoding;
+            self.staging += staging;
+        }
+        Ok(())
+    }
 }
 
 fn main() -> Result<()> {
@@ -179,11 +199,7 @@ fn standin(recording: &Recording, mbit_per_s: Option<u64>) -> Result<Run> {
         known.epoch_committed();
         let encoding = thread_time()?.saturating_sub(began);
         let staging = standby.receive(pieces, &batches)?;
-        if epoch > 0 {
-            run.shipped_bytes += bytes_of(batches)?;
-            run.encoding += encoding;
-            run.staging += staging;
-        }
+        run.add(epoch, batches, encoding, staging)?;
     }
     compare(recording, &standby)?;
     Ok(run)
@@ -213,11 +229,7 @@ fn plain(recording: &Recording, packing: Packing) -> Result<Run> {
         }
         let encoding = thread_time()?.saturating_sub(began);
         let staging = standby.receive(pieces, &batches)?;
-        if epoch > 0 {
-            run.shipped_bytes += bytes_of(batches)?;
-            run.encoding += encoding;
-            run.staging += staging;
-        }
+        run.add(epoch, batches, encoding, staging)?;
     }
     compare(recording, &standby)?;
     Ok(run)

@@ -12,19 +12,14 @@ use std::{
 };
 
 use standin::{
-    model::{Extent, Name, PAGE_SIZE, Space},
-    workload::{
-        control::{Command, User},
-        sandbox::{Options, Sandbox},
-        spec::{Net, SandboxSpec},
-    },
+    model::{Extent, PAGE_SIZE, Space},
+    workload::control::{Command, User},
 };
 
-use super::memory::Memory;
+use super::{memory::Memory, sandbox::Home};
 
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_standin");
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pages that are read and compared at a time.
@@ -154,9 +149,9 @@ fn postgres_programs() -> Result<PathBuf> {
 
 /// A program in its sandbox.
 struct Subject {
+    /// Goes first.
+    sandbox: Home,
     program: Program,
-    sandbox: Sandbox,
-    name: Name,
     dir: tempfile::TempDir,
     random: u64,
 }
@@ -177,22 +172,8 @@ pub(crate) fn record(program: Program, epochs: usize) -> Result<Recording> {
 impl Subject {
     fn start(program: Program) -> Result<Self> {
         let dir = tempfile::tempdir()?;
-        let name: Name = format!("delta-{}-{}", std::process::id(), program.name()).parse()?;
-        let spec = SandboxSpec {
-            name: name.clone(),
-            net: Net::Host,
-            paths: Vec::new(),
-            hostname: "delta".to_owned(),
-        };
-        let options = Options {
-            program: PROGRAM.into(),
-            run_dir: dir.path().join("run"),
-            data_dir: dir.path().join("data"),
-            log: dir.path().join("log"),
-            log_bytes_max: 1 << 20,
-        };
-        let sandbox = Sandbox::create(&spec, &options)?;
-        let subject = Self { program, sandbox, name, dir, random: 0x9e37_79b9_7f4a_7c15 };
+        let sandbox = Home::create("delta", program.name(), dir.path())?;
+        let subject = Self { sandbox, program, dir, random: 0x9e37_79b9_7f4a_7c15 };
         let own = subject.dir.path().join("own");
         fs::create_dir(&own)?;
         let run = |program: &str, args: &[&str]| Process::new(program).args(args).arg(&own).status();
@@ -298,14 +279,6 @@ impl Subject {
         drop(stream);
         std::thread::sleep(Duration::from_millis(20));
         Ok(())
-    }
-}
-
-impl Drop for Subject {
-    fn drop(&mut self) {
-        if let Err(error) = Sandbox::destroy(&self.dir.path().join("run"), &self.name) {
-            eprintln!("the sandbox {} could not be removed: {error}", self.name);
-        }
     }
 }
 

@@ -195,7 +195,8 @@ struct Freeze<'a, 'b> {
 
 impl page_server::Handler for Collector {
     /// Tasks have a parent (CRIU sends holes, we the pages); shared memory has none, because a store through another
-    /// mapping leaves no trace in the one that is looked at.
+    /// mapping leaves no trace in the one that is looked at. CRIU up to 4.2 sends all of it in any case (do_dump_one_shmem
+    /// in shmem.c); should one send holes, the epoch fails: [`Freeze::finish`] trusts nothing that is known of it.
     fn opened(&mut self, space: Space) -> io::Result<bool> {
         if !self.opened {
             self.opened = true;
@@ -305,8 +306,7 @@ impl Reader<'_> {
         let take = &mut |tracker: &mut Tracker, dirty: &mut Vec<Extent>| tracker.take_dirty(dirty).map(drop);
         let first = freeze.pass(&mut frozen, None, take);
         freeze.lists = None;
-        frozen.dirty_pages = *first.as_ref().unwrap_or(&0);
-        let mut result = first.map(drop);
+        let mut result = first.map(|pages| frozen.dirty_pages = pages);
         // For a file that is open and has lost this name CRIU makes another one, which the restore needs: when it dumps
         // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
         // run beside CRIU's work.
@@ -364,7 +364,8 @@ impl Freeze<'_, '_> {
     /// the number of pages that were. What cannot be read stays stale, which matters only if CRIU lists it.
     ///
     /// A task that ended, or executed another program, between the last look at the tree and the freeze loses its
-    /// tracker: if CRIU lists it, or another under its pid, that one is read whole. So does a task whose pass failed,
+    /// tracker: if CRIU lists it, or another under its pid, that one is read whole. (Of another program's memory a tracker
+    /// would report all, none of it being registered; this does not rest on that.) So does a task whose pass failed,
     /// because pages may be protected by then that nobody will report again.
     fn pass(
         &mut self,
@@ -445,7 +446,8 @@ impl Freeze<'_, '_> {
                 have.extend_from_slice(&piece.extents);
             }
             extents::normalize(&mut have);
-            let is_same = matches!(map.space, Space::Shared(_)) || same.contains(&map.space);
+            // Shared memory is never among them: all of it must have come from CRIU.
+            let is_same = same.contains(&map.space);
             let needed =
                 if is_same { self.lent.known.missing(map.space, &map.extents) } else { map.extents.clone() };
             let missing = extents::subtract(&needed, &have);
@@ -558,6 +560,40 @@ impl Piece {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{criu::page_server::Handler as _, delta::Encoder};
+
+    /// A hole says that a page is as it was, which of shared memory nobody can tell.
+    #[test]
+    fn a_hole_in_shared_memory_fails_the_epoch_though_the_page_is_known() {
+        let (space, page) = (Space::Shared(5), Extent { start: 0, pages: 1 });
+        let (_, mut collector, _) = channels(1, BTreeMap::new(), None);
+        assert!(!collector.opened(space).unwrap() && collector.opened(Space::Task(1)).unwrap());
+
+        let mut known = Known::default();
+        known.begin_epoch(false);
+        let at = known.stamp();
+        let data = [7; PAGE_SIZE as usize];
+        Encoder::default().encode(&mut known, space, &[page], &data, at, |_, _| ());
+        known.epoch_committed();
+        known.begin_epoch(true);
+        assert_eq!(known.missing(space, &[page]), []);
+        let manifest = Manifest { spaces: vec![SpaceMap { space, extents: vec![page] }] };
+        let mut lent = Lent {
+            tracking: Tracking::WriteProtect,
+            tasks: &mut BTreeMap::new(),
+            dumped: &mut Dumped::default(),
+            known: &mut known,
+            files: &mut None,
+        };
+        let (pending, left) = (BTreeMap::new(), BTreeSet::new());
+        let mut freeze = Freeze { root: 1, lent: &mut lent, pending, ours: Ours::new(), lists: None, left };
+        let mut frozen = Frozen::default();
+        let lost = freeze.finish(&mut frozen, manifest.clone(), Vec::new());
+        assert!(matches!(lost, Err(CaptureError::Unreadable { pages: 1, .. })), "{lost:?}");
+        let sent = Sent { space, extents: vec![page], data: data.to_vec() };
+        freeze.finish(&mut frozen, manifest, vec![sent]).unwrap();
+        assert_eq!(frozen.pieces.len(), 1);
+    }
 
     #[test]
     fn a_piece_keeps_just_the_listed_pages() {

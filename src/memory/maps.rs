@@ -55,14 +55,24 @@ pub enum MapsError {
         "the process has mapped {0:#x}, above 2^47; such memory (5-level page tables) cannot be checkpointed"
     )]
     High(u64),
+    /// A line reaches back behind the one before it.
+    #[error("the process changes its mappings faster than they can be listed; try again")]
+    Torn,
 }
 
-/// The mappings in the text of `/proc/PID/maps`.
+/// The mappings in the text of `/proc/PID/maps`, in ascending order.
+///
+/// The kernel gives the text in pieces of some 4 KiB and lets the process go on between two of them: a mapping that has
+/// come meanwhile over the end of the last piece is told whole, after others in the place of which it came (m_start in
+/// fs/proc/task_mmu.c). Such a text is refused. That of a process that stands still never is.
 pub fn parse(text: &[u8]) -> Result<Vec<Mapping>, MapsError> {
     let lines = text.split(|b| *b == b'\n').filter(|line| !line.is_empty());
     let mut mappings = Vec::new();
     for (number, line) in lines.enumerate() {
         let mapping = parse_line(line).ok_or(MapsError::Line(number + 1))?;
+        if mappings.last().is_some_and(|last: &Mapping| mapping.extent.start < last.extent.end()) {
+            return Err(MapsError::Torn);
+        }
         if mapping.extent.end() <= TASK_END {
             mappings.push(mapping);
         } else if mapping.kind != MappingKind::Kernel {
@@ -129,6 +139,20 @@ mod tests {
             (MappingKind::Vdso, 2),
         ];
         assert_eq!(kinds, expected);
+    }
+
+    #[test]
+    fn a_mapping_that_came_over_others_while_they_were_listed_is_noticed() {
+        let text = b"10000000-10002000 rw-p 00000000 00:00 0 \n\
+            10003000-10005000 rw-p 00000000 00:00 0 \n";
+        assert_eq!(parse(text).unwrap().len(), 2);
+        for start in [b'0', b'1', b'4'] {
+            let mut text = text.to_vec();
+            text.extend(b"1000");
+            text.push(start);
+            text.extend(b"000-10009000 rw-p 00000000 00:00 0 \n");
+            assert_eq!(parse(&text), Err(MapsError::Torn));
+        }
     }
 
     #[test]

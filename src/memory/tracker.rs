@@ -12,20 +12,20 @@
 //! A pass looks for all that is not both present and protected, and then protects what of it is written: the first tells
 //! in one walk what is new, written or gone, and so keeps the [listing](super::listing) of pages up.
 
+mod register;
+
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::FileExt,
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
 use super::{
     inject::{self, AttachError, Injected},
     listing::{Found, Guards, Listing},
-    maps::{self, Mapping, MappingKind, MapsError},
+    maps::{Mapping, MappingKind, MapsError},
+    pagemap::{self, OWN, POPULATED, Walker},
     read::Memory,
     sys::{self, PageRegion, Query, category},
 };
@@ -34,23 +34,8 @@ use crate::{
     model::{Extent, PAGE_SIZE},
 };
 
-/// Regions that one PAGEMAP_SCAN call may fill.
-const REGIONS: usize = 16 * 1024;
-/// How often a pass registers what it finds unregistered before it concludes that the memory is another.
-const REGISTER_ROUNDS_MAX: usize = 3;
-const POPULATED: u64 = category::PRESENT | category::SWAPPED;
 /// Written pages with fewer pages between them are protected by one call: a call costs as much as a walk over so many.
 const GAP_PAGES_MAX: u64 = 1024;
-
-/// Pages that exist, but for the kernel's page of zeroes.
-const OWN: Query = Query {
-    write_protect: false,
-    inverted: category::PFNZERO,
-    all: category::PFNZERO,
-    any: POPULATED,
-    told: 0,
-    pages_max: 0,
-};
 
 /// Why tracking failed. After any of these nothing is known of what was written: every page is stale.
 #[derive(Debug, thiserror::Error)]
@@ -106,12 +91,11 @@ pub struct Tracker {
     /// Bound to the address space of the attach; reads nothing once that is gone.
     attached_pagemap: File,
     stopped: Duration,
-    guards_known: bool,
     maps_text: Vec<u8>,
     tracked: Vec<Tracked>,
     listing: Listing,
     guards: Guards,
-    regions: Vec<PageRegion>,
+    walker: Walker,
 }
 
 impl Tracker {
@@ -123,7 +107,7 @@ impl Tracker {
             _ => AttachError::io(pid, "opening a pidfd", e),
         })?;
         let begun = begin(pid, pidfd.as_fd());
-        let (injected, attached_pagemap, guards_known) =
+        let (injected, attached_pagemap, walker) =
             begun.map_err(|e| inject::or_gone(e, pid, pidfd.as_fd()))?;
         Ok(Self {
             pid,
@@ -131,12 +115,11 @@ impl Tracker {
             uffd: injected.uffd,
             attached_pagemap,
             stopped: injected.stopped,
-            guards_known,
             maps_text: Vec::new(),
             tracked: Vec::new(),
             listing: Listing::default(),
             guards: Guards::default(),
-            regions: vec![PageRegion::default(); REGIONS],
+            walker,
         })
     }
 
@@ -192,7 +175,7 @@ impl Tracker {
         let swapped = Query { all: category::SWAPPED, ..Query::default() };
         let mut markers = Vec::new();
         for range in runs(&self.tracked, |t| t.mapping.kind == MappingKind::PrivateFile) {
-            self.scan(&pagemap, range, self.readable(swapped), &mut markers)?;
+            self.scan(&pagemap, range, self.walker.readable(swapped), &mut markers)?;
         }
         self.remove(&markers);
         out.append(&mut markers);
@@ -229,7 +212,7 @@ impl Tracker {
     /// The guard regions that the last [`take_dirty`](Self::take_dirty) met; `None` if the kernel does not tell them. They
     /// hold for as long as the process stands still since before it.
     pub fn guards(&self) -> Option<&Guards> {
-        self.guards_known.then_some(&self.guards)
+        (self.walker.guard() != 0).then_some(&self.guards)
     }
 
     /// All pages of private memory that exist now, as of the mappings of the last pass or registration.
@@ -238,7 +221,7 @@ impl Tracker {
         let pagemap = self.pagemap()?;
         let populated = Query { any: POPULATED, ..Query::default() };
         for range in runs(&self.tracked, |t| t.mapping.is_private()) {
-            self.scan(&pagemap, range, self.readable(populated), out)?;
+            self.scan(&pagemap, range, self.walker.readable(populated), out)?;
         }
         self.push_vdso(out);
         extents::normalize(out);
@@ -250,7 +233,7 @@ impl Tracker {
         let query = Query {
             inverted: category::PRESENT,
             any: category::PRESENT | category::WRITTEN,
-            told: POPULATED | category::WRITTEN | self.guard(),
+            told: POPULATED | category::WRITTEN | self.walker.guard(),
             ..Query::default()
         };
         let mut found = Found::default();
@@ -285,7 +268,7 @@ impl Tracker {
         };
         let mut listed = Vec::new();
         for span in spans(found) {
-            self.walk(pagemap, span, self.readable(written), |run| {
+            self.walk(pagemap, span, self.walker.readable(written), |run| {
                 extents::push(out, run.start, run.end);
                 if run.categories & category::PFNZERO == 0 {
                     extents::push(&mut listed, run.start, run.end);
@@ -305,7 +288,7 @@ impl Tracker {
         for at in 0..self.tracked.len() {
             if is_new(&self.tracked[at]) {
                 let (mapping, mut pages) = (self.tracked[at].mapping.extent, Vec::new());
-                self.scan(pagemap, mapping, self.readable(OWN), &mut pages)?;
+                self.scan(pagemap, mapping, self.walker.readable(OWN), &mut pages)?;
                 self.listing.begin(mapping, &pages);
                 self.tracked[at].listed = true;
             }
@@ -321,7 +304,7 @@ impl Tracker {
         let populated = Query { any: POPULATED, ..Query::default() };
         let untracked = |t: &Tracked| t.mapping.is_private() && !t.registered;
         for tracked in self.tracked.clone().iter().filter(|t| untracked(t)) {
-            self.scan(pagemap, tracked.mapping.extent, self.readable(populated), out)?;
+            self.scan(pagemap, tracked.mapping.extent, self.walker.readable(populated), out)?;
         }
         Ok(())
     }
@@ -343,136 +326,12 @@ impl Tracker {
 
     /// The page map of the process' address space of now, which an exec since the attach makes another.
     fn pagemap(&self) -> Result<File, TrackError> {
-        let pagemap = open_pagemap(self.pid).map_err(|e| self.failed("opening /proc/PID/pagemap", e))?;
+        let pagemap = pagemap::open(self.pid).map_err(|e| self.failed("opening /proc/PID/pagemap", e))?;
         // Checked after the open: the pid cannot have been another's then.
         if sys::has_exited(self.pidfd.as_fd()) { Err(TrackError::Gone(self.pid)) } else { Ok(pagemap) }
     }
 
-    /// Brings `tracked` up to date and registers what is not.
-    fn register_all(&mut self, pagemap: &File) -> Result<Pass, TrackError> {
-        let mut pass = Pass { registered: self.read_maps(pagemap)?, untracked: 0 };
-        for round in 0..=REGISTER_ROUNDS_MAX {
-            // Right before a registration, behind which it cannot be told what was not registered.
-            let stray = self.unregistered(pagemap)?;
-            let is_stray =
-                |t: &Tracked| t.registered && !extents::intersect(&[t.mapping.extent], &stray).is_empty();
-            let mut found = 0;
-            for tracked in self.tracked.iter_mut().filter(|t| is_stray(t)) {
-                (tracked.registered, tracked.listed) = (false, false);
-                found += 1;
-            }
-            pass.untracked = self.tracked.iter().filter(|t| t.mapping.is_private() && !t.registered).count();
-            if pass.untracked == 0 || round > 0 && found == 0 {
-                return Ok(pass);
-            }
-            pass.registered += found;
-            // Those refused before may be free now; they are few.
-            self.register_pending()?;
-        }
-        // The kernel says that it registers, and the page map that it is not so: not the same memory.
-        Err(TrackError::Replaced(self.pid))
-    }
-
-    /// Reads `/proc/PID/maps`; gives the number of new private mappings.
-    fn read_maps(&mut self, pagemap: &File) -> Result<usize, TrackError> {
-        let text = fs::read(format!("/proc/{}/maps", self.pid))
-            .map_err(|e| self.failed("reading /proc/PID/maps", e))?;
-        if text == self.maps_text {
-            return Ok(0);
-        }
-        let registered: Vec<Extent> =
-            self.tracked.iter().filter(|t| t.registered).map(|t| t.mapping.extent).collect();
-        let mut old = self.tracked.iter().peekable();
-        let mut new = 0;
-        let mut tracked = Vec::new();
-        for mapping in maps::parse(&text)? {
-            while old.next_if(|t| t.mapping.extent.start < mapping.extent.start).is_some() {}
-            let same = old.peek().filter(|t| t.mapping.is_same(mapping) && t.registered);
-            let listed = same.is_some_and(|t| t.listed);
-            let registered = same.is_some()
-                || mapping.is_private() && self.has_changed(mapping.extent, &registered, pagemap)?;
-            new += usize::from(!registered && mapping.is_private());
-            tracked.push(Tracked { mapping, registered, listed });
-        }
-        self.tracked = tracked;
-        self.maps_text = text;
-        Ok(new)
-    }
-
-    /// Whether a mapping is one of the registered that has grown or shrunk: then the kernel says of each of its pages that
-    /// it is registered.
-    fn has_changed(&self, extent: Extent, registered: &[Extent], pagemap: &File) -> Result<bool, TrackError> {
-        let behind = registered.partition_point(|other| other.end() <= extent.start);
-        if registered.get(behind).is_none_or(|other| other.start >= extent.end()) {
-            return Ok(false);
-        }
-        let any_page = Query { all: category::WP_ALLOWED, any: POPULATED, pages_max: 1, ..Query::default() };
-        let one = &mut [PageRegion::default()];
-        let scanned = sys::pagemap_scan(pagemap, extent.start, extent.end(), any_page, one);
-        scanned.map(|found| found > 0).map_err(|e| self.failed("scanning the page map", e))
-    }
-
-    /// Registers all private mappings that are not: all between two that are not private in one call, one by one if that
-    /// fails. Of what was not registered no page counts as unwritten.
-    ///
-    /// The kernel splits a mapping at the end of what is registered, and the process, which runs, may have made a larger
-    /// one in the place of one that was listed. Then its `mremap` of that fails (EFAULT) until the rest is registered
-    /// too. So a call reaches over holes and over what is registered already, to where nothing private was.
-    ///
-    /// A page may bear the mark of a protection that did not hold: when `mremap` joins a mapping to its neighbour, the
-    /// kernel takes both off our list (copy_vma, then mremap_userfaultfd_prep, seen on Linux 6.18) and leaves the
-    /// neighbour's marks, and takes them for true when it is registered again, whatever was written meanwhile. So the
-    /// marks are taken away.
-    fn register_pending(&mut self) -> Result<(), TrackError> {
-        let uffd = self.uffd.as_fd();
-        let mut start = self.tracked.first().map_or(0, |first| first.mapping.extent.start);
-        let listed_end = self.tracked.last().map_or(0, |last| last.mapping.extent.end());
-        let mut at = 0;
-        while at < self.tracked.len() {
-            let len = self.tracked[at..].iter().take_while(|t| t.mapping.is_private()).count();
-            let run = at..at + len;
-            let other = self.tracked.get(run.end).map(|other| other.mapping.extent);
-            let end = other.map_or(listed_end, |other| other.start);
-            if self.tracked[run.clone()].iter().any(|t| !t.registered) {
-                let whole = Extent { start, pages: (end - start) / PAGE_SIZE };
-                let all = sys::uffd_register(uffd, whole).is_ok();
-                for tracked in self.tracked[run.clone()].iter_mut().filter(|t| !t.registered) {
-                    let extent = tracked.mapping.extent;
-                    tracked.registered = (all || sys::uffd_register(uffd, extent).is_ok())
-                        && sys::uffd_unprotect(uffd, extent).is_ok();
-                }
-                if !all && !self.attached_memory_lives() {
-                    return Err(TrackError::Replaced(self.pid));
-                }
-            }
-            (at, start) = (run.end + 1, other.map_or(end, |other| other.end()));
-        }
-        Ok(())
-    }
-
-    /// Whether the address space of the attach is still in use.
-    fn attached_memory_lives(&self) -> bool {
-        let mut entry = [0; 8];
-        self.attached_pagemap.read_at(&mut entry, 0).is_ok_and(|read| read == entry.len())
-    }
-
-    /// Populated pages that are not registered, between shared mappings.
-    fn unregistered(&mut self, pagemap: &File) -> Result<Vec<Extent>, TrackError> {
-        let query = Query {
-            write_protect: false,
-            inverted: category::WP_ALLOWED,
-            all: category::WP_ALLOWED,
-            any: POPULATED,
-            ..Query::default()
-        };
-        let mut stray = Vec::new();
-        for range in runs(&self.tracked, is_tracked) {
-            self.scan(pagemap, range, query, &mut stray)?;
-        }
-        Ok(stray)
-    }
-
-    /// Runs a query over a range to its end; adds what matches to `out`.
+    /// Adds what matches in a range to `out`.
     fn scan(
         &mut self,
         pagemap: &File,
@@ -483,35 +342,15 @@ impl Tracker {
         self.walk(pagemap, range, query, |run| extents::push(out, run.start, run.end))
     }
 
-    /// Runs a query over a range to its end.
     fn walk(
         &mut self,
         pagemap: &File,
         range: Extent,
         query: Query,
-        mut each: impl FnMut(&PageRegion),
+        each: impl FnMut(&PageRegion),
     ) -> Result<(), TrackError> {
-        let mut from = range.start;
-        loop {
-            let filled = sys::pagemap_scan(pagemap, from, range.end(), query, &mut self.regions)
-                .map_err(|e| self.failed("scanning the page map", e))?;
-            self.regions[..filled].iter().for_each(&mut each);
-            if filled < self.regions.len() {
-                return Ok(());
-            }
-            from = self.regions[filled - 1].end;
-        }
-    }
-
-    /// The query without pages of guard regions, which hold nothing.
-    fn readable(&self, query: Query) -> Query {
-        let guard = self.guard();
-        Query { inverted: query.inverted | guard, all: query.all | guard, ..query }
-    }
-
-    /// The category of guard regions, if this kernel has it.
-    fn guard(&self) -> u64 {
-        if self.guards_known { category::GUARD } else { 0 }
+        let walked = self.walker.walk(pagemap, range, query, each);
+        walked.map_err(|e| self.failed("scanning the page map", e))
     }
 
     fn failed(&self, what: &'static str, source: io::Error) -> TrackError {
@@ -525,34 +364,8 @@ impl Tracker {
     }
 }
 
-/// The pages that a mapping of a process has, but for the kernel's page of zeroes, if no tracker [lists](Tracker::listed)
-/// them.
-pub fn pages_of(pid: i32, mapping: Extent) -> io::Result<Vec<Extent>> {
-    let pagemap = open_pagemap(pid)?;
-    let guard = category::GUARD;
-    let known = Query { inverted: OWN.inverted | guard, all: OWN.all | guard, ..OWN };
-    let mut regions = vec![PageRegion::default(); REGIONS];
-    let mut pages = Vec::new();
-    let (mut query, mut from) = (known, mapping.start);
-    loop {
-        let filled = match sys::pagemap_scan(&pagemap, from, mapping.end(), query, &mut regions) {
-            // A kernel without guard regions in its page map.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && query.all != OWN.all => {
-                query = OWN;
-                continue;
-            }
-            filled => filled?,
-        };
-        regions[..filled].iter().for_each(|run| extents::push(&mut pages, run.start, run.end));
-        if filled < regions.len() {
-            return Ok(pages);
-        }
-        from = regions[filled - 1].end;
-    }
-}
-
-/// Everything of an attach that can fail: the descriptor, the page map, and whether guard regions are known.
-fn begin(pid: i32, pidfd: BorrowedFd<'_>) -> Result<(Injected, File, bool), AttachError> {
+/// Everything of an attach that can fail: the descriptor, the page map, and what the kernel tells by it.
+fn begin(pid: i32, pidfd: BorrowedFd<'_>) -> Result<(Injected, File, Walker), AttachError> {
     let injected = inject::userfaultfd_of(pid, pidfd)?;
     // The memory is gone if the process executes another program right now.
     let refused = |error: io::Error| match error.raw_os_error() {
@@ -560,18 +373,9 @@ fn begin(pid: i32, pidfd: BorrowedFd<'_>) -> Result<(Injected, File, bool), Atta
         _ => AttachError::KernelTooOld(error),
     };
     sys::uffd_enable(injected.uffd.as_fd()).map_err(refused)?;
-    let pagemap = open_pagemap(pid).map_err(|e| AttachError::io(pid, "opening /proc/PID/pagemap", e))?;
-    let probe = |all| {
-        let query = Query { all, ..Query::default() };
-        sys::pagemap_scan(&pagemap, 0, PAGE_SIZE, query, &mut [PageRegion::default()])
-    };
-    probe(category::PRESENT).map_err(refused)?;
-    let guards_known = probe(category::GUARD).is_ok();
-    Ok((injected, pagemap, guards_known))
-}
-
-fn open_pagemap(pid: i32) -> io::Result<File> {
-    File::open(format!("/proc/{pid}/pagemap"))
+    let pagemap = pagemap::open(pid).map_err(|e| AttachError::io(pid, "opening /proc/PID/pagemap", e))?;
+    let walker = Walker::new(&pagemap).map_err(refused)?;
+    Ok((injected, pagemap, walker))
 }
 
 /// Whether a pass looks for what was written in a mapping.

@@ -1,10 +1,6 @@
 //! One channel to one peer: requests with replies, and datagrams. Either end may ask.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{net::SocketAddr, time::Duration};
 
 use quinn::{ConnectionError, RecvStream, SendDatagramError, SendStream};
 use tokio::{
@@ -13,7 +9,7 @@ use tokio::{
 };
 
 use super::{
-    Channel, CloseCode, PeerName, Shipment, ShippingRate,
+    Channel, CloseCode, PeerName,
     stream::{self, MessageError},
     tuning,
 };
@@ -32,7 +28,6 @@ pub struct Connection {
     peer: PeerName,
     channel: Channel,
     thread: Handle,
-    shipping: Arc<Mutex<ShippingRate>>,
 }
 
 /// Why a request has no reply. Whether the peer acted on it is then unknown.
@@ -90,7 +85,7 @@ pub enum DatagramError {
 
 impl Connection {
     pub(super) fn new(inner: quinn::Connection, peer: PeerName, channel: Channel, thread: Handle) -> Self {
-        Self { inner, peer, channel, thread, shipping: Arc::default() }
+        Self { inner, peer, channel, thread }
     }
 
     /// The other end.
@@ -106,15 +101,6 @@ impl Connection {
     /// Where QUIC drives it. What sends or takes epochs belongs there too: it is much work, and nothing else waits for it.
     pub fn thread(&self) -> &Handle {
         &self.thread
-    }
-
-    /// How fast the last epochs were shipped on it.
-    pub fn shipping(&self) -> ShippingRate {
-        *self.shipping.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn shipped(&self, shipment: Shipment) {
-        self.shipping.lock().unwrap_or_else(PoisonError::into_inner).record(shipment);
     }
 
     /// The address that the peer is seen at.

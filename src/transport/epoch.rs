@@ -15,14 +15,14 @@
 //!   All streams of a connection share that window: an epoch that is not read holds up the others, so
 //!   workloads that must not wait for each other have a bulk connection each.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::{ConnectionError, ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 use tokio::time::timeout;
 
 use super::{
-    CloseCode, Connection, PeerName, Shipment,
+    CloseCode, Connection, PeerName,
     stream::{self, MessageError},
 };
 use crate::wire::{
@@ -136,9 +136,7 @@ impl Connection {
         let lost = |source| SendEpochError::Lost { peer: self.peer().clone(), source };
         let (send, recv) = self.open_bi().await.map_err(lost)?;
         let (peer, writer) = (self.peer().clone(), EpochWriter::new());
-        let connection = self.clone();
-        let sending = Duration::ZERO;
-        Ok(EpochSender { connection, peer, send, recv, writer, state: Sending::Ready, sending })
+        Ok(EpochSender { peer, send, recv, writer, state: Sending::Ready })
     }
 
     /// Waits for the peer's next epoch.
@@ -163,14 +161,11 @@ enum Sending {
 /// Sends one epoch.
 #[derive(Debug)]
 pub struct EpochSender {
-    connection: Connection,
     peer: PeerName,
     send: SendStream,
     recv: RecvStream,
     writer: EpochWriter,
     state: Sending,
-    /// Time spent in `frame` so far.
-    sending: Duration,
 }
 
 impl EpochSender {
@@ -178,19 +173,17 @@ impl EpochSender {
     /// [`EpochSender::finish`] alone. After an error, or if the call is dropped half-way, the epoch is lost.
     pub async fn frame(&mut self, head: &FrameHead, body: impl Into<Bytes>) -> Result<(), SendEpochError> {
         self.begin_write()?;
-        let (body, began) = (body.into(), Instant::now());
+        let body = body.into();
         let prefix = self.writer.frame(head, &body)?;
         self.write(prefix.into()).await?;
         self.write(body).await?;
-        self.sending += began.elapsed();
         self.state = Sending::Ready;
         Ok(())
     }
 
-    /// Sends the epoch's end and waits for the peer's answer. If that is a commit, [`Connection::shipping`] knows of it.
+    /// Sends the epoch's end and waits for the peer's answer.
     pub async fn finish(mut self, within: Duration) -> Result<EpochAnswer, SendEpochError> {
         self.begin_write()?;
-        let asked = Instant::now();
         let end = self.writer.end()?;
         match self.write(end.into()).await {
             Err(SendEpochError::Answered { answer, .. }) => return Ok(*answer),
@@ -199,12 +192,7 @@ impl EpochSender {
         let ended = self.send.finish().map_err(|_| WriteError::ClosedStream);
         ended.map_err(|source| SendEpochError::Write { peer: self.peer.clone(), source })?;
         self.state = Sending::Ended;
-        let answer = self.read_answer(within).await?;
-        if let EpochAnswer::Committed { .. } = answer {
-            let (bytes, sending) = (self.writer.bytes(), self.sending);
-            self.connection.shipped(Shipment { bytes, sending, answering: asked.elapsed() });
-        }
-        Ok(answer)
+        self.read_answer(within).await
     }
 
     /// Bytes handed to QUIC so far.

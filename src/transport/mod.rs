@@ -12,7 +12,6 @@
 //! - [`endpoint`]: the UDP port; connects and accepts.
 //! - [`connection`]: requests, replies and datagrams of a channel.
 //! - [`epoch`]: an epoch as a stream.
-//! - [`rate`]: how fast epochs are shipped.
 //! - [`pairing`]: how two hosts come to trust each other by a code that a person types.
 //!
 //! Invariants:
@@ -40,7 +39,6 @@ pub mod epoch;
 pub mod identity;
 pub mod pairing;
 pub mod peers;
-pub mod rate;
 
 pub use connection::{Connection, Responder};
 pub use endpoint::Endpoint;
@@ -49,7 +47,6 @@ pub use identity::{Fingerprint, Identity};
 pub use lane::{block_in_place, prompt_runtime};
 pub use peers::{Peer, PeerName, Peers};
 pub use private_file::PrivateFileError;
-pub use rate::{Shipment, ShippingRate};
 pub use stream::MessageError;
 pub use tls::TlsError;
 

@@ -55,18 +55,6 @@ fn memory_that_is_written_faster_than_it_is_read_still_gets_its_epoch() {
     }
 }
 
-/// A read past the page cache takes hold of its pages, and the data comes later: behind a pass over the running program,
-/// which protects the pages without holding the device up.
-#[test]
-fn what_a_device_writes_behind_a_pass_is_not_lost() {
-    let mut primary = Primary::start("direct", Tracking::WriteProtect);
-    if primary.home.log().contains("without O_DIRECT") {
-        println!("{}", primary.home.log());
-        return;
-    }
-    (0..20).for_each(|_| assert!(primary.true_epoch(false).count() > 4096));
-}
-
 /// Begins to look for the peak of this process' memory; returns what it has now.
 fn peak_anew() -> u64 {
     fs::write("/proc/self/clear_refs", "5").unwrap();

@@ -63,9 +63,9 @@ impl Mapping {
     }
 
     /// Makes them places for pages again.
-    pub(crate) fn unguard(&self, page: usize, pages: usize) {
+    pub(crate) fn unguard(&self, page: usize, pages: usize) -> bool {
         const MADV_GUARD_REMOVE: i32 = 103;
-        self.advise(page, pages, MADV_GUARD_REMOVE);
+        self.advise(page, pages, MADV_GUARD_REMOVE)
     }
 
     fn advise(&self, page: usize, pages: usize, advice: i32) -> bool {
@@ -109,6 +109,12 @@ impl Mapping {
         let at = self.word(page, 0);
         // SAFETY: a page of the mapping.
         unsafe { libc::mprotect(at.cast(), PAGE, access) };
+    }
+
+    pub(crate) fn protect_all(&self, access: i32) {
+        // SAFETY: all of the mapping.
+        let done = unsafe { libc::mprotect(self.start.cast(), self.pages * PAGE, access) };
+        assert_eq!(done, 0);
     }
 
     /// Grows or shrinks it, perhaps elsewhere.

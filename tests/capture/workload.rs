@@ -31,11 +31,6 @@ pub(crate) const REFUSED: &str = "refused";
 pub(crate) const HOT_PAGES: usize = 8 << 10;
 pub(crate) const IDLE_PAGES: usize = 32 << 10;
 
-/// Threads of the role `direct`, the pages that each read brings, and the parts of the file that are read.
-const DIRECT_READERS: usize = 8;
-const DIRECT_PAGES: usize = 512;
-const DIRECT_PARTS: usize = 5;
-
 const PAGES: usize = 512;
 const SHARED_PAGES: usize = 64;
 const CHILDREN_MAX: usize = 4;
@@ -60,7 +55,6 @@ fn the_workload() {
         Ok("churn") => Churn::new().run(),
         Ok("leaf") => leaf(),
         Ok("hot") => hot(),
-        Ok("direct") => direct(),
         Ok(role) => {
             traps::run(role);
             answers::run(role);
@@ -292,34 +286,4 @@ fn hot() {
             println!("tick {round}");
         }
     }
-}
-
-/// Threads that each read one part of a file after another to the same memory, past the page cache: the device writes it.
-/// And then they rest, so that nothing else writes there.
-fn direct() {
-    use std::os::unix::fs::OpenOptionsExt;
-    let path = PathBuf::from(std::env::var_os(DIR).unwrap()).join("parts");
-    let mut file = File::create(&path).unwrap();
-    (0..DIRECT_PARTS * DIRECT_PAGES)
-        .for_each(|page| file.write_all(&[(page / DIRECT_PAGES) as u8 + 1; 4096]).unwrap());
-    file.sync_all().unwrap();
-    let Ok(file) = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path) else {
-        println!("tick 1 of a file system without O_DIRECT");
-        return;
-    };
-    thread::scope(|scope| {
-        for reader in 0..DIRECT_READERS {
-            let file = &file;
-            scope.spawn(move || {
-                let memory = Mapping::private(DIRECT_PAGES);
-                for round in 1_usize.. {
-                    memory.read_from(file, (reader + round) % DIRECT_PARTS * DIRECT_PAGES * 4096);
-                    if reader == 0 {
-                        println!("tick {round}");
-                    }
-                    thread::sleep(STEP * (8 + reader as u32));
-                }
-            });
-        }
-    });
 }

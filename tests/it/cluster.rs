@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    lab::{Host, Lab, STANDIN},
+    lab::{Host, Lab, STANDIN, work_cgroup},
     redis::{Counter, Redis, VIP, inside},
 };
 
@@ -211,9 +211,12 @@ impl Cluster {
     /// Whether (1) or not (0) a host has a redis that is not frozen.
     pub(crate) fn running_copies(&self, host: Host) -> usize {
         // A CRIU that waits there for its order is no copy.
-        let script = "cd /sys/fs/cgroup/standin/redis/work 2>/dev/null && grep -q 'frozen 0' cgroup.events && \
-             for p in $(cat cgroup.procs); do cat /proc/$p/comm; done | grep -q redis && echo 1 || echo 0";
-        self.lab.ok(host, &["sh", "-c", script]).trim().parse().expect("a number")
+        let script = format!(
+            "cd {} 2>/dev/null && grep -q 'frozen 0' cgroup.events && \
+             for p in $(cat cgroup.procs); do cat /proc/$p/comm; done | grep -q redis && echo 1 || echo 0",
+            work_cgroup("redis")
+        );
+        self.lab.ok(host, &["sh", "-c", &script]).trim().parse().expect("a number")
     }
 
     /// The kinds of event in a workload's history, oldest first.

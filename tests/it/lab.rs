@@ -17,6 +17,12 @@ pub(crate) const STANDIN: &str = env!("CARGO_BIN_EXE_standin");
 /// How much of a test's hint goes into the lab's name, which may have 40 characters in all.
 const HINT_CHARS_MAX: usize = 16;
 
+/// The cgroup of a workload's processes on any host: the lab gives each host a hierarchy of version 2 at this place, whatever
+/// the machine has.
+pub(crate) fn work_cgroup(workload: &str) -> String {
+    format!("/sys/fs/cgroup/standin/{workload}/work")
+}
+
 /// A machine of the lab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Host {

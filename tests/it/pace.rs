@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{
     cluster::{Cluster, wait_for},
-    lab::Host,
+    lab::{Host, work_cgroup},
 };
 
 /// A lease that outlives a link whose queue is full.
@@ -88,8 +88,7 @@ impl Writer {
     }
 
     fn is_frozen(&self) -> bool {
-        let events = "/sys/fs/cgroup/standin/writer/work/cgroup.events";
-        let script = format!("grep -q 'frozen 1' {events}");
+        let script = format!("grep -q 'frozen 1' {}/cgroup.events", work_cgroup("writer"));
         self.cluster.lab.on(Host::A, &["sh", "-c", &script]).status.success()
     }
 }

@@ -297,6 +297,31 @@ impl Program {
                     unsafe { libc::mremap(from as *mut libc::c_void, len * PAGE, len * PAGE, flags, behind) };
                 assert_eq!(moved, behind.cast());
             }
+            // rejoin NAME US PAGE VALUE: makes the mapping `new`, and after a while joins `b` to NAME and writes a page of it
+            "rejoin" => {
+                let fresh = map(1, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
+                write_page(fresh, 0, 1);
+                self.named.insert("new".into(), (fresh as usize, 1));
+                spin(Duration::from_nanos(number(2)));
+                self.on_memory("join", &["join", &name], number);
+                write_page(start, number(3) as usize, number(4));
+            }
+            // unjoin NAME: takes away what `rejoin` has made, and makes `b` anew
+            "unjoin" => {
+                for (at, len) in [
+                    (start.wrapping_add(held * PAGE), self.named["b"].1),
+                    (self.named["new"].0 as *mut u8, 1),
+                ] {
+                    // SAFETY: as above.
+                    assert_eq!(unsafe { libc::munmap(at.cast(), len * PAGE) }, 0);
+                }
+                let (at, len) = self.named["b"];
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+                let access = libc::PROT_READ | libc::PROT_WRITE;
+                // SAFETY: nothing is there.
+                let again = unsafe { libc::mmap(at as *mut libc::c_void, len * PAGE, access, flags, -1, 0) };
+                assert_eq!(again as usize, at);
+            }
             "guard" => {
                 const MADV_GUARD_INSTALL: i32 = 102;
                 // SAFETY: as above; it is not touched again.

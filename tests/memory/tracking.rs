@@ -172,6 +172,48 @@ fn a_mapping_that_another_is_moved_up_to_is_followed() {
     frozen_pass(&target, &mut tracker, &mut replica);
 }
 
+/// The same while a pass is about to register another mapping: between its look at what is registered and the
+/// registration, which takes in what lost its own meanwhile, marks and all.
+#[test]
+fn a_mapping_that_another_is_moved_up_to_during_a_pass_is_followed() {
+    const ROUNDS: u64 = 1500;
+    let prepare = ["anon b 4", "shared s 1", "anon a 32", "shrink a 16", "fill a 1"];
+    let (mut target, mut tracker, _, at) = followed(&prepare);
+    let memory = File::open(format!("/proc/{}/mem", target.pid())).unwrap();
+    let (mut dirty, mut seen, mut lost) = (Vec::new(), 0, Vec::new());
+    for round in 0..ROUNDS {
+        // All is registered, and protected.
+        tracker.take_dirty(&mut dirty).unwrap();
+        tracker.take_dirty(&mut dirty).unwrap();
+        let page = at[2] + round % 16 * PAGE;
+        let read = || {
+            let mut word = [0; 8];
+            memory.read_exact_at(&mut word, page).unwrap();
+            u64::from_ne_bytes(word)
+        };
+        target.tell(&format!("rejoin a {} {} {}", round % 150 * 1000, round % 16, round + 1000));
+        let mut known = 0;
+        for _ in 0..8 {
+            tracker.take_dirty(&mut dirty).unwrap();
+            if holds(&dirty, page) {
+                known = read();
+            }
+        }
+        target.answer();
+        tracker.take_dirty(&mut dirty).unwrap();
+        if holds(&dirty, page) {
+            known = read();
+        }
+        seen += u64::from(known == round + 1000);
+        if known != read() {
+            lost.push(round);
+        }
+        target.ask("unjoin a");
+    }
+    println!("{seen} of {ROUNDS} seen");
+    assert!(lost.is_empty(), "{} of {ROUNDS} stores were not seen, of the rounds {lost:?}", lost.len());
+}
+
 /// A registration of what was listed splits what is there by now, and the kernel moves no mapping that is split.
 #[test]
 fn a_mapping_in_the_place_of_one_that_was_listed_can_be_moved() {
@@ -194,10 +236,14 @@ fn a_mapping_in_the_place_of_one_that_was_listed_can_be_moved() {
 #[test]
 fn a_page_that_nobody_may_read_is_read() {
     let (mut target, mut tracker, mut replica, _) = followed(&["anon a 700", "fill a 1"]);
-    target.ask("fill a 2");
-    target.ask("protect a 0");
-    let dirty = frozen_pass(&target, &mut tracker, &mut replica);
-    assert!(extents::pages(&dirty) >= 700);
+    // Not at all, and for writing alone.
+    for (value, access) in [(2, 0), (3, libc::PROT_WRITE)] {
+        target.ask(&format!("protect a {}", libc::PROT_READ | libc::PROT_WRITE));
+        target.ask(&format!("fill a {value}"));
+        target.ask(&format!("protect a {access}"));
+        let dirty = frozen_pass(&target, &mut tracker, &mut replica);
+        assert!(extents::pages(&dirty) >= 700);
+    }
 }
 
 #[test]

@@ -108,10 +108,27 @@ fn one_epoch(primary: &mut Primary, random: &mut Random, kill: bool, totals: &mu
             totals.refused += 1;
         }
         Err(CaptureError::Attach(AttachError::NotStopping { .. })) => totals.refused += 1,
-        Err(error) => panic!("an epoch failed: {error}"),
+        // The program may have ended because of what it found.
+        Err(error) => panic!("an epoch failed: {error}; {}", log_end(primary)),
     }
     assert!(totals.refused < 10 + totals.epochs, "most epochs are refused: {totals}");
     captured
+}
+
+/// What became of the program, and what it has said last.
+fn log_end(primary: &Primary) -> String {
+    const LINES: usize = 20;
+    let root = primary.home.sandbox.workload_pid();
+    let status = match &root {
+        Ok(Some((host, _))) => std::fs::read_to_string(format!("/proc/{host}/status")).unwrap_or_default(),
+        _ => String::new(),
+    };
+    let told = |line: &&str| line.starts_with("State:") || line.starts_with("TracerPid:");
+    let log = primary.home.log();
+    let mut end: Vec<_> = log.lines().rev().take(LINES).collect();
+    end.extend(status.lines().filter(told));
+    end.reverse();
+    format!("its root is {root:?}\n{}", end.join("\n"))
 }
 
 /// An epoch whose link breaks.

@@ -191,6 +191,4 @@ async fn an_epoch_arrives_whole_over_a_link_that_loses_packets() {
     };
     let (answer, ()) = soon(Box::pin(async { tokio::join!(send, receive) })).await;
     assert_eq!(answer, EpochAnswer::Committed { id: ID, busy_us: 0 });
-    assert!(from.shipping().bytes_per_s().is_some_and(|rate| rate > 0.0));
-    assert!(from.shipping().time_for(16 << 20).is_some());
 }
