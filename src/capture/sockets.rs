@@ -1,10 +1,11 @@
 //! Which protocols the sockets of a frozen tree have, so that the bridge need not ask the kernel for those of others
 //! (`bridge/lists.c`).
 //!
-//! CRIU looks up only sockets that are among the descriptors of the tree's tasks, or mapped by them. So a protocol that
-//! none of those has may be left out of what it is told; in doubt all are asked for.
+//! CRIU looks up only sockets that are among the descriptors of the tree's tasks, or mapped by them, or on their way
+//! between two of them. So a protocol that none of those has may be left out of what it is told; in doubt all are asked
+//! for.
 
-use std::{ffi::CString, fs, io, os::unix::ffi::OsStrExt as _};
+use std::{ffi::CString, fs, io, os::unix::ffi::OsStrExt as _, path::Path};
 
 use super::sys;
 use crate::memory::Task;
@@ -44,8 +45,12 @@ fn protocols_of_task(pid: i32, left: &mut usize) -> io::Result<u32> {
         *left -= 1;
         let path = entry?.path();
         if fs::read_link(&path)?.as_os_str().as_bytes().starts_with(b"socket:") {
-            let path = CString::new(path.into_os_string().as_encoded_bytes()).map_err(io::Error::other)?;
-            bits |= bits_of(&sys::socket_protocol(&path)?);
+            let link = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)?;
+            let its = bits_of(&sys::socket_protocol(&link)?);
+            if its == bit::UNIX && carries_descriptors(&path) {
+                return Ok(bit::ALL);
+            }
+            bits |= its;
         }
     }
     Ok(bits)
@@ -64,6 +69,16 @@ fn bits_of(protocol: &str) -> u32 {
         "NETLINK" => bit::NETLINK,
         _ => bit::ALL,
     }
+}
+
+/// Whether descriptors wait in a Unix socket to be received: CRIU dumps those too, and they may be any.
+fn carries_descriptors(link: &Path) -> bool {
+    let Some((task, number)) = link.parent().and_then(Path::parent).zip(link.file_name()) else {
+        return true;
+    };
+    // Since Linux 5.13 (unix_show_fdinfo); a kernel that does not tell may have some.
+    let told = fs::read_to_string(task.join("fdinfo").join(number)).unwrap_or_default();
+    told.lines().find_map(|line| line.strip_prefix("scm_fds:")).is_none_or(|count| count.trim() != "0")
 }
 
 /// Whether a list of mappings has one of a socket, which may have no descriptor any more.
@@ -107,6 +122,22 @@ mod tests {
         assert_eq!(protocol(&UnixListener::bind(dir.path().join("socket")).unwrap()), bit::UNIX);
         assert_eq!(protocol(&UnixStream::pair().unwrap().0), bit::UNIX);
         assert_eq!(protocol(&UnixDatagram::unbound().unwrap()), bit::UNIX);
+    }
+
+    #[test]
+    fn a_descriptor_on_its_way_is_noticed() {
+        use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+
+        let (from, to) = UnixStream::pair().unwrap();
+        let carries = |socket: &UnixStream| {
+            carries_descriptors(Path::new(&format!("/proc/self/fd/{}", socket.as_raw_fd())))
+        };
+        assert!(!carries(&from) && !carries(&to));
+        let sent = [TcpListener::bind("127.0.0.1:0").unwrap().as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&sent)];
+        let (socket, flags) = (from.as_raw_fd(), MsgFlags::empty());
+        sendmsg::<UnixAddr>(socket, &[io::IoSlice::new(b"x")], &rights, flags, None).unwrap();
+        assert!(carries(&to));
     }
 
     #[test]
