@@ -32,7 +32,7 @@ const IS_GUARD: u64 = 1 << 16;
 /// They come after the last look at the running tree, in memory that is tracked and in memory that is not; some go again.
 #[test]
 fn the_guard_regions_of_an_image_are_those_of_the_frozen_tree() {
-    let mut primary = Primary::start("guarded", Tracking::WriteProtect);
+    let mut primary = Primary::start("guard-answers", Tracking::WriteProtect);
     let (dir, (pid, inner)) =
         (primary.home.dir.path().to_owned(), primary.home.sandbox.workload_pid().unwrap().unwrap());
     for round in 0..ROUNDS {
@@ -65,7 +65,7 @@ fn sockets_of_any_protocol_are_dumped() {
 /// The programs.
 pub(crate) fn run(role: &str) {
     match role {
-        "guarded" => guarded(),
+        "guard-answers" => guarded(),
         _ => {
             if let Some(kind) = role.strip_prefix("sockets-") {
                 let _held = sockets(kind).unwrap();
