@@ -5,12 +5,12 @@
 //!
 //! Two agents on two hosts of a lab (see `scripts/lab`), which share this machine's processors with redis and its client.
 //!
-//! **Throughput**: `redis-benchmark -t set` on random keys, in rounds; each round runs without protection and with it, at
-//! 1, 5 and 10 epochs a second, one after the other. `ops_ratio` is protected ÷ unprotected. Where redis and its client
-//! take all processors there are, most of it is what the agents take from them, both agents, here; two figures tell that
-//! apart. `busy_ratio`: unprotected, with as much processor time per epoch taken away by a program that does nothing else,
-//! in the same rhythm. `spare_ratio`: what redis does per second of *its own* processor time, protected ÷ unprotected,
-//! less `frozen_share`, in which it does nothing: what is left to it on a host that has processors to spare.
+//! **Throughput**: `redis-benchmark -t set` in rounds; each round runs without protection and with it, at 1, 5 and 10 epochs
+//! a second, one after the other. Two loads: `default`, the benchmark's own settings, and `everywhere`, random keys, which
+//! writes to nearly all memory between two epochs and is the worst there is. `ops_ratio` is protected ÷ unprotected. Redis
+//! and its client take all that two processors have, and so what the agents take, both of them, is missing: `busy_ratio`
+//! is unprotected, with as much processor time per epoch taken away by a program that does nothing else, in the same
+//! rhythm. `frozen_share` is what the freezes take by themselves.
 //!
 //! **Sustained**: continuous epochs of a process that writes a number of scattered pages per epoch.
 //!
@@ -57,6 +57,8 @@ use lab::Host;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const RATES: [u64; 3] = [1, 5, 10];
+/// Their names, and how many keys they write to at random; without a number `redis-benchmark` writes to one.
+const LOADS: [(&str, Option<&str>); 2] = [("default", None), ("everywhere", Some(KEYS))];
 const KEYS: &str = "200000";
 const VALUE_BYTES: &str = "100";
 /// Resident megabytes, pages written per epoch.
@@ -70,7 +72,7 @@ struct Plan {
     sustained: Duration,
 }
 
-const FULL: Plan = Plan { rounds: 7, requests: "200000", sustained: Duration::from_secs(10) };
+const FULL: Plan = Plan { rounds: 5, requests: "200000", sustained: Duration::from_secs(10) };
 const QUICK: Plan = Plan { rounds: 2, requests: "50000", sustained: Duration::from_secs(2) };
 
 fn main() -> Result<()> {
@@ -231,11 +233,11 @@ fn epochs(cluster: &Cluster, name: &str) -> Result<Vec<EpochFigures>> {
 
 #[derive(serde::Serialize)]
 struct Throughput {
+    load: &'static str,
     epochs_per_s: u64,
     epochs_per_s_seen: f64,
     ops_ratio: f64,
     busy_ratio: f64,
-    spare_ratio: f64,
     ops_per_s: f64,
     unprotected_ops_per_s: f64,
     #[serde(flatten)]
@@ -245,55 +247,75 @@ struct Throughput {
 fn throughput(plan: &Plan) -> Result<Vec<Throughput>> {
     let cluster = Cluster::with("overhead", &["--log", "warn"]);
     cluster.run_redis();
-    // The first run makes the keys that the others change.
-    benchmark(&cluster, plan)?;
+    // Makes the keys that are changed later.
+    benchmark(&cluster, plan, Some(KEYS))?;
+    let mut rows = Vec::new();
+    println!(
+        "\nload        epochs/s    seen  ops ratio  busy ratio  frozen share  dirty MB   cpu share   cpu ms/dirty MB   agents' MB"
+    );
+    for (load, keys) in LOADS {
+        rows.extend(throughput_of(&cluster, plan, load, keys)?);
+    }
+    Ok(rows)
+}
+
+fn throughput_of(
+    cluster: &Cluster,
+    plan: &Plan,
+    load: &'static str,
+    keys: Option<&str>,
+) -> Result<Vec<Throughput>> {
     let mut unprotected = Vec::new();
     let mut protected = RATES.map(|_| Vec::new());
     let mut busy = RATES.map(|_| Vec::new());
-    let mut costs = RATES.map(|_| Cost::default());
-    let mut seen = RATES.map(|_| 0.0);
+    let mut seen = RATES.map(|_| (0.0, Cost::default()));
     for _ in 0..plan.rounds {
-        unprotected.push(benchmark(&cluster, plan)?);
+        unprotected.push(benchmark(cluster, plan, keys)?);
         for (i, rate) in RATES.into_iter().enumerate() {
             let every = format!("{}ms", 1000 / rate);
             cluster.standin(Host::A, &["protect", "redis", "--to", "b", "--every", &every]);
             // The first sync is folded meanwhile.
             std::thread::sleep(Duration::from_millis(500));
-            let watch = Watch::begin(&cluster, "redis")?;
-            protected[i].push(benchmark(&cluster, plan)?);
-            (seen[i], costs[i]) = watch.end()?;
+            let watch = Watch::begin(cluster, "redis")?;
+            protected[i].push(benchmark(cluster, plan, keys)?);
+            seen[i] = watch.end()?;
             cluster.standin(Host::A, &["unprotect", "redis"]);
-            let burner = Burner::start(costs[i].cpu_ms_per_epoch, rate);
-            busy[i].push(benchmark(&cluster, plan)?);
+            let burner = Burner::start(seen[i].1.cpu_ms_per_epoch, rate);
+            busy[i].push(benchmark(cluster, plan, keys)?);
             drop(burner);
         }
     }
-    let unprotected = Pace::median(&unprotected);
-    println!("\nredis: {:.0} ops/s unprotected, medians of {} rounds", unprotected.per_s, plan.rounds);
-    println!(
-        "epochs/s    seen  ops ratio  busy ratio  spare ratio  frozen share  dirty MB   cpu share   \
-         cpu ms/dirty MB   agents' MB"
-    );
+    let unprotected = median(unprotected);
     let mut rows = Vec::new();
-    for (i, rate) in RATES.into_iter().enumerate() {
-        let (cost, protected) = (costs[i], Pace::median(&protected[i]));
+    for (i, (protected, busy)) in protected.into_iter().zip(busy).enumerate() {
+        let ops_per_s = median(protected);
+        let (epochs_per_s_seen, cost) = seen[i];
         let row = Throughput {
-            epochs_per_s: rate,
-            epochs_per_s_seen: seen[i],
-            ops_ratio: protected.per_s / unprotected.per_s,
-            busy_ratio: Pace::median(&busy[i]).per_s / unprotected.per_s,
-            spare_ratio: protected.per_cpu_s / unprotected.per_cpu_s * (1.0 - cost.frozen_share),
-            ops_per_s: protected.per_s,
-            unprotected_ops_per_s: unprotected.per_s,
+            load,
+            epochs_per_s: RATES[i],
+            epochs_per_s_seen,
+            ops_ratio: ops_per_s / unprotected,
+            busy_ratio: median(busy) / unprotected,
+            ops_per_s,
+            unprotected_ops_per_s: unprotected,
             cost,
         };
+        row.print();
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+impl Throughput {
+    fn print(&self) {
+        let cost = self.cost;
         println!(
-            "{rate:>8}  {:>6.1}  {:>9.3}  {:>10.3}  {:>11.3}  {:>10.1} %  {:>8.1}  {:>4.2} {:>4.2}  {:>8.1} {:>8.1}  \
-             {:>5.0} {:>6.0}",
-            row.epochs_per_s_seen,
-            row.ops_ratio,
-            row.busy_ratio,
-            row.spare_ratio,
+            "{:<10}  {:>8}  {:>6.1}  {:>9.3}  {:>10.3}  {:>10.1} %  {:>8.1}  {:>4.2} {:>4.2}  {:>8.1} {:>8.1}  {:>5.0} {:>6.0}",
+            self.load,
+            self.epochs_per_s,
+            self.epochs_per_s_seen,
+            self.ops_ratio,
+            self.busy_ratio,
             cost.frozen_share * 100.0,
             cost.dirty_mb_per_epoch,
             cost.primary.cpu_share,
@@ -303,48 +325,31 @@ fn throughput(plan: &Plan) -> Result<Vec<Throughput>> {
             cost.primary.pss_mb,
             cost.standby.pss_mb
         );
-        rows.push(row);
-    }
-    Ok(rows)
-}
-
-/// How fast redis is.
-#[derive(Clone, Copy)]
-struct Pace {
-    /// Requests a second.
-    per_s: f64,
-    /// Requests per second of its own processor time.
-    per_cpu_s: f64,
-}
-
-impl Pace {
-    /// Of each figure.
-    fn median(paces: &[Self]) -> Self {
-        let of = |figure: fn(&Self) -> f64| median(paces.iter().map(figure).collect());
-        Self { per_s: of(|pace| pace.per_s), per_cpu_s: of(|pace| pace.per_cpu_s) }
     }
 }
 
-/// By redis' own benchmark, beside it on host A, from where it is reached protected or not.
-fn benchmark(cluster: &Cluster, plan: &Plan) -> Result<Pace> {
-    let asked = ["-h", redis::VIP, "-t", "set", "-n", plan.requests, "-r", KEYS, "-d", VALUE_BYTES, "--csv"];
-    let mut args = vec!["redis-benchmark"];
-    args.extend(asked);
-    let before = redis_cpu_s(cluster)?;
+/// Requests a second, by redis' own benchmark; beside it on host A, from where it is reached protected or not.
+fn benchmark(cluster: &Cluster, plan: &Plan, keys: Option<&str>) -> Result<f64> {
+    let mut args = vec![
+        "redis-benchmark",
+        "-h",
+        redis::VIP,
+        "-t",
+        "set",
+        "-n",
+        plan.requests,
+        "-d",
+        VALUE_BYTES,
+        "--csv",
+    ];
+    if let Some(keys) = keys {
+        args.extend(["-r", keys]);
+    }
     let text = cluster.lab.ok(Host::A, &args);
-    let used = redis_cpu_s(cluster)? - before;
     let line = text.lines().find(|line| line.starts_with("\"SET\""));
     let line = line.ok_or("redis-benchmark says nothing of SET")?;
     let field = line.split(',').nth(1).ok_or("no requests per second")?;
-    let requests: f64 = plan.requests.parse()?;
-    Ok(Pace { per_s: field.trim_matches('"').parse()?, per_cpu_s: requests / used })
-}
-
-/// Processor time of redis so far, all threads.
-fn redis_cpu_s(cluster: &Cluster) -> Result<f64> {
-    let text = cluster.lab.ok(Host::A, &["sh", "-c", "cat /proc/$(pidof redis-server)/task/*/schedstat"]);
-    let ns = text.lines().map(|line| line.split(' ').next().unwrap_or_default().parse::<f64>());
-    Ok(ns.sum::<std::result::Result<f64, _>>()? / 1e9)
+    Ok(field.trim_matches('"').parse()?)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -272,7 +272,8 @@ EXPORT long recvmsg(int fd, struct msghdr *message, int flags)
 
 /* ---- memory ---- */
 
-#define MCL_CURRENT 1
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
 #define STACK_BYTES (128 * 1024)
 #define MSG_PEEK 2
 #define MSG_TRUNC 0x20
@@ -281,18 +282,52 @@ EXPORT long recvmsg(int fd, struct msghdr *message, int flags)
  * The first look at each page of memory is a fault, some 60 of them in a freeze. So what CRIU has of
  * memory is made present while it waits for its task, and once more when it is about to begin: it
  * asks for the size of a message first (recv_criu_msg() in cr-service.c), of the request and then of
- * the answer to "pre-dump". Locking does that, and is undone at once; where it is refused there are faults.
+ * the answer to "pre-dump". Where Linux cannot do that (before 5.14) there are faults. Libraries are
+ * left out, but for their data: CRIU uses little of their code, and all of it would take
+ * milliseconds (as mlockall does).
  */
 #define PREPARED_MAX 2
+
+/* A line of /proc/self/maps: "start-end rw-p offset device inode   path". */
+static void have_mapping_present(const char *line)
+{
+	u64 ends[2] = { 0, 0 };
+
+	for (int i = 0; i < 2; i++, line++)
+		for (; *line && *line != '-' && *line != ' '; line++)
+			ends[i] = ends[i] * 16 + (u64)(*line <= '9' ? *line - '0' : *line - 'a' + 10);
+	if (starts_with(line, "rw-p"))
+		sys3(SYS_MADVISE, ends[0], ends[1] - ends[0], MADV_POPULATE_WRITE);
+	else if (starts_with(line, "r-") && ends_with(line, "/criu"))
+		sys3(SYS_MADVISE, ends[0], ends[1] - ends[0], MADV_POPULATE_READ);
+}
 
 static void have_memory_present(void)
 {
 	volatile u8 stack[STACK_BYTES];
+	static char text[16 * 1024];
+	long fd, n, kept = 0;
 
 	for (u64 i = STACK_BYTES; i >= 4096; i -= 4096)
 		(void)(stack[i - 1] = 0);
-	sys3(SYS_MLOCKALL, MCL_CURRENT, 0, 0);
-	sys3(SYS_MUNLOCKALL, 0, 0, 0);
+	fd = sys4(SYS_OPENAT, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC, 0);
+	if (fd < 0)
+		return;
+	while ((n = sys3(SYS_READ, fd, text + kept, sizeof(text) - (u64)kept)) > 0) {
+		long line = 0;
+
+		n += kept;
+		for (long i = 0; i < n; i++) {
+			if (text[i] != '\n')
+				continue;
+			text[i] = 0;
+			have_mapping_present(text + line);
+			line = i + 1;
+		}
+		for (kept = 0; line < n; line++)
+			text[kept++] = text[line];
+	}
+	sys3(SYS_CLOSE, fd, 0, 0);
 }
 
 EXPORT long recv(int fd, void *buffer, u64 size, int flags)
