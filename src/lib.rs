@@ -41,8 +41,9 @@
 //! - **One runs.** Only [`ha`] decides who may run a workload; only its owner in [`agent`] acts on it; the guard in
 //!   [`workload`] enforces the lease without the agent.
 //! - **Only whole epochs.** [`store`] makes an epoch visible by one rename, after the whole was verified.
-//! - **No dirty page is lost.** The list of pages comes from CRIU, the content from [`memory`]; [`delta`] remembers what
-//!   the standby holds and forgets it at the first doubt.
+//! - **No dirty page is lost.** Which mappings an image must have comes from CRIU, which pages those have from CRIU or the
+//!   frozen tree's page map, the content from [`memory`]; [`delta`] remembers what the standby holds and forgets it at the
+//!   first doubt.
 //! - **The workload outlives us.** Nothing in [`capture`] ends a workload but the confirmed handoff.
 //! - **Nobody else.** Lengths from the network are capped in [`wire`]; both ends prove a pinned identity in [`transport`].
 //! - Data flows one way, in the order of the drawing; [`ha`], [`delta`] and [`wire`] do no IO.

@@ -152,7 +152,7 @@ static int clear_refs_fd = -1;
  * CRIU opens them relative to a descriptor of /proc/PID.
  *
  * Of "smaps" it reads a list of ours, if there is one: the same, as far as CRIU looks at it, made
- * without a walk over all pages (capture/maps.rs). Without one it reads the kernel's.
+ * without a walk over all pages (capture/lists.rs). Without one it reads the kernel's.
  *
  * "auxv" it reads when its parasite is out of the task and the task's registers are restored
  * (dump_one_task: compel_cure, then dump_task_mm). */

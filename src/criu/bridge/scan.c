@@ -64,7 +64,7 @@ static int is_anonymous(u64 pid, u64 start, u64 end)
 }
 
 /*
- * Mappings whose pages somebody else lists (capture/maps.rs): start and end of each, in the file of
+ * Mappings whose pages somebody else lists (capture/lists.rs): start and end of each, in the file of
  * the PID's number. Of such a one CRIU is told of the first page
  * alone, by which it lets that somebody know that it wants the mapping in the image. That saves the
  * kernel's walk over all its pages and CRIU's own.
