@@ -133,7 +133,8 @@ mod tests {
             carries_descriptors(Path::new(&format!("/proc/self/fd/{}", socket.as_raw_fd())))
         };
         assert!(!carries(&from) && !carries(&to));
-        let sent = [TcpListener::bind("127.0.0.1:0").unwrap().as_raw_fd()];
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let sent = [listener.as_raw_fd()];
         let rights = [ControlMessage::ScmRights(&sent)];
         let (socket, flags) = (from.as_raw_fd(), MsgFlags::empty());
         sendmsg::<UnixAddr>(socket, &[io::IoSlice::new(b"x")], &rights, flags, None).unwrap();
