@@ -38,4 +38,5 @@ pub use engine::{CaptureError, Captured, Capturer, Emit, Finish, Source};
 pub use files::FilesError;
 pub use frozen::FreezeParts;
 pub use images::{NOTE, Note};
+pub use sys::share_heaps;
 pub use tracking::{NoTracking, Tracking};

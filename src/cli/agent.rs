@@ -26,6 +26,7 @@ pub(super) fn main(args: Args) -> Outcome {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
+    crate::capture::share_heaps();
     let runtime = crate::transport::prompt_runtime().map_err(anyhow::Error::from)?;
     runtime
         .block_on(agent::main(config))
