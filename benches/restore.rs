@@ -46,7 +46,7 @@ use standin::{
     },
     model::{Epoch, EpochId, Extent, PAGE_SIZE, Space, Term},
     restore::{self, Ahead, Mode, Recency, Site},
-    store::{Durability, Staging, Store, View},
+    store::{Durability, Store, View},
     wire::message::FrameHead,
     workload::control::{Command, User},
 };
@@ -535,7 +535,7 @@ fn capture(place: &Home, install: &Install, ram: &Path, store: &Store, control: 
         control.wait(Word::Written, |written| written >= epoch)?;
         let base = (epoch > 1).then(|| id(epoch - 1));
         let mut staging = store.begin(id(epoch), base)?;
-        let mut emit = |head, body: Vec<u8>| stage(&mut staging, head, &body);
+        let mut emit = |head, body: Vec<u8>| staging.frame(head, &body).map_err(io::Error::other);
         let mut yes = || true;
         let mut conclude = |_: &_| true;
         let finish = if epoch == 3 {
@@ -551,17 +551,6 @@ fn capture(place: &Home, install: &Install, ram: &Path, store: &Store, control: 
         store.fold()?;
     }
     Ok(recency)
-}
-
-/// What a standby does with a frame.
-fn stage(staging: &mut Staging, head: FrameHead, body: &[u8]) -> io::Result<()> {
-    let staged = match head {
-        FrameHead::Pages(head) => staging.batch(&head, body),
-        FrameHead::Image { name, .. } => staging.image_file(&name, body),
-        FrameHead::Manifest(manifest) => staging.manifest(manifest),
-        FrameHead::File(_) | FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),
-    };
-    staged.map_err(io::Error::other)
 }
 
 /// Which of a task's pages may come late; the process has one thread.

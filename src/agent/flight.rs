@@ -8,7 +8,7 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc},
+    sync::{Arc, Mutex, mpsc as std_mpsc},
     time::{Duration, Instant},
 };
 
@@ -18,7 +18,7 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-use super::{links::Link, owner::Msg, session::SessionError, throttle::Brake};
+use super::{links::Link, owner::Msg, session::SessionError, standby::lock, throttle::Brake};
 use crate::{
     capture::{CaptureError, Captured, Capturer, Finish, pace::Cost},
     delta::LinkRate,
@@ -370,8 +370,4 @@ async fn ship(
         owner.send(Msg::FinalCommitted { id, verdict }).await.map_err(|_| SessionError::Ended)?;
     }
     Ok(Shipped { bytes, at, standby })
-}
-
-fn lock(waits: &Mutex<Waits>) -> std::sync::MutexGuard<'_, Waits> {
-    waits.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -63,7 +63,8 @@ struct Waiting {
     ordered: bool,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Also after a panic of whoever had it: what is behind these locks is whole at every step.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -387,19 +388,12 @@ fn stage_frames(
     })?;
     let mut note = None;
     while let Some((head, body)) = frames.blocking_recv() {
-        let staged = match head {
-            FrameHead::Pages(head) => staging.batch(&head, &body),
-            FrameHead::Image { name, .. } => {
-                if name == crate::capture::NOTE {
-                    note = serde_json::from_slice(&body).ok();
-                }
-                staging.image_file(&name, &body)
-            }
-            FrameHead::File(record) => staging.file_record(&record, &body),
-            FrameHead::Manifest(manifest) => staging.manifest(manifest),
-            FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),
-        };
-        staged.map_err(|error| stage_refusal(&error))?;
+        if let FrameHead::Image { name, .. } = &head
+            && name == crate::capture::NOTE
+        {
+            note = serde_json::from_slice(&body).ok();
+        }
+        staging.frame(head, &body).map_err(|error| stage_refusal(&error))?;
     }
     let note = note.ok_or_else(|| refused("the epoch has no note".into()))?;
     Ok(Received { staging, note })

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     delta::{DecodeError, Decoder},
     model::{EpochId, Extent, PAGE_SIZE, Space},
-    wire::message::{FileRecord, Manifest},
+    wire::message::{FileRecord, FrameHead, Manifest},
 };
 
 /// Most committed epochs that wait to be folded; one more makes `begin` fold first.
@@ -345,6 +345,17 @@ impl Staging {
         }
         self.staged.entry(space).or_default().insert(extent, source);
         Ok(())
+    }
+
+    /// Stages what a frame brings; its beginning and its end bring nothing.
+    pub fn frame(&mut self, head: FrameHead, body: &[u8]) -> Result<(), StageError> {
+        match head {
+            FrameHead::Pages(head) => self.batch(&head, body),
+            FrameHead::Image { name, .. } => self.image_file(&name, body),
+            FrameHead::File(record) => self.file_record(&record, body),
+            FrameHead::Manifest(manifest) => self.manifest(manifest),
+            FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),
+        }
     }
 
     /// Stages one of CRIU's small images; bytes for a name that was staged before are appended to it.

@@ -15,7 +15,7 @@ use standin::{
     criu::{Install, bridge::Bridge},
     memory::{AttachError, Vmas},
     model::{Epoch, EpochId, Name, Term},
-    store::{Durability, Staging, Store},
+    store::{Durability, Store},
     wire::message::FrameHead,
     workload::{
         sandbox::{Options, Sandbox},
@@ -158,7 +158,7 @@ impl Primary {
             if matches!(head, FrameHead::Begin { .. }) {
                 between();
             }
-            stage(&mut staging, head, &body)
+            staging.frame(head, &body).map_err(io::Error::other)
         });
         if captured.is_ok() {
             staging.commit().unwrap();
@@ -216,17 +216,6 @@ fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
         log_pipes: home.sandbox.log_pipes().unwrap(),
         trees: Vec::new(),
     }
-}
-
-/// What a standby does with a frame.
-fn stage(staging: &mut Staging, head: FrameHead, body: &[u8]) -> io::Result<()> {
-    let staged = match head {
-        FrameHead::Pages(head) => staging.batch(&head, body),
-        FrameHead::Image { name, .. } => staging.image_file(&name, body),
-        FrameHead::Manifest(manifest) => staging.manifest(manifest),
-        FrameHead::File(_) | FrameHead::Begin { .. } | FrameHead::End { .. } => Ok(()),
-    };
-    staged.map_err(io::Error::other)
 }
 
 pub(crate) fn await_true(what: &str, mut done: impl FnMut() -> bool) {

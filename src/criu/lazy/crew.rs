@@ -88,9 +88,9 @@ impl Crew {
     }
 
     /// Returns the task's number.
-    pub(super) fn add(&self, task: Task) -> usize {
+    pub(super) fn add(&self, task: Arc<Task>) -> usize {
         let mut tasks = self.tasks.write().unwrap_or_else(PoisonError::into_inner);
-        tasks.push(Arc::new(task));
+        tasks.push(task);
         tasks.len() - 1
     }
 

@@ -26,7 +26,7 @@
 //! (oom_score_adj), both ignore what asks a program to end, and a service manager must not end all of a service's
 //! processes at once (systemd: `KillMode=process`).
 //!
-//! The mark is a file that is written before the restore and names the epoch. The pager holds a lock on it (flock), and
+//! The mark is a file that is written before the restore and names the epoch. The pager holds a lock on it (fcntl), and
 //! removes it behind the last page: a mark that nobody locks is a restore that did not end.
 
 mod crew;

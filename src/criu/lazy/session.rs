@@ -164,11 +164,8 @@ impl Session<'_> {
             return Err(LazyError::Protocol(format!("more than {TASKS_MAX} tasks")));
         }
         self.summary.tasks += 1;
-        let number = self.crew.add(Task::new(pid, uffd, pending));
-        match self.crew.task(number) {
-            Some(task) => self.listen_to(Speaker::Task(number), &task.uffd),
-            None => Ok(()),
-        }
+        let task = Arc::new(Task::new(pid, uffd, pending));
+        self.listen_to(Speaker::Task(self.crew.add(Arc::clone(&task))), &task.uffd)
     }
 
     /// Handles what a task did and wants.
