@@ -536,8 +536,10 @@ impl Owner {
     pub(super) fn pages_failed(&mut self, reason: &str) {
         self.lazy_pages = false;
         if self.home.is_none() {
-            // Before the restore is reported, which perhaps has failed itself.
+            // The restore is not reported yet. It may never be: CRIU or the tree, touching a page that nobody brings, waits
+            // for ever. Its place is ended, upon which it fails.
             self.pages_lost = Some(reason.to_owned());
+            self.kill_copy();
             return;
         }
         self.event("pages-failed", reason, None);
