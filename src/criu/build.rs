@@ -1,4 +1,4 @@
-//! Build script: compiles `bridge.c`, the library that is preloaded into the criu process.
+//! Build script: compiles `bridge/*.c`, the library that is preloaded into the criu process.
 //!
 //! It is built freestanding (no C library, no start-up code), so that one build works beside every
 //! C library a criu may be linked with, its own private one included.
@@ -6,7 +6,7 @@
 use std::{env, path::PathBuf, process::Command};
 
 const DIRECTORY: &str = "src/criu/bridge";
-const SOURCES: [&str; 3] = ["bridge.c", "lists.c", "scan.c"];
+const SOURCES: [&str; 4] = ["bridge.c", "fork.c", "lists.c", "scan.c"];
 
 fn main() {
     println!("cargo::rerun-if-changed={DIRECTORY}");

@@ -184,7 +184,7 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
     } else {
         raise_pids(last_pid.as_ref())?;
     }
-    if plan.pages {
+    if plan.pages || plan.forks {
         // A dump: a workload will be frozen for as long as it takes.
         sys::hurry();
     }
@@ -253,7 +253,11 @@ fn execute(plan: &Plan) -> Result<Infallible, String> {
             environment.push(CString::new(text).map_err(failed("the environment of CRIU"))?);
         }
     }
-    if plan.gate {
+    if plan.forks {
+        let text = format!("STANDIN_FORK={}", slot::RPC);
+        environment.push(CString::new(text).map_err(failed("the environment of CRIU"))?);
+    }
+    if plan.gate || plan.forks {
         for text in [
             format!("STANDIN_LISTS=/proc/self/fd/{}", slot::IMAGES),
             format!("STANDIN_GATE={}", slot::GATE),

@@ -6,6 +6,7 @@
 //! | [`bridge`] | the preload library (`bridge/*.c`, compiled by `build.rs`) and its cache directory |
 //! | [`gate`] | the socket between the agent and that library, in a dump |
 //! | [`spawn`], [`enter`] | starting `criu swrk`, here or inside a workload's namespaces |
+//! | [`fork_server`] | a CRIU from which those that dump are forked |
 //! | [`swrk`] | its RPC: dump, restore, version, features; what a refusal says |
 //! | [`page_server`] | the receiving side of CRIU's page-server protocol |
 //! | [`parent`] | the parent directory that makes CRIU write holes instead of pages |
@@ -30,6 +31,7 @@
 
 pub mod bridge;
 pub mod enter;
+pub mod fork_server;
 pub mod gate;
 pub mod images;
 pub mod install;
@@ -37,6 +39,7 @@ pub mod lazy;
 pub mod page_server;
 pub mod parent;
 pub mod probe;
+mod process;
 mod rpc;
 pub mod spawn;
 pub mod stats;

@@ -13,7 +13,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     os::unix::net::UnixStream,
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
 };
 
 use nix::{
@@ -28,7 +28,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Install, bridge::Bridge, enter::START_TIMEOUT, gate::Gate};
+use super::{Install, bridge::Bridge, enter::START_TIMEOUT, gate::Gate, process::Process};
 
 /// Most of what CRIU may say on its standard error (it logs to a file once it has one).
 const STDERR_BYTES_MAX: i64 = 64 << 10;
@@ -40,6 +40,7 @@ const PAGES_BUFFER_BYTES: usize = 4 << 20;
 /// Descriptor numbers in the criu process, chosen so that they cannot meet those that `enter`
 /// receives (from 3 up) before it moves them.
 pub(super) mod slot {
+    pub(in super::super) const STDERR: i32 = 2;
     pub(in super::super) const RPC: i32 = 600;
     pub(in super::super) const IMAGES: i32 = 601;
     pub(in super::super) const PAGES: i32 = 602;
@@ -126,6 +127,7 @@ pub(super) struct Plan {
     pub(super) pages: bool,
     pub(super) bridge: bool,
     pub(super) gate: bool,
+    pub(super) forks: bool,
     pub(super) init: bool,
     pub(super) cgroup_namespace: bool,
     pub(super) inherit: usize,
@@ -134,43 +136,91 @@ pub(super) struct Plan {
 /// The parent's side of a started process.
 #[derive(Debug)]
 pub(super) struct Started {
-    pub(super) child: Child,
+    pub(super) process: Process,
     pub(super) rpc: OwnedFd,
     pub(super) pages: Option<UnixStream>,
     pub(super) gate: Option<Gate>,
     pub(super) stderr: File,
 }
 
+/// The agent's ends of what it shares with a CRIU.
+pub(super) struct Ends {
+    rpc: OwnedFd,
+    pages: Option<UnixStream>,
+    gate: Option<Gate>,
+    stderr: File,
+}
+
+impl Ends {
+    pub(super) fn started(self, process: Process) -> Started {
+        let Self { rpc, pages, gate, stderr } = self;
+        Started { process, rpc, pages, gate, stderr }
+    }
+}
+
+/// CRIU's ends, and the numbers that they have there.
+type Theirs = Vec<(OwnedFd, i32)>;
+
+fn ends(pages: bool, gate: bool) -> Result<(Ends, Theirs), SpawnError> {
+    let (rpc, their_rpc) = sockets("making the RPC socket", SockType::SeqPacket)?;
+    let (pages, their_pages) = pages.then(page_sockets).transpose()?.unzip();
+    let gate = gate.then(|| sockets("making the bridge's socket", SockType::SeqPacket));
+    let (gate, their_gate) = gate.transpose()?.unzip();
+    let stderr = bounded_file().map_err(prepare("making a bounded file for the standard error"))?;
+    let their_stderr = stderr.try_clone().map_err(prepare("sharing the standard error"))?;
+    let mut theirs = vec![(their_rpc, slot::RPC), (their_stderr.into(), slot::STDERR)];
+    theirs.extend(their_pages.map(|fd| (fd, slot::PAGES)));
+    theirs.extend(their_gate.map(|fd| (fd, slot::GATE)));
+    Ok((Ends { rpc, pages, gate: gate.map(Gate::new), stderr }, theirs))
+}
+
+/// For a dump.
+pub(super) fn dump_ends() -> Result<(Ends, Theirs), SpawnError> {
+    ends(true, true)
+}
+
+fn prepare(what: &'static str) -> impl FnOnce(io::Error) -> SpawnError {
+    move |source| SpawnError::Prepare { what, source }
+}
+
 pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, SpawnError> {
+    // The gate is for dumps.
+    let (ours, theirs) = ends(spawn.page_server, spawn.page_server && spawn.bridge.is_some())?;
+    launch(install, spawn, ours, &theirs, false)
+}
+
+/// What comes over its RPC's socket are orders to fork.
+pub(super) fn start_to_fork(install: &Install, spawn: &Spawn<'_>) -> Result<Started, SpawnError> {
+    let (ours, theirs) = ends(false, false)?;
+    launch(install, spawn, ours, &theirs, true)
+}
+
+fn launch(
+    install: &Install,
+    spawn: &Spawn<'_>,
+    ours: Ends,
+    theirs: &Theirs,
+    forks: bool,
+) -> Result<Started, SpawnError> {
     if spawn.inherit.len() > INHERIT_MAX {
         return Err(SpawnError::TooMany(spawn.inherit.len()));
     }
-    let (rpc, their_rpc) = sockets("making the RPC socket", SockType::SeqPacket)?;
+    let their = |slot| theirs.iter().find(|(_, number)| *number == slot).map(|(fd, _)| fd.as_raw_fd());
     let (control, their_control) = sockets("making the control socket", SockType::SeqPacket)?;
-    let (pages, their_pages) = spawn.page_server.then(page_sockets).transpose()?.unzip();
-    // It is for dumps.
-    let has_gate = spawn.page_server && spawn.bridge.is_some();
-    let gate = has_gate.then(|| sockets("making the bridge's socket", SockType::SeqPacket));
-    let (gate, their_gate) = gate.transpose()?.unzip();
-    let stderr = bounded_file().map_err(|source| SpawnError::Prepare {
-        what: "making a bounded file for the standard error",
-        source,
-    })?;
-    let prepare = |what| move |source| SpawnError::Prepare { what, source };
     let mut child = Command::new(install.launcher())
         .args(["enter", "swrk"])
         .stdin(Stdio::from(their_control))
         .stdout(Stdio::null())
-        .stderr(stderr.try_clone().map_err(prepare("sharing the standard error"))?)
+        .stderr(ours.stderr.try_clone().map_err(prepare("sharing the standard error"))?)
         .spawn()
         .map_err(prepare("starting our own program again"))?;
 
-    let mut fds = vec![their_rpc.as_raw_fd(), spawn.images.as_raw_fd()];
-    fds.extend(their_pages.iter().map(AsRawFd::as_raw_fd));
+    let mut fds: Vec<i32> = their(slot::RPC).into_iter().chain([spawn.images.as_raw_fd()]).collect();
+    fds.extend(their(slot::PAGES));
     if let Some(bridge) = spawn.bridge {
         fds.extend([bridge.library().as_raw_fd(), bridge.kerndat().as_raw_fd()]);
     }
-    fds.extend(their_gate.iter().map(AsRawFd::as_raw_fd));
+    fds.extend(their(slot::GATE));
     let (init, cgroup_namespace) = match spawn.place {
         Place::Here => (false, false),
         Place::Inside { init, cgroup } => {
@@ -183,9 +233,10 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
         command: install.command().to_vec(),
         cgroups: spawn.cgroups.clone(),
         pids_above: spawn.pids_above,
-        pages: their_pages.is_some(),
+        pages: their(slot::PAGES).is_some(),
         bridge: spawn.bridge.is_some(),
-        gate: has_gate,
+        gate: their(slot::GATE).is_some(),
+        forks,
         init,
         cgroup_namespace,
         inherit: spawn.inherit.len(),
@@ -196,12 +247,11 @@ pub(super) fn start(install: &Install, spawn: &Spawn<'_>) -> Result<Started, Spa
         std::thread::spawn(move || child.wait());
         return Err(error);
     }
-    Ok(Started { child, rpc, pages, gate: gate.map(Gate::new), stderr })
+    Ok(ours.started(child.into()))
 }
 
 /// Sends the plan and hears that CRIU is about to be executed.
 fn hand_over(control: &OwnedFd, plan: &Plan, fds: &[i32]) -> Result<(), SpawnError> {
-    let prepare = |what| move |source| SpawnError::Prepare { what, source };
     let text = serde_json::to_vec(plan).map_err(io::Error::other).map_err(prepare("writing the plan"))?;
     sendmsg::<UnixAddr>(
         control.as_raw_fd(),

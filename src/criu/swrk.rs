@@ -7,15 +7,16 @@ use std::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::{fs::FileExt as _, net::UnixStream},
     },
-    process::Child,
     time::{Duration, Instant},
 };
 
 use super::{
     Install, Version,
+    fork_server::ForkServer,
     gate::Gate,
+    process::Process,
     rpc::{self, Answer, Kind, Options, Request, Silence},
-    spawn::{self, Spawn, SpawnError, slot},
+    spawn::{self, Spawn, SpawnError, Started, slot},
 };
 
 /// CRIU's log of a dump, in the images directory.
@@ -153,11 +154,11 @@ pub struct Features {
     pub lazy_pages: bool,
 }
 
-/// A CRIU that waits for its one task. Dropping it closes its sockets, upon which it ends itself.
+/// A CRIU that waits for its one task. Dropping it closes its sockets, upon which it ends.
 #[derive(Debug)]
 pub struct Swrk {
     rpc: Option<OwnedFd>,
-    child: Option<Child>,
+    process: Option<Process>,
     pages: Option<UnixStream>,
     gate: Option<Gate>,
     has_pages: bool,
@@ -170,20 +171,34 @@ pub struct Swrk {
 impl Swrk {
     /// Starts a CRIU; 10–20 ms, so do it ahead of the freeze.
     pub fn spawn(install: &Install, options: &Spawn<'_>) -> Result<Self, CriuError> {
-        let images = options
-            .images
+        let inherit = options.inherit.iter().map(|(key, _)| key.clone()).collect();
+        Self::with(install, options.images, inherit, || spawn::start(install, options))
+    }
+
+    /// Has one forked, for a dump to the directory `images`; a millisecond.
+    pub fn fork(install: &Install, server: &ForkServer, images: BorrowedFd<'_>) -> Result<Self, CriuError> {
+        Self::with(install, images, Vec::new(), || server.fork(images))
+    }
+
+    fn with(
+        install: &Install,
+        images: BorrowedFd<'_>,
+        inherit: Vec<String>,
+        start: impl FnOnce() -> Result<Started, SpawnError>,
+    ) -> Result<Self, CriuError> {
+        let images = images
             .try_clone_to_owned()
             .map_err(|source| SpawnError::Prepare { what: "keeping the images directory open", source })?;
-        let started = spawn::start(install, options)?;
+        let started = start()?;
         Ok(Self {
             rpc: Some(started.rpc),
-            child: Some(started.child),
+            process: Some(started.process),
             has_pages: started.pages.is_some(),
             pages: started.pages,
             gate: started.gate,
             images,
             stderr: started.stderr,
-            inherit: options.inherit.iter().map(|(key, _)| key.clone()).collect(),
+            inherit,
             version: install.version,
         })
     }
@@ -200,13 +215,13 @@ impl Swrk {
 
     /// Whether it still waits for its task.
     pub fn is_waiting(&mut self) -> bool {
-        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+        self.process.as_mut().is_some_and(|process| !process.has_ended())
     }
 
-    /// Its processes in our pid namespace: the one that we started, and CRIU itself if that is its child.
+    /// Its processes in our pid namespace: the one that we started, and CRIU itself if that is its child. Of one that was
+    /// forked: none.
     pub fn processes(&self) -> Vec<u32> {
-        let Some(child) = &self.child else { return Vec::new() };
-        let pid = child.id();
+        let Some(pid) = self.process.as_ref().and_then(Process::id) else { return Vec::new() };
         let children =
             std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
         std::iter::once(pid).chain(children.split_whitespace().filter_map(|pid| pid.parse().ok())).collect()
@@ -361,17 +376,15 @@ impl Swrk {
     fn end(&mut self) {
         self.rpc = None;
         self.pages = None;
-        let Some(mut child) = self.child.take() else { return };
+        let Some(mut process) = self.process.take() else { return };
         let until = Instant::now() + END_TIMEOUT;
         while Instant::now() < until {
-            // An error means that there is no such child, so nothing to wait for.
-            if !matches!(child.try_wait(), Ok(None)) {
+            if process.has_ended() {
                 return;
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        tracing::warn!(pid = child.id(), "CRIU does not end; leaving it to do so");
-        std::thread::spawn(move || child.wait());
+        tracing::warn!(?process, "CRIU does not end; leaving it to do so");
     }
 
     /// Why it failed: its log's errors, else what it answered, else its standard error.
@@ -406,17 +419,6 @@ fn common_options(log: &str, external: &[String]) -> Options {
         network_lock: Some(rpc::NETWORK_LOCK_SKIP),
         external: external.to_vec(),
         ..Options::default()
-    }
-}
-
-impl Drop for Swrk {
-    fn drop(&mut self) {
-        self.rpc = None;
-        self.pages = None;
-        // One that waited for its task ends at once; one that does not is reaped by a thread.
-        if let Some(mut child) = self.child.take() {
-            std::thread::spawn(move || child.wait());
-        }
     }
 }
 

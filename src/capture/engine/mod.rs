@@ -24,6 +24,7 @@ use crate::{
     criu::{
         Install,
         bridge::Bridge,
+        fork_server::ForkServer,
         parent,
         spawn::{Place, Spawn},
         swrk::{CriuError, Swrk},
@@ -157,6 +158,8 @@ pub struct Capturer {
     known: Known,
     /// In a box: its hash's state would be moved about with the capturer.
     encoder: Box<Encoder>,
+    /// None with soft-dirty bits: there is no bridge that would fork.
+    fork_server: Option<ForkServer>,
     spare: Option<Spare>,
     next_dir: u32,
     /// An epoch failed: of pages that were sent in it nothing is known.
@@ -182,6 +185,7 @@ impl Capturer {
             dumped: Dumped::default(),
             known: Known::default(),
             encoder: Box::default(),
+            fork_server: None,
             spare: None,
             next_dir: 0,
             unsure: false,
@@ -279,19 +283,38 @@ impl Capturer {
         self.next_dir += 1;
         fresh_dir(&dir)?;
         let images = File::open(&dir)?;
-        let place = match &self.source.init {
-            Some(init) => Place::Inside { init: init.as_fd(), cgroup: false },
-            None => Place::Here,
+        let swrk = match self.source.tracking {
+            Tracking::WriteProtect => self.fork_criu(&images)?,
+            Tracking::SoftDirty => {
+                let spawn = Spawn { place: self.place(), page_server: true, ..Spawn::new(images.as_fd()) };
+                Swrk::spawn(&self.source.install, &spawn)?
+            }
         };
-        let spawn = Spawn {
-            place,
-            bridge: (self.source.tracking == Tracking::WriteProtect).then_some(&self.source.bridge),
-            page_server: true,
-            ..Spawn::new(images.as_fd())
-        };
-        let swrk = Swrk::spawn(&self.source.install, &spawn)?;
         self.spare = Some(Spare { swrk, dir });
         Ok(())
+    }
+
+    fn place(&self) -> Place<'_> {
+        match &self.source.init {
+            Some(init) => Place::Inside { init: init.as_fd(), cgroup: false },
+            None => Place::Here,
+        }
+    }
+
+    /// Has a CRIU forked; the one that forks is started first if there is none, or it does not fork any more.
+    fn fork_criu(&mut self, images: &File) -> Result<Swrk, CaptureError> {
+        let install = &self.source.install;
+        if let Some(server) = &self.fork_server {
+            match Swrk::fork(install, server, images.as_fd()) {
+                Ok(swrk) => return Ok(swrk),
+                Err(error) => tracing::warn!(%error, "CRIU is started anew"),
+            }
+        }
+        let work = File::open(&self.source.work)?;
+        let bridge = Some(&self.source.bridge);
+        let spawn = Spawn { place: self.place(), bridge, ..Spawn::new(work.as_fd()) };
+        let server = self.fork_server.insert(ForkServer::start(install, &spawn).map_err(CriuError::from)?);
+        Ok(Swrk::fork(install, server, images.as_fd())?)
     }
 
     /// Attaches trackers to tasks that are new or have executed another program, and drops those of tasks that ended.

@@ -9,16 +9,18 @@
  *   - is told by the agent what that knows of the frozen tree already (lists.c), and does not ask the
  *     kernel again: the mappings of a task and their pages, guard regions, which sockets there are;
  *   - tells the agent when all tasks stand and when it has left one;
- *   - has its memory at hand when it freezes the tree.
+ *   - has its memory at hand when it freezes the tree;
+ *   - is forked from one that was started already (fork.c).
  *
  * The first of these changes nothing for a dump that does not ask for tracking, nor for a restore;
  * so it is always on, and one cache of kernel features serves all.
  *
  * Environment, read once: STANDIN_KERNDAT=DIR, where that cache goes; STANDIN_LISTS=DIR, where such
- * lists are; STANDIN_GATE=FD, the socket between the bridge and the agent.
+ * lists are; STANDIN_GATE=FD, the socket between the bridge and the agent; STANDIN_FORK=FD, where
+ * orders to fork come.
  *
- * It is freestanding: no C library but the address of errno, which comes from whichever C library
- * the criu is linked with. CRIU is single-threaded where these functions matter. x86-64 alone.
+ * It is freestanding: no C library but the address of errno and what a fork takes, which come from
+ * whichever C library the criu is linked with. CRIU is single-threaded where these functions matter. x86-64 alone.
  */
 
 #include "bridge.h"

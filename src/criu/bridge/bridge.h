@@ -23,22 +23,27 @@ enum {
 	SYS_CLOSE = 3,
 	SYS_IOCTL = 16,
 	SYS_MADVISE = 28,
+	SYS_DUP2 = 33,
 	SYS_ALARM = 37,
 	SYS_SENDTO = 44,
 	SYS_RECVFROM = 45,
 	SYS_SENDMSG = 46,
 	SYS_RECVMSG = 47,
+	SYS_WAIT4 = 61,
 	SYS_RENAME = 82,
 	SYS_UNLINK = 87,
 	SYS_READLINK = 89,
 	SYS_FSTATFS = 138,
+	SYS_EXIT_GROUP = 231,
 	SYS_OPENAT = 257,
 	SYS_PRLIMIT64 = 302,
 	SYS_GETCPU = 309,
 	SYS_KCMP = 312,
+	SYS_PIDFD_OPEN = 434,
 };
 
 #define EPERM 1
+#define EINTR 4
 #define ENAMETOOLONG 36
 #define AT_FDCWD (-100)
 #define O_RDONLY 0
@@ -46,6 +51,25 @@ enum {
 #define O_CLOEXEC 02000000
 #define O_TMPFILE_BIT 020000000
 #define TMPFS_MAGIC 0x01021994
+#define MSG_PEEK 2
+#define MSG_TRUNC 0x20
+#define MSG_DONTWAIT 0x40
+#define MSG_NOSIGNAL 0x4000
+
+struct iovec {
+	void *base;
+	u64 size;
+};
+
+struct msghdr {
+	void *name;
+	u32 name_size;
+	struct iovec *parts;
+	u64 parts_count;
+	void *control;
+	u64 control_size;
+	int flags;
+};
 
 /* Linux: results from -4095 to -1 are negated error numbers. */
 #define ERRNO_MAX 4095
@@ -105,5 +129,10 @@ long open_list(const char *name, u64 pid, enum list kind, int flags);
 void say_touched_no_more(u64 pid);
 /* CRIU compares what tasks share. */
 void tasks_are_compared(void);
+
+/* ---- fork.c: a CRIU of which others are forked ---- */
+
+/* Returns in a child, once for each order that comes on the socket. */
+void serve_forks(int server);
 
 #endif

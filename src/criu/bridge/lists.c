@@ -20,6 +20,19 @@ const char *setting(const char *name)
 	return 0;
 }
 
+/* The descriptor that a variable names, -1 if there is none. */
+static int number_in(const char *name)
+{
+	const char *text = setting(name);
+	int number = 0;
+
+	if (!text || !*text)
+		return -1;
+	for (; *text >= '0' && *text <= '9'; text++)
+		number = 10 * number + (*text - '0');
+	return number;
+}
+
 /* ---- the socket between the bridge and the agent (gate.rs): a word and what belongs to it here, a pid there ---- */
 
 /* A list has come; all of a kind have come; which protocols the sockets of the tree have. */
@@ -28,10 +41,6 @@ enum { HEARD_LIST = 0, HEARD_MAPPINGS = 1, HEARD_PAGES = 2, HEARD_PROTOCOLS = 3 
 /* In the place of a pid: all tasks stand; the first is about to be stopped, by who runs on this processor. */
 #define ALL_STAND 0
 #define ABOUT_TO_STOP 0x80000000u
-
-#define MSG_NOSIGNAL 0x4000
-#define MSG_DONTWAIT 0x40
-#define EINTR 4
 
 static int gate_fd = -1;
 static const char *lists_dir;
@@ -43,19 +52,16 @@ static int protocols_known;
 static void find_agent(void)
 {
 	static int done;
-	const char *gate;
 
 	if (done)
 		return;
 	done = 1;
 	lists_dir = setting("STANDIN_LISTS");
-	gate = setting("STANDIN_GATE");
-	if (!gate || !lists_dir || length(lists_dir) + 20 + DIGITS_MAX >= PATH_SIZE) {
+	gate_fd = number_in("STANDIN_GATE");
+	if (gate_fd < 0 || !lists_dir || length(lists_dir) + 20 + DIGITS_MAX >= PATH_SIZE) {
 		complete[LIST_OF_MAPPINGS] = complete[LIST_OF_PAGES] = 1;
-		return;
+		gate_fd = -1;
 	}
-	for (gate_fd = 0; *gate >= '0' && *gate <= '9'; gate++)
-		gate_fd = 10 * gate_fd + (*gate - '0');
 }
 
 static void hear(void)
@@ -172,21 +178,6 @@ enum {
 	HAS_ALL = 127,
 };
 
-struct iovec {
-	void *base;
-	u64 size;
-};
-
-struct msghdr {
-	void *name;
-	u32 name_size;
-	struct iovec *parts;
-	u64 parts_count;
-	void *control;
-	u64 control_size;
-	int flags;
-};
-
 struct netlink_header {
 	u32 size;
 	unsigned short type, flags;
@@ -275,8 +266,6 @@ EXPORT long recvmsg(int fd, struct msghdr *message, int flags)
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #define STACK_BYTES (128 * 1024)
-#define MSG_PEEK 2
-#define MSG_TRUNC 0x20
 
 /*
  * The first look at each page of memory is a fault, some 60 of them in a freeze. So what CRIU has of
@@ -332,8 +321,13 @@ static void have_memory_present(void)
 
 EXPORT long recv(int fd, void *buffer, u64 size, int flags)
 {
-	static int prepared;
+	static int prepared, looked;
 
+	if (!looked) {
+		looked = 1;
+		if (fd == number_in("STANDIN_FORK"))
+			serve_forks(fd);
+	}
 	find_agent();
 	if (gate_fd >= 0 && prepared < PREPARED_MAX && flags == (MSG_PEEK | MSG_TRUNC)) {
 		prepared++;
