@@ -18,7 +18,7 @@ use std::{
 use super::{
     engine::CaptureError,
     files::{Change, Files},
-    lists::{self, Lists, Ours},
+    lists::{self, Listed, Lists},
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -29,7 +29,7 @@ use crate::{
     },
     delta::{Known, ReadStamp},
     extents,
-    memory::{self, Memory, Pages, Task, TrackError, Tracker},
+    memory::{self, Guards, Memory, Pages, Task, TrackError, Tracker},
     model::{Extent, PAGE_SIZE, Space},
     wire::message::{Manifest, SpaceMap},
 };
@@ -46,6 +46,8 @@ pub(super) struct Tracked {
     pub(super) start_ticks: u64,
     /// Pages that were read while a device may have been about to write them; read again in the next freeze.
     pub(super) ahead: Vec<Extent>,
+    /// The guard regions of the last freeze.
+    pub(super) guards: Guards,
 }
 
 /// Pages read in this epoch's freeze, in the order in which they were read: a later piece overrides an earlier one.
@@ -186,7 +188,7 @@ struct Freeze<'a, 'b> {
     root: i32,
     lent: &'a mut Lent<'b>,
     pending: BTreeMap<Space, Vec<Extent>>,
-    ours: Ours,
+    listed: Listed,
     /// Until the first pass is over.
     lists: Option<Lists<'a>>,
     /// Tasks that CRIU has left, and that were looked at since.
@@ -297,12 +299,12 @@ impl Reader<'_> {
 
     fn serve_frozen(self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
         let mut frozen = Frozen::default();
-        let (tasks, ours) = match list(self.root, self.lists.as_ref(), &mut frozen.parts) {
+        let (tasks, listed) = match list(self.root, self.lists.as_ref(), lent, &mut frozen.parts) {
             Ok(listed) => listed,
             Err(error) => return Some(Err(error)),
         };
         let (lists, left) = (self.lists, BTreeSet::new());
-        let mut freeze = Freeze { root: self.root, lent, pending: self.pending, ours, lists, left };
+        let mut freeze = Freeze { root: self.root, lent, pending: self.pending, listed, lists, left };
         let take = &mut |tracker: &mut Tracker, dirty: &mut Vec<Extent>| tracker.take_dirty(dirty).map(drop);
         let first = freeze.pass(&mut frozen, None, take);
         freeze.lists = None;
@@ -341,13 +343,14 @@ impl Reader<'_> {
 fn list(
     root: i32,
     lists: Option<&Lists<'_>>,
+    lent: &Lent<'_>,
     parts: &mut FreezeParts,
-) -> Result<(Vec<Task>, Ours), CaptureError> {
+) -> Result<(Vec<Task>, Listed), CaptureError> {
     let began = Instant::now();
     let tasks = memory::tasks_of(root)?;
-    let ours = lists.map(|lists| lists.write(&tasks)).transpose()?.unwrap_or_default();
+    let listed = lists.map(|lists| lists.write(&tasks, lent.tasks)).transpose()?.unwrap_or_default();
     parts.lists_us = us_since(began);
-    Ok((tasks, ours))
+    Ok((tasks, listed))
 }
 
 impl Frozen {
@@ -384,6 +387,7 @@ impl Freeze<'_, '_> {
             if let Err(error) = take(&mut tracked.tracker, &mut dirty) {
                 self.lent.tasks.remove(&pid);
                 match error {
+                    _ if self.listed.told_ahead.contains(&space) => return Err(CaptureError::Guards(pid)),
                     TrackError::Gone(_) | TrackError::Replaced(_) => continue,
                     error => return Err(error.into()),
                 }
@@ -391,10 +395,16 @@ impl Freeze<'_, '_> {
             dirty.append(&mut tracked.ahead);
             extents::normalize(&mut dirty);
             self.lent.known.mark_stale(tracked.space, &dirty);
-            if let (Some(lists), Some(guards)) = (&self.lists, tracked.tracker.guards())
-                && let Err(error) = lists.write_guards(space, guards)
-            {
-                tracing::debug!(%error, pid, "CRIU looks for the guard regions of this process itself");
+            if let Some(lists) = &self.lists {
+                let guards = tracked.tracker.guards().cloned().unwrap_or_default();
+                let told = self.listed.told_ahead.remove(&space);
+                if told && tracked.guards != guards {
+                    return Err(CaptureError::Guards(pid));
+                }
+                if !told && let Err(error) = lists.write_guards(space, &guards) {
+                    tracing::debug!(%error, pid, "CRIU looks for the guard regions of this process itself");
+                }
+                tracked.guards = guards;
             }
             found += extents::pages(&dirty);
             let mut wanted = self.pending.remove(&tracked.space).unwrap_or_default();
@@ -426,7 +436,7 @@ impl Freeze<'_, '_> {
     ) -> Result<(), CaptureError> {
         self.look_again(frozen, None)?;
         for map in &mut manifest.spaces {
-            if let Some(ours) = self.ours.get(&map.space) {
+            if let Some(ours) = self.listed.ours.get(&map.space) {
                 let pages_of = |mapping| self.pages_of(map.space, mapping);
                 map.extents = lists::with_ours(&map.extents, ours, pages_of)?;
             }
@@ -586,7 +596,8 @@ mod tests {
             files: &mut None,
         };
         let (pending, left) = (BTreeMap::new(), BTreeSet::new());
-        let mut freeze = Freeze { root: 1, lent: &mut lent, pending, ours: Ours::new(), lists: None, left };
+        let mut freeze =
+            Freeze { root: 1, lent: &mut lent, pending, listed: Listed::default(), lists: None, left };
         let mut frozen = Frozen::default();
         let lost = freeze.finish(&mut frozen, manifest.clone(), Vec::new());
         assert!(matches!(lost, Err(CaptureError::Unreadable { pages: 1, .. })), "{lost:?}");

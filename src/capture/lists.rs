@@ -1,8 +1,8 @@
 //! What CRIU is told of the frozen tasks, so that neither it nor the kernel need walk all pages and sockets for it.
 //!
 //! Written to the directory of CRIU's images when it says that the tree is frozen. CRIU goes on meanwhile; the bridge waits
-//! where it comes to need a list that is not there yet (`bridge/lists.c`). All are made of the frozen tree, so there is
-//! nothing in them to go stale. Each gets its name when it is whole; of what has none CRIU asks the kernel. First the bridge
+//! where it comes to need a list that is not there yet (`bridge/lists.c`). All but one are made of the frozen tree, so there
+//! is nothing in them to go stale. Each gets its name when it is whole; of what has none CRIU asks the kernel. First the bridge
 //! is told which protocols the tree's [sockets] have.
 //!
 //! - `smaps-PID`: of `/proc/PID/smaps` CRIU uses the lines of the mappings and their flags (parse_smaps in proc_parse.c).
@@ -10,11 +10,18 @@
 //!   the first alone, sends that as a hole, and so says that it wants the mapping in the image. Which pages that are, the
 //!   tracker knows ([`Tracker::listed`](crate::memory::Tracker::listed)) or the kernel is asked.
 //! - `guards-PID`: guard regions, for which CRIU would have the kernel look through all of the memory. The first pass over
-//!   the frozen memory meets them; with the ranges that it looked at.
+//!   the frozen memory meets them; with the ranges that it looked at. CRIU comes to need them before that pass can be
+//!   over, so it is told those of the last freeze, if the last pass before this one met the same and the mappings are as
+//!   they were then. If the frozen memory has others after all, the epoch fails, and the next ones tell nothing ahead.
 
-use std::{collections::BTreeMap, fs, io, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::PathBuf,
+    sync::Arc,
+};
 
-use super::sockets;
+use super::{frozen::Tracked, sockets};
 use crate::{
     criu::gate::{Gate, Told},
     extents,
@@ -32,29 +39,46 @@ const GUARD_WORDS_MAX: usize = 4096;
 /// Mappings whose pages we list, per task.
 pub(super) type Ours = BTreeMap<Space, Vec<Extent>>;
 
+/// What CRIU was told of a frozen tree that is still needed.
+#[derive(Default)]
+pub(super) struct Listed {
+    pub(super) ours: Ours,
+    /// Tasks whose guard regions were told ahead, as those of the last freeze.
+    pub(super) told_ahead: BTreeSet<Space>,
+}
+
 /// Where the lists of a freeze go.
 pub(super) struct Lists<'a> {
     pub(super) dir: PathBuf,
     pub(super) gate: Arc<Gate>,
+    /// Whether guard regions may be told before the first pass.
+    pub(super) ahead: bool,
     /// None where the kernel permits no BPF.
     pub(super) vmas: Option<&'a Vmas>,
 }
 
 impl Lists<'_> {
     /// Lists what can be told at once, of all tasks of a frozen tree.
-    pub(super) fn write(&self, tasks: &[Task]) -> io::Result<Ours> {
+    pub(super) fn write(&self, tasks: &[Task], trackers: &BTreeMap<i32, Tracked>) -> io::Result<Listed> {
         let living = || tasks.iter().filter(|task| !task.zombie);
         let all_maps: Vec<Vec<u8>> =
             living().map(|task| fs::read(format!("/proc/{}/maps", task.pid))).collect::<Result<_, _>>()?;
         let mapped = all_maps.iter().any(|maps| sockets::has_mapped(maps));
         let protocols = if mapped { sockets::ALL } else { sockets::protocols_of(tasks) };
         self.gate.tell(Told::Protocols(protocols));
-        let mut ours = Ours::new();
+        let mut listed = Listed::default();
         for (task, maps) in living().zip(&all_maps) {
+            let space = Space::Task(task.inner_pid);
             let own = ours_of(maps)?;
             if !own.is_empty() {
                 self.put("ours", task.inner_pid, &words_of(&own).collect::<Vec<u8>>())?;
-                ours.insert(Space::Task(task.inner_pid), own);
+                listed.ours.insert(space, own);
+            }
+            let tracked = trackers.get(&task.pid).filter(|_| self.ahead);
+            let steady = |tracked: &&Tracked| tracked.tracker.likely_guards(maps) == Some(&tracked.guards);
+            if let Some(tracked) = tracked.filter(steady) {
+                self.write_guards(space, &tracked.guards)?;
+                listed.told_ahead.insert(space);
             }
             let Some(vmas) = self.vmas else { continue };
             match vmas.essence(task.pid, maps) {
@@ -65,7 +89,7 @@ impl Lists<'_> {
             }
         }
         self.gate.tell(Told::Mappings);
-        Ok(ours)
+        Ok(listed)
     }
 
     /// Lists the guard regions of a task.

@@ -74,7 +74,9 @@ impl ForkServer {
         let (length, mut pidfd) = (message.bytes, None);
         for part in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(fds) = part {
-                fds.into_iter().for_each(|fd| pidfd = Some(sys::own(fd)));
+                for fd in fds {
+                    pidfd = Some(sys::own(fd));
+                }
             }
         }
         match (length, i32::from_ne_bytes(word), pidfd) {

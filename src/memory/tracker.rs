@@ -215,6 +215,12 @@ impl Tracker {
         (self.walker.guard() != 0).then_some(&self.guards)
     }
 
+    /// The same of a process that runs, if its maps are still those that the last [`take_dirty`](Self::take_dirty) went by:
+    /// most likely they hold in a freeze that begins now.
+    pub fn likely_guards(&self, maps: &[u8]) -> Option<&Guards> {
+        self.guards().filter(|_| self.maps_text == maps)
+    }
+
     /// All pages of private memory that exist now, as of the mappings of the last pass or registration.
     pub fn populated(&mut self, out: &mut Vec<Extent>) -> Result<(), TrackError> {
         out.clear();

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use standin::capture::Tracking;
+use standin::capture::{CaptureError, Tracking};
 
 use crate::{
     host::{Primary, await_true},
@@ -33,23 +33,66 @@ const IS_GUARD: u64 = 1 << 16;
 #[test]
 fn the_guard_regions_of_an_image_are_those_of_the_frozen_tree() {
     let mut primary = Primary::start("guard-answers", Tracking::WriteProtect);
-    let (dir, (pid, inner)) =
-        (primary.home.dir.path().to_owned(), primary.home.sandbox.workload_pid().unwrap().unwrap());
     for round in 0..ROUNDS {
-        let mut between = || {
-            fs::write(dir.join(format!("{GO}{round}")), "").unwrap();
-            let done = format!("round {round}");
-            await_true("guard regions", || fs::read_to_string(dir.join("log")).unwrap().contains(&done));
-        };
-        primary.compared(false, &mut between).unwrap_or_else(|error| panic!("{error}"));
-        if primary.home.log().contains("no guard regions") {
-            println!("this kernel has no guard regions");
+        let mut change = changing(&primary, round);
+        primary.compared(false, &mut change).unwrap_or_else(|error| panic!("{error}"));
+        if !has_guards(&primary) {
             return;
         }
-        let guards = guards_of(pid);
-        assert!(guards.len() > 2 * round, "{guards:x?}");
-        assert_eq!(imaged_guards(&primary, inner), guards);
+        assert_imaged(&primary, round);
     }
+}
+
+/// What CRIU is told ahead of the freeze is not so in it; from then on it is told nothing ahead.
+#[test]
+fn guard_regions_that_come_right_before_the_freeze_fail_the_epoch_once() {
+    let mut primary = Primary::start("guard-answers", Tracking::WriteProtect);
+    primary.true_epoch(false);
+    for round in 0..ROUNDS {
+        let (mut change, mut changed) = (changing(&primary, round), false);
+        primary.capturer.before_freeze(Box::new(move || {
+            if !std::mem::replace(&mut changed, true) {
+                change();
+            }
+        }));
+        let captured = primary.try_true_epoch(false).map(drop);
+        if !has_guards(&primary) {
+            return;
+        }
+        match (round, captured) {
+            (0, Err(CaptureError::Guards(_))) => {
+                primary.true_epoch(false);
+            }
+            (0, other) => panic!("{other:?}"),
+            (_, captured) => captured.unwrap_or_else(|error| panic!("{error}")),
+        }
+        assert_imaged(&primary, round);
+    }
+}
+
+/// Has the program change its guard regions.
+fn changing(primary: &Primary, round: usize) -> impl FnMut() + Send + 'static {
+    let dir = primary.home.dir.path().to_owned();
+    move || {
+        fs::write(dir.join(format!("{GO}{round}")), "").unwrap();
+        let done = format!("round {round}");
+        await_true("guard regions", || fs::read_to_string(dir.join("log")).unwrap().contains(&done));
+    }
+}
+
+fn has_guards(primary: &Primary) -> bool {
+    let has = !primary.home.log().contains("no guard regions");
+    if !has {
+        println!("this kernel has no guard regions");
+    }
+    has
+}
+
+fn assert_imaged(primary: &Primary, round: usize) {
+    let (pid, inner) = primary.home.sandbox.workload_pid().unwrap().unwrap();
+    let guards = guards_of(pid);
+    assert!(guards.len() > 2 * round, "{guards:x?}");
+    assert_eq!(imaged_guards(primary, inner), guards);
 }
 
 /// CRIU refuses a socket that it was not told of.

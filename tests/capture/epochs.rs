@@ -3,7 +3,7 @@
 use std::{fs::File, os::fd::AsFd, path::Path, thread, time::Duration};
 
 use standin::{
-    capture::{Captured, Finish, Note, Tracking},
+    capture::{CaptureError, Captured, Finish, Note, Tracking},
     criu::{
         images,
         spawn::{Place, Spawn},
@@ -27,7 +27,11 @@ impl Primary {
 
     /// An epoch into the store, compared with the frozen tree page by page.
     pub(crate) fn true_epoch(&mut self, kill: bool) -> Truth {
-        self.try_true_epoch(kill).unwrap_or_else(|error| panic!("the epoch after {:?}: {error}", self.base))
+        let first = self.try_true_epoch(kill);
+        // A program may change them in that very moment, and the next epoch expects it.
+        let epoch =
+            if matches!(first, Err(CaptureError::Guards(_))) { self.try_true_epoch(kill) } else { first };
+        epoch.unwrap_or_else(|error| panic!("the epoch after {:?}: {error}", self.base))
     }
 }
 

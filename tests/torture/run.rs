@@ -107,7 +107,10 @@ fn one_epoch(primary: &mut Primary, random: &mut Random, kill: bool, totals: &mu
         Err(CaptureError::Holds { reason, .. }) if reason.contains("shares its memory") => {
             totals.refused += 1;
         }
-        Err(CaptureError::Attach(AttachError::NotStopping { .. })) => totals.refused += 1,
+        // And while it changes its guard regions.
+        Err(CaptureError::Attach(AttachError::NotStopping { .. }) | CaptureError::Guards(_)) => {
+            totals.refused += 1;
+        }
         // The program may have ended because of what it found.
         Err(error) => panic!("an epoch failed: {error}; {}", log_end(primary)),
     }
@@ -141,7 +144,13 @@ fn cut_off(primary: &mut Primary, frames: usize) {
     });
     primary.capturer.failed();
     match captured {
-        Ok(_) | Err(CaptureError::Io(_) | CaptureError::Holds { .. } | CaptureError::Attach(_)) => {}
+        Ok(_)
+        | Err(
+            CaptureError::Io(_)
+            | CaptureError::Holds { .. }
+            | CaptureError::Attach(_)
+            | CaptureError::Guards(_),
+        ) => {}
         Err(error) => panic!("an epoch that was cut off failed otherwise: {error}"),
     }
 }

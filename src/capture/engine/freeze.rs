@@ -68,6 +68,7 @@ impl Capturer {
         let lists = gate.clone().map(|gate| Lists {
             dir: outlet.dir.clone(),
             gate,
+            ahead: self.guards_doubted == 0,
             vmas: self.source.vmas.as_deref(),
         });
         // They go to the reader and come back when it ends.

@@ -31,7 +31,7 @@ use crate::{
     },
     delta::{Encoder, Known, LinkRate, ReadStamp},
     extents,
-    memory::{self, AttachError, Pages, ReadError, TrackError, Tracker, TreeError, Vmas},
+    memory::{self, AttachError, Guards, Pages, ReadError, TrackError, Tracker, TreeError, Vmas},
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
     wire::message::{FrameHead, Manifest},
 };
@@ -42,6 +42,10 @@ const PRECOPY_PAGES_MIN: u64 = 1024;
 const PRECOPY_ROUNDS_MAX: u32 = 4;
 /// Pages read at a time while the tree runs (4 MiB): what the primary holds of a pre-copy.
 const PART_PAGES: u64 = 1024;
+/// For so many epochs CRIU is told no guard regions ahead once they were others in the freeze: there are programs that
+/// change them all the time.
+const GUARDS_DOUBTED_EPOCHS: u32 = 100;
+
 /// Where frames go; an error (the link is gone) ends the epoch.
 pub type Emit<'a> = dyn FnMut(FrameHead, Vec<u8>) -> Result<(), io::Error> + 'a;
 
@@ -74,6 +78,9 @@ pub enum CaptureError {
     /// CRIU lists a task that we cannot find.
     #[error("CRIU dumps a task with pid {0} inside, which is not in the tree")]
     Stranger(u32),
+    /// What was told to CRIU ahead was not so any more.
+    #[error("guard regions of process {0} changed right before the freeze")]
+    Guards(i32),
     /// The image needs pages that nobody has.
     #[error("{pages} pages of {space:?} from {start:#x} on are needed for the image and cannot be read")]
     Unreadable {
@@ -164,6 +171,8 @@ pub struct Capturer {
     next_dir: u32,
     /// An epoch failed: of pages that were sent in it nothing is known.
     unsure: bool,
+    /// Epochs that will not tell guard regions ahead.
+    guards_doubted: u32,
     before_freeze: Option<Box<dyn FnMut() + Send>>,
 }
 
@@ -189,6 +198,7 @@ impl Capturer {
             spare: None,
             next_dir: 0,
             unsure: false,
+            guards_doubted: 0,
             before_freeze: None,
         };
         capturer.track()?;
@@ -247,7 +257,12 @@ impl Capturer {
         }
         let pending = self.precopy(&mut figures, emit)?;
         self.before_freeze.iter_mut().for_each(|hook| hook());
-        let (killed, parts) = self.freeze(began, pending, &mut finish, &mut figures, emit)?;
+        let frozen = self.freeze(began, pending, &mut finish, &mut figures, emit);
+        self.guards_doubted = match frozen {
+            Err(CaptureError::Guards(_)) => GUARDS_DOUBTED_EPOCHS,
+            _ => self.guards_doubted.saturating_sub(1),
+        };
+        let (killed, parts) = frozen?;
         Ok(Captured { figures, parts, killed })
     }
 
@@ -339,7 +354,10 @@ impl Capturer {
                 Ok(tracker) => {
                     // The first pass reports all of its memory, so nothing that is known under this pid is trusted.
                     let start_ticks = task.start_ticks;
-                    self.tasks.insert(task.pid, Tracked { tracker, space, start_ticks, ahead: Vec::new() });
+                    self.tasks.insert(
+                        task.pid,
+                        Tracked { tracker, space, start_ticks, ahead: Vec::new(), guards: Guards::default() },
+                    );
                 }
                 // It ended meanwhile; should CRIU see it after all, it is read whole.
                 Err(AttachError::Gone(_)) => {

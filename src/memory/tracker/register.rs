@@ -23,7 +23,7 @@ use std::{
     os::{fd::AsFd, unix::fs::FileExt},
 };
 
-use super::{POPULATED, Pass, TrackError, Tracked, Tracker, is_tracked, runs};
+use super::{Guards, POPULATED, Pass, TrackError, Tracked, Tracker, is_tracked, runs};
 use crate::{
     extents,
     memory::{
@@ -106,6 +106,7 @@ impl Tracker {
         }
         self.tracked = tracked;
         self.maps_text = text;
+        self.guards = Guards::default();
         Ok(new)
     }
 
