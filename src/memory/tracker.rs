@@ -37,6 +37,9 @@ use crate::{
 /// Written pages with fewer pages between them are protected by one call: a call costs as much as a walk over so many.
 const GAP_PAGES_MAX: u64 = 1024;
 
+/// Most of mapped memory that one call walks over (16 MiB): some 10 µs.
+const RUN_PAGES_MAX: u64 = 4 << 10;
+
 /// Why tracking failed. After any of these nothing is known of what was written: every page is stale.
 #[derive(Debug, thiserror::Error)]
 pub enum TrackError {
@@ -167,7 +170,7 @@ impl Tracker {
         for range in runs(&self.tracked, is_tracked) {
             let mut found = self.changed(&pagemap, range)?;
             self.listing.update(&found);
-            self.guards.looked.push(range);
+            extents::push(&mut self.guards.looked, range.start, range.end());
             self.guards.found.append(&mut found.guards);
             self.protect(&pagemap, &found.written, out)?;
         }
@@ -404,19 +407,33 @@ fn spans(found: &[Extent]) -> Vec<Extent> {
 }
 
 /// The ranges from the first to the last of neighbouring mappings that `wanted` accepts, holes included: as
-/// few calls as possible, without touching a mapping that it does not accept.
+/// few calls as possible, without touching a mapping that it does not accept, and without keeping the process, or a CRIU
+/// that dumps it, from changing its mappings for long: the kernel lets nobody do so during a call.
 fn runs(tracked: &[Tracked], wanted: impl Fn(&Tracked) -> bool) -> Vec<Extent> {
     let mut runs: Vec<Extent> = Vec::new();
-    let mut extend = false;
+    // How much of the last run is mapped, if it may go on.
+    let mut mapped = None;
     for tracked in tracked {
-        let Extent { start, pages } = tracked.mapping.extent;
-        let fits = wanted(tracked);
-        match runs.last_mut().filter(|_| extend) {
-            Some(last) if fits => last.pages = (start - last.start) / PAGE_SIZE + pages,
-            _ if fits => runs.push(tracked.mapping.extent),
-            _ => {}
+        if !wanted(tracked) {
+            mapped = None;
+            continue;
         }
-        extend = fits;
+        let Extent { mut start, mut pages } = tracked.mapping.extent;
+        while pages > 0 {
+            let piece = pages.min(RUN_PAGES_MAX);
+            match (runs.last_mut(), mapped) {
+                (Some(last), Some(so_far)) if so_far + piece <= RUN_PAGES_MAX => {
+                    last.pages = (start - last.start) / PAGE_SIZE + piece;
+                    mapped = Some(so_far + piece);
+                }
+                _ => {
+                    runs.push(Extent { start, pages: piece });
+                    mapped = Some(piece);
+                }
+            }
+            start += piece * PAGE_SIZE;
+            pages -= piece;
+        }
     }
     runs
 }

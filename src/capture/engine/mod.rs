@@ -37,7 +37,9 @@ use crate::{
 };
 
 /// From this many stale pages on, they are read and sent before the freeze.
-const PRECOPY_PAGES_MIN: u64 = 1024;
+const PRECOPY_PAGES_MIN: u64 = 32;
+/// From this many on, it is looked again what was written meanwhile, and perhaps sent, before the freeze.
+const PRECOPY_AGAIN_PAGES_MIN: u64 = 1024;
 /// Most pre-copy rounds of one epoch; a tree that dirties faster than it is read is frozen all the same.
 const PRECOPY_ROUNDS_MAX: u32 = 4;
 /// Pages read at a time while the tree runs (4 MiB): what the primary holds of a pre-copy.
@@ -377,8 +379,11 @@ impl Capturer {
     ) -> Result<BTreeMap<Space, Vec<Extent>>, CaptureError> {
         let mut pending: BTreeMap<Space, Vec<Extent>> = BTreeMap::new();
         let mut pages = Pages::default();
-        let mut stale_before = u64::MAX;
+        let (mut stale_before, mut last) = (u64::MAX, false);
         for _ in 0..PRECOPY_ROUNDS_MAX {
+            if last {
+                break;
+            }
             self.scan(figures, &mut pending)?;
             let stale: u64 = pending.values().map(|extents| extents::pages(extents)).sum();
             // Not worth a round, or rounds do not help any more.
@@ -386,6 +391,7 @@ impl Capturer {
                 break;
             }
             stale_before = stale;
+            last = stale < PRECOPY_AGAIN_PAGES_MIN;
             for tracked in self.tasks.values_mut() {
                 let Some(wanted) = pending.get_mut(&tracked.space) else { continue };
                 let (space, known, encoder) = (tracked.space, &mut self.known, &mut self.encoder);
