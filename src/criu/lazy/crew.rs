@@ -19,8 +19,8 @@ use super::{
 };
 use crate::model::{Extent, PAGE_SIZE, Space};
 
-/// What is put at once: whoever waits for another page waits until it is there, some 8 µs.
-pub(super) const PIECE_BYTES: u64 = 16 << 10;
+/// What is put at once: whoever waits for another page waits until it is there, some 12 µs.
+pub(super) const PIECE_BYTES: u64 = 32 << 10;
 /// The workload, and whoever answers its faults, go first; it takes a quarter of a processor that others want too.
 const NICE: i32 = 5;
 /// So long after a fault the helpers leave the processors to the workload.
