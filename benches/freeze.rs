@@ -412,7 +412,7 @@ impl Subject {
         fs::create_dir(&images)?;
         let opened = File::open(&images)?;
         let init = self.sandbox.keeper().pidfd()?;
-        let place = Place::Inside { init: init.as_fd(), cgroup: false };
+        let place = Place::Inside { init: init.as_fd(), cgroup: false, ipc: Some(init.as_fd()) };
         let page_server = self.method == Method::CriuPageServer;
         let spawn = Spawn { place, page_server, ..Spawn::new(opened.as_fd()) };
         let mut criu = Swrk::spawn(&self.install, &spawn)?;

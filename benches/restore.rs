@@ -447,7 +447,7 @@ impl Image {
         self.control.set(Word::Go, 1)?;
         let ordered = now_ns();
         let view: View = self.store.freeze_for_restore()?;
-        if !criu.fits(&self.pids, self.note.log_pipes.len()) {
+        if !criu.fits(&self.pids, self.note.log_pipes.len(), false) {
             return Err("the CRIU that waited has ended".into());
         }
         let mark = Mark::make(&self.ram.path().join("mark"), b"")?;
@@ -469,7 +469,7 @@ impl Image {
         let opened = File::open(dir)?;
         let pipes = self.note.log_pipes.iter().zip(&site.stdio);
         let spawn = Spawn {
-            place: Place::Inside { init: site.init.as_fd(), cgroup: false },
+            place: Place::Inside { init: site.init.as_fd(), cgroup: false, ipc: Some(site.init.as_fd()) },
             bridge: Some(&self.bridge),
             cgroups: vec![site.cgroup.clone()],
             pids_above: self.pids.iter().copied().max(),
@@ -581,5 +581,6 @@ fn site(place: &Home, note: &Note) -> Result<Site> {
         init: keeper.pidfd()?,
         cgroup: keeper.cgroup().work(),
         stdio: stdio.collect::<std::result::Result<_, _>>()?,
+        own_ipc: false,
     })
 }

@@ -35,6 +35,7 @@ impl Home {
             program: PROGRAM.into(),
             run_dir: run_dir.clone(),
             data_dir: dir.join("data"),
+            shm_dir: dir.join("shm"),
             log: dir.join("log"),
             log_bytes_max: 1 << 20,
         };

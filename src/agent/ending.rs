@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 use super::{
     api::{ApiError, UnprotectRequest, WorkloadStatus},
     owner::{Answer, Owner},
+    trees,
 };
 use crate::{
     ha::{Input, Standing},
@@ -74,7 +75,14 @@ impl Owner {
             block_in_place(|| standby.remove());
         }
         self.destroy_home();
+        self.clear_shm();
         self.gone = true;
+    }
+
+    fn clear_shm(&self) {
+        if let Err(error) = trees::clear_shm(&self.agent.config, &self.name) {
+            tracing::warn!(%error, "the workload's /dev/shm could not be removed");
+        }
     }
 
     pub(super) fn remove(&mut self) -> Result<(), ApiError> {
@@ -83,6 +91,7 @@ impl Owner {
             return Err(ApiError::refused(message));
         }
         self.destroy_home();
+        self.clear_shm();
         self.place.forget().map_err(ApiError::failed)?;
         self.gone = true;
         Ok(())

@@ -3,7 +3,7 @@
 
 use std::os::fd::OwnedFd;
 
-use super::Agent;
+use super::{Agent, trees};
 use crate::{
     capture,
     criu::bridge::Bridge,
@@ -61,6 +61,7 @@ impl Home {
             program: agent.program.clone(),
             run_dir: agent.sandboxes_dir(),
             data_dir: durable.data(),
+            shm_dir: trees::shm_of(&agent.config, &spec.name),
             log: durable.log(),
             log_bytes_max: LOG_BYTES_MAX,
         };
@@ -159,11 +160,14 @@ impl Home {
     pub(super) fn source(&self, agent: &Agent, spec: &WorkloadSpec) -> Result<capture::Source> {
         let name = &spec.sandbox.name;
         let root = self.root()?.ok_or_else(|| anyhow::anyhow!("the workload {name} has ended"))?;
-        let (init, log_pipes): (Option<OwnedFd>, Vec<u64>) = match &self.place {
-            Place::Sandbox(sandbox) => (Some(sandbox.keeper().pidfd()?), sandbox.log_pipes()?),
-            Place::Bare(_) => (None, Vec::new()),
-        };
         let durable = super::durable::Place::of(&agent.config.state_dir, name);
+        let (init, log_pipes, trees): (Option<OwnedFd>, Vec<u64>, _) = match &self.place {
+            Place::Sandbox(sandbox) => {
+                let trees = trees::all(&agent.config, &durable, &spec.sandbox);
+                (Some(sandbox.keeper().pidfd()?), sandbox.log_pipes()?, trees)
+            }
+            Place::Bare(_) => (None, Vec::new(), Vec::new()),
+        };
         Ok(capture::Source {
             root: root.host as i32,
             root_inside: root.inside,
@@ -174,7 +178,7 @@ impl Home {
             tracking: capture::Tracking::choose(&agent.kernel)?,
             work: agent.config.work_dir.join(format!("dump-{name}")),
             log_pipes,
-            trees: super::trees::of(&durable, &spec.sandbox),
+            trees,
         })
     }
 }

@@ -313,6 +313,7 @@ impl Agent {
         let place = durable::Place::of(&self.config.state_dir, &name);
         let unseeded =
             |error| ApiError::failed(format!("the files of {name} cannot be copied to its place: {error}"));
+        trees::clear_shm(&self.config, &name).map_err(unseeded)?;
         let seeds = trees::Seeds::find(&place, &spec).map_err(unseeded)?;
         let home = Home::create(self, &spec).map_err(|error| ApiError::refused(format!("{error:#}")))?;
         let seeded = seeds.sow().map_err(unseeded);

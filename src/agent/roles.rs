@@ -11,6 +11,7 @@ use super::{
     owner::{Answer, Msg, Offer, Owner, Promotion, Running, boot_now},
     session::{Permit, Session},
     standby::{RestorePlan, Standby},
+    trees,
 };
 use crate::{
     capture::Capturer,
@@ -451,7 +452,7 @@ impl Owner {
         let Some(home) = self.home.take() else { return };
         // Should the pages not come, memory is restored anew from the same epoch; files that the workload has written
         // meanwhile would not be of it. So with files of its own it gets all pages at once.
-        let eager = eager || self.eager || !self.durable.spec.sandbox.paths.is_empty();
+        let eager = eager || self.eager || trees::has_files(&self.agent.config, &self.durable.spec.sandbox);
         let (agent, plan) = (Arc::clone(&self.agent), RestorePlan { epoch, eager, owner: to_self.clone() });
         self.lazy_pages = !eager;
         tokio::task::spawn_blocking(move || {

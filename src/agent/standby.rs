@@ -77,7 +77,8 @@ impl Standby {
         let root = agent.config.store_dir.join("images");
         let place = durable::Place::of(&agent.config.state_dir, name);
         let mark = place.lazy_mark();
-        let files = Box::new(move |changes: &FileChanges<'_>| trees::apply(&place, changes));
+        let config = agent.config.clone();
+        let files = Box::new(move |changes: &FileChanges<'_>| trees::apply(&config, &place, changes));
         let store = Store::open(&root, name, durability, files)?;
         let newest = store.view().and_then(|view| Some((view.id(), Note::read(&view.criu_dir()).ok()?)));
         Ok(Self {
@@ -147,7 +148,8 @@ impl Standby {
     fn wait_ahead(&self, agent: &Agent, name: &Name, dir: &Path) -> anyhow::Result<()> {
         let (pids, note) = (pids(dir)?, Note::read(dir)?);
         let mut waiting = lock(&self.ahead);
-        let fits = waiting.criu.as_mut().is_some_and(|criu| criu.fits(&pids, note.log_pipes.len()));
+        let fits =
+            waiting.criu.as_mut().is_some_and(|criu| criu.fits(&pids, note.log_pipes.len(), note.own_ipc));
         if !fits && !waiting.ordered {
             waiting.criu = None;
             let sandbox = Sandbox::open(&agent.sandboxes_dir(), name)?;
@@ -165,7 +167,8 @@ impl Standby {
     ) -> anyhow::Result<Ahead> {
         let stdio = note.log_pipes.iter().map(|_| sandbox.fresh_stdio()).collect::<Result<Vec<_>, _>>()?;
         let keeper = sandbox.keeper();
-        let site = Site { init: keeper.pidfd()?, cgroup: keeper.cgroup().work(), stdio };
+        let (init, cgroup) = (keeper.pidfd()?, keeper.cgroup().work());
+        let site = Site { init, cgroup, stdio, own_ipc: note.own_ipc };
         let bridge = Bridge::new(&agent.config.work_dir, agent.install.version)?;
         Ok(Ahead::start(&agent.install, &bridge, &self.ready_root, &site, pids)?)
     }
@@ -451,7 +454,8 @@ impl Standby {
             waiting.ordered = true;
             waiting.criu.take()
         };
-        let fitting = waiting.and_then(|mut criu| criu.fits(&pids, note.log_pipes.len()).then_some(criu));
+        let fitting =
+            waiting.and_then(|mut criu| criu.fits(&pids, note.log_pipes.len(), note.own_ipc).then_some(criu));
         fitting.map_or_else(|| self.start_criu(agent, sandbox, &pids, note), Ok)
     }
 

@@ -1,4 +1,5 @@
-//! The files of a workload's declared paths: the directories that its sandbox shows in their place on this host.
+//! The files of a workload's declared paths: the directories that its sandbox shows in their place on this host. And its
+//! POSIX shared memory and semaphores, which are files as well; they are kept where images are, in RAM mostly.
 //!
 //! ```text
 //!   the declared directory ──seed, at the first `run`──► paths/0 ◄──apply, while this host is the standby── epochs
@@ -18,20 +19,48 @@ use std::{
 
 use super::durable::Place;
 use crate::{
+    config::Config,
     files::{Phase, Receiver, Scanner},
+    model::Name,
     store::FileChanges,
     wire::check::TREES_MAX,
     workload::spec::SandboxSpec,
 };
 
+/// Where the files of /dev/shm are.
+pub(super) fn shm_of(config: &Config, name: &Name) -> PathBuf {
+    config.store_dir.join("shm").join(name.as_str())
+}
+
+/// Nothing of an earlier workload of that name is in its /dev/shm.
+pub(super) fn clear_shm(config: &Config, name: &Name) -> io::Result<()> {
+    match fs::remove_dir_all(shm_of(config, name)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// All that is replicated of a sandbox: the declared paths, then /dev/shm.
+pub(super) fn all(config: &Config, place: &Place, spec: &SandboxSpec) -> Vec<PathBuf> {
+    let mut trees = of(place, spec);
+    trees.push(shm_of(config, &spec.name));
+    trees
+}
+
+/// Whether a workload has files of its own, of which it may have changed some since an epoch.
+pub(super) fn has_files(config: &Config, spec: &SandboxSpec) -> bool {
+    let shm = fs::read_dir(shm_of(config, &spec.name));
+    !spec.paths.is_empty() || shm.is_ok_and(|mut entries| entries.next().is_some())
+}
+
 /// Where the files of each declared path are, in their order.
-pub(super) fn of(place: &Place, spec: &SandboxSpec) -> Vec<PathBuf> {
+fn of(place: &Place, spec: &SandboxSpec) -> Vec<PathBuf> {
     (0..spec.paths.len()).map(|tree| place.data().join(tree.to_string())).collect()
 }
 
 /// Brings the standby's copy to an epoch; the records may be those of an epoch that was applied before.
-pub(super) fn apply(place: &Place, changes: &FileChanges<'_>) -> io::Result<()> {
-    let trees = of(place, &place.read()?.spec.sandbox);
+pub(super) fn apply(config: &Config, place: &Place, changes: &FileChanges<'_>) -> io::Result<()> {
+    let trees = all(config, place, &place.read()?.spec.sandbox);
     for tree in &trees {
         DirBuilder::new().recursive(true).mode(0o700).create(tree)?;
     }

@@ -17,8 +17,8 @@ const WORDS: [(&str, &str); 2] = [
     ),
     (
         "with SysVIPC shmem map",
-        "a process has System V shared memory attached (shmat), which it must do without; POSIX shared memory can be \
-         checkpointed",
+        "a process has System V shared memory attached (shmat), which can be checkpointed only with its own IPC namespace: \
+         start it in a sandbox (standin run)",
     ),
 ];
 

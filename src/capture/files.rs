@@ -116,6 +116,10 @@ impl Files {
 
     /// The files that some task maps shared and writable, or did at the look before.
     fn look_at_mappings(&mut self) -> Result<HashSet<FileId>, FilesError> {
+        if !self.scanner.has_content() {
+            // What is new is read in any case.
+            return Ok(std::mem::take(&mut self.mapped));
+        }
         let mut now = HashSet::new();
         for task in memory::tasks_of(self.root)? {
             mapped_by(task.pid, &mut now)?;

@@ -1,23 +1,21 @@
 //! What is read while the tree is frozen.
 //!
-//! CRIU's page-server records arrive on one thread; the lists for CRIU, the scan and the reads run on another, begun when
+//! CRIU's page-server records arrive on one thread ([`super::collector`]); the lists for CRIU, the scan and the reads run on another, begun when
 //! the tree stands so that they overlap with what CRIU does anyway, and finished when CRIU closes. What CRIU wrote to a
 //! task's memory itself is looked for as soon as it has left the task.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, RecvError, Sender, TryRecvError, channel},
-    },
+    os::fd::BorrowedFd,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use super::{
+    collector::{AWAKE_MAX, Ends, Order, Sent, receive_soon},
     engine::CaptureError,
     files::{Change, Files},
+    ipc,
     lists::{self, Listed, Lists},
     tracking::{Dumped, Tracking},
 };
@@ -25,17 +23,14 @@ use crate::{
     criu::{
         Elsewhere,
         gate::{Gate, Heard},
-        keep_off, page_server,
+        keep_off,
     },
     delta::{Known, ReadStamp},
     extents,
     memory::{self, Guards, Memory, Pages, Task, TrackError, Tracker},
     model::{Extent, PAGE_SIZE, Space},
-    wire::message::{Manifest, SpaceMap},
+    wire::message::Manifest,
 };
-
-/// How long a thread stays awake for what comes at once; between two steps of CRIU at the end of a dump lie 0.3 ms.
-const AWAKE_MAX: Duration = Duration::from_millis(1);
 
 /// A tracked task.
 #[derive(Debug)]
@@ -58,13 +53,6 @@ pub(super) struct Piece {
     pub(super) data: Vec<u8>,
     /// When it was read, in the order of passes.
     pub(super) at: ReadStamp,
-}
-
-/// Pages that CRIU sent itself.
-pub(super) struct Sent {
-    space: Space,
-    extents: Vec<Extent>,
-    data: Vec<u8>,
 }
 
 /// All of a freeze.
@@ -96,61 +84,16 @@ pub struct FreezeParts {
     pub close_us: u64,
 }
 
-/// From the page server's thread to the reader's.
-enum Order {
-    /// All tasks stand.
-    Begin,
-    /// CRIU has come to the first task's memory.
-    Opened,
-    /// CRIU has left the task of this pid inside.
-    Left(u32),
-    Finish {
-        manifest: Manifest,
-        sent: Vec<Sent>,
-        closed: Instant,
-    },
-}
-
-/// Begins the reader's work; dropped without that, there was no freeze.
-pub(super) struct Starter {
-    orders: Sender<Order>,
-    gate: Option<Arc<Gate>>,
-    /// The bridge has said that all tasks stand.
-    begun: Arc<AtomicBool>,
-}
-
-impl Starter {
-    /// All tasks stand, as CRIU says; the bridge mostly has said so before.
-    pub(super) fn begin(self) {
-        // A reader that has ended says so at the close.
-        let _ = self.orders.send(Order::Begin);
-        if let Some(gate) = self.gate.filter(|_| !self.begun.load(Ordering::Acquire)) {
-            gate.listen_no_more();
-        }
-    }
-}
-
-/// The page server's side: collects CRIU's list and the pages that it sends itself.
-pub(super) struct Collector {
-    orders: Sender<Order>,
-    verdict: Receiver<bool>,
-    opened: bool,
-    listed: BTreeMap<Space, Vec<Extent>>,
-    sent: Vec<Sent>,
-}
-
 /// The reader's side.
 pub(super) struct Reader<'a> {
-    orders: Receiver<Order>,
-    /// For what the bridge says.
-    own_orders: Option<Sender<Order>>,
-    begun: Arc<AtomicBool>,
-    verdict: Sender<bool>,
-    root: i32,
+    pub(super) ends: Ends,
+    pub(super) root: i32,
     /// Pages that were found stale before the freeze and not read since.
-    pending: BTreeMap<Space, Vec<Extent>>,
+    pub(super) pending: BTreeMap<Space, Vec<Extent>>,
     /// None with soft-dirty bits: there is no bridge that would find them.
-    lists: Option<Lists<'a>>,
+    pub(super) lists: Option<Lists<'a>>,
+    /// A process whose IPC namespace is not part of the image.
+    pub(super) without_ipc: Option<BorrowedFd<'a>>,
 }
 
 /// What the reader works with, lent by the capturer for the freeze.
@@ -161,23 +104,6 @@ pub(super) struct Lent<'a> {
     pub(super) dumped: &'a mut Dumped,
     pub(super) known: &'a mut Known,
     pub(super) files: &'a mut Option<Files>,
-}
-
-/// Makes the two sides, and what begins.
-pub(super) fn channels(
-    root: i32,
-    pending: BTreeMap<Space, Vec<Extent>>,
-    lists: Option<Lists<'_>>,
-) -> (Starter, Collector, Reader<'_>) {
-    let (orders, ordered) = channel();
-    let (verdict, judged) = channel();
-    let begun = Arc::new(AtomicBool::new(false));
-    let gate = lists.as_ref().map(|lists| Arc::clone(&lists.gate));
-    let own_orders = gate.is_some().then(|| orders.clone());
-    let starter = Starter { orders: orders.clone(), gate, begun: Arc::clone(&begun) };
-    let collector =
-        Collector { orders, verdict: judged, opened: false, listed: BTreeMap::new(), sent: Vec::new() };
-    (starter, collector, Reader { orders: ordered, own_orders, begun, verdict, root, pending, lists })
 }
 
 /// How a pass takes what was written.
@@ -195,63 +121,13 @@ struct Freeze<'a, 'b> {
     left: BTreeSet<Space>,
 }
 
-impl page_server::Handler for Collector {
-    /// Tasks have a parent (CRIU sends holes, we the pages); shared memory has none, because a store through another
-    /// mapping leaves no trace in the one that is looked at. CRIU up to 4.2 sends all of it in any case (do_dump_one_shmem
-    /// in shmem.c); should one send holes, the epoch fails: [`Freeze::finish`] trusts nothing that is known of it.
-    fn opened(&mut self, space: Space) -> io::Result<bool> {
-        if !self.opened {
-            self.opened = true;
-            // A reader that has ended says so at the close.
-            let _ = self.orders.send(Order::Opened);
-        }
-        self.listed.entry(space).or_default();
-        Ok(matches!(space, Space::Task(_)))
-    }
-
-    fn hole(&mut self, space: Space, extent: Extent) -> io::Result<()> {
-        self.listed.entry(space).or_default().push(extent);
-        Ok(())
-    }
-
-    fn pages(&mut self, space: Space, extent: Extent, _lazy: bool, data: &[u8]) -> io::Result<()> {
-        self.listed.entry(space).or_default().push(extent);
-        match self.sent.last_mut() {
-            Some(piece)
-                if piece.space == space
-                    && piece.extents.last().is_some_and(|last| last.end() == extent.start) =>
-            {
-                extents::push(&mut piece.extents, extent.start, extent.end());
-                piece.data.extend_from_slice(data);
-            }
-            _ => self.sent.push(Sent { space, extents: vec![extent], data: data.to_vec() }),
-        }
-        Ok(())
-    }
-
-    fn close(&mut self) -> io::Result<()> {
-        let closed = Instant::now();
-        let spaces = std::mem::take(&mut self.listed)
-            .into_iter()
-            .map(|(space, mut extents)| {
-                extents::normalize(&mut extents);
-                SpaceMap { space, extents }
-            })
-            .collect();
-        let order =
-            Order::Finish { manifest: Manifest { spaces }, sent: std::mem::take(&mut self.sent), closed };
-        let read = self.orders.send(order).is_ok() && receive_soon(&self.verdict).unwrap_or(false);
-        if read { Ok(()) } else { Err(io::Error::other("the frozen memory could not be read")) }
-    }
-}
-
 impl Reader<'_> {
     /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far.
     pub(super) fn serve(mut self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
         let (gate, own_orders) =
-            (self.lists.as_ref().map(|lists| Arc::clone(&lists.gate)), self.own_orders.take());
+            (self.lists.as_ref().map(|lists| Arc::clone(&lists.gate)), self.ends.own_orders.take());
         let (stands, elsewhere) = gate.as_ref().map_or((false, None), |gate| self.stand(gate));
-        if !stands && !matches!(self.orders.recv(), Ok(Order::Begin)) {
+        if !stands && !matches!(self.ends.orders.recv(), Ok(Order::Begin)) {
             return None;
         }
         std::thread::scope(|scope| {
@@ -288,7 +164,7 @@ impl Reader<'_> {
                     awake = AWAKE_MAX;
                 }
                 Some(Heard::Stand) => {
-                    self.begun.store(true, Ordering::Release);
+                    self.ends.begun.store(true, Ordering::Release);
                     return (true, elsewhere);
                 }
                 Some(Heard::Left(_)) => {}
@@ -309,6 +185,13 @@ impl Reader<'_> {
         let first = freeze.pass(&mut frozen, None, take);
         freeze.lists = None;
         let mut result = first.map(|pages| frozen.dirty_pages = pages);
+        if let Some(process) = self.without_ipc.filter(|_| result.is_ok()) {
+            result = match ipc::has_objects(process) {
+                Ok(false) => Ok(()),
+                Ok(true) => Err(CaptureError::Ipc),
+                Err(error) => Err(error.into()),
+            };
+        }
         // For a file that is open and has lost this name CRIU makes another one, which the restore needs: when it dumps
         // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
         // run beside CRIU's work.
@@ -316,7 +199,7 @@ impl Reader<'_> {
         let (manifest, sent, closed) = loop {
             // CRIU closes soon after it has left the last task.
             let last = freeze.left.len() == freeze.lent.tasks.len();
-            match if last { receive_soon(&self.orders) } else { self.orders.recv() } {
+            match if last { receive_soon(&self.ends.orders) } else { self.ends.orders.recv() } {
                 Ok(Order::Opened) if result.is_ok() && early => {
                     result = frozen.scan_files(freeze.lent.files.as_mut());
                 }
@@ -334,7 +217,7 @@ impl Reader<'_> {
         }
         frozen.parts.close_us = us_since(closed);
         // CRIU that is gone by now rolls back by itself.
-        let _ = self.verdict.send(result.is_ok());
+        let _ = self.ends.verdict.send(result.is_ok());
         Some(result.map(|()| frozen))
     }
 }
@@ -506,19 +389,6 @@ impl Freeze<'_, '_> {
     }
 }
 
-/// Receives what is expected at once, mostly: a thread that sleeps until then takes 50 µs to wake.
-fn receive_soon<T>(from: &Receiver<T>) -> Result<T, RecvError> {
-    let until = Instant::now() + AWAKE_MAX;
-    while Instant::now() < until {
-        match from.try_recv() {
-            Ok(received) => return Ok(received),
-            Err(TryRecvError::Disconnected) => return Err(RecvError),
-            Err(TryRecvError::Empty) => std::thread::yield_now(),
-        }
-    }
-    from.recv()
-}
-
 fn us_since(began: Instant) -> u64 {
     began.elapsed().as_micros() as u64
 }
@@ -570,13 +440,16 @@ impl Piece {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{criu::page_server::Handler as _, delta::Encoder};
+    use crate::{
+        capture::collector::channels, criu::page_server::Handler as _, delta::Encoder,
+        wire::message::SpaceMap,
+    };
 
     /// A hole says that a page is as it was, which of shared memory nobody can tell.
     #[test]
     fn a_hole_in_shared_memory_fails_the_epoch_though_the_page_is_known() {
         let (space, page) = (Space::Shared(5), Extent { start: 0, pages: 1 });
-        let (_, mut collector, _) = channels(1, BTreeMap::new(), None);
+        let (_, mut collector, _) = channels(None);
         assert!(!collector.opened(space).unwrap() && collector.opened(Space::Task(1)).unwrap());
 
         let mut known = Known::default();

@@ -18,6 +18,9 @@ pub struct Note {
     pub log_pipes: Vec<u64>,
     /// Pid of the tree's root inside.
     pub root: u32,
+    /// The tree's IPC namespace is part of the image.
+    #[serde(default)]
+    pub own_ipc: bool,
 }
 
 impl Note {

@@ -20,14 +20,17 @@
 //! - With soft-dirty bits ([`Tracking::SoftDirty`]) CRIU lists and sends what was written, and its holes are pages that
 //!   were not; the next epoch after a failed one must be full ([`Capturer::needs_full`]).
 //! - The replicated directories are those of the freeze: what is sent of them before is put right by what is read in it.
+//! - System V objects are part of the image whenever there are any (`ipc.rs`).
 //! - A failed capture leaves the tree running: CRIU rolls back whenever we do not say yes.
 
 mod blame;
+mod collector;
 pub mod converge;
 mod engine;
 mod files;
 mod frozen;
 mod images;
+mod ipc;
 mod lists;
 pub mod pace;
 mod sockets;

@@ -53,8 +53,8 @@ pub(super) const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Largest plan or failure text.
 const CONTROL_BYTES_MAX: usize = 64 << 10;
-/// Descriptors beside the plan that are not inherited ones: rpc, images, pages, library, kerndat, gate, init.
-const FIXED_FDS_MAX: usize = 7;
+/// Descriptors beside the plan that are not inherited ones: rpc, images, pages, library, kerndat, gate, init, ipc.
+const FIXED_FDS_MAX: usize = 8;
 /// Memory that a CRIU that dumps asks for in advance; what it uses of the heap in a dump of a few processes.
 const HEAP_BYTES: usize = 1 << 20;
 /// How often the process of the probe speaks.
@@ -157,6 +157,7 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
         place(slot::GATE)?;
     }
     let init = plan.init.then(&mut next).transpose()?;
+    let ipc = plan.ipc.then(&mut next).transpose()?;
     for number in 0..plan.inherit {
         sys::dup_to(&next()?, slot::INHERIT + number as i32).map_err(failed("placing a descriptor"))?;
     }
@@ -177,7 +178,7 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
         })
         .transpose()?;
     if let Some(init) = init {
-        join(&init, plan.cgroup_namespace)?;
+        join(&init, ipc.as_ref(), plan.cgroup_namespace)?;
         raise_pids(last_pid.as_ref())?;
         // Only a child is in the pid namespace that was joined.
         pass_on_to_child("becoming a process of the pid namespace")?;
@@ -191,13 +192,15 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
     execute(&plan)
 }
 
-fn join(init: &OwnedFd, cgroup: bool) -> Result<(), String> {
+fn join(init: &OwnedFd, ipc: Option<&OwnedFd>, cgroup: bool) -> Result<(), String> {
     let mut spaces = CloneFlags::CLONE_NEWNS
         | CloneFlags::CLONE_NEWPID
         | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWIPC;
+        | CloneFlags::CLONE_NEWUTS;
     spaces.set(CloneFlags::CLONE_NEWCGROUP, cgroup);
+    if let Some(ipc) = ipc {
+        setns(ipc, CloneFlags::CLONE_NEWIPC).map_err(failed("joining the workload's IPC namespace"))?;
+    }
     setns(init, spaces).map_err(failed("joining the workload's namespaces"))
 }
 

@@ -154,7 +154,7 @@ impl Room {
 
     /// The place for a CRIU.
     pub fn place(&self) -> Place<'_> {
-        Place::Inside { init: self.pidfd.as_fd(), cgroup: false }
+        Place::Inside { init: self.pidfd.as_fd(), cgroup: false, ipc: Some(self.pidfd.as_fd()) }
     }
 
     /// Waits until a pid inside is free again: the kill that ends a dump is over before the init

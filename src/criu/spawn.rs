@@ -55,12 +55,15 @@ pub(super) mod slot {
 pub enum Place<'a> {
     /// In the namespaces of the agent.
     Here,
-    /// In the mount, pid, network, uts and ipc namespaces of the process behind this pidfd.
+    /// In the mount, pid, network and uts namespaces of the process behind this pidfd.
     Inside {
         /// The sandbox's or container's pid 1.
         init: BorrowedFd<'a>,
         /// Its cgroup namespace too, if it has one of its own.
         cgroup: bool,
+        /// The process whose IPC namespace it joins. `None`: it stays in the agent's, so that the tree's is part of the
+        /// image.
+        ipc: Option<BorrowedFd<'a>>,
     },
 }
 
@@ -129,6 +132,7 @@ pub(super) struct Plan {
     pub(super) gate: bool,
     pub(super) forks: bool,
     pub(super) init: bool,
+    pub(super) ipc: bool,
     pub(super) cgroup_namespace: bool,
     pub(super) inherit: usize,
 }
@@ -221,13 +225,11 @@ fn launch(
         fds.extend([bridge.library().as_raw_fd(), bridge.kerndat().as_raw_fd()]);
     }
     fds.extend(their(slot::GATE));
-    let (init, cgroup_namespace) = match spawn.place {
-        Place::Here => (false, false),
-        Place::Inside { init, cgroup } => {
-            fds.push(init.as_raw_fd());
-            (true, cgroup)
-        }
+    let (init, joined, cgroup_namespace) = match spawn.place {
+        Place::Here => (None, None, false),
+        Place::Inside { init, cgroup, ipc } => (Some(init), ipc, cgroup),
     };
+    fds.extend(init.into_iter().chain(joined).map(|fd| fd.as_raw_fd()));
     fds.extend(spawn.inherit.iter().map(|(_, fd)| fd.as_raw_fd()));
     let plan = Plan {
         command: install.command().to_vec(),
@@ -237,7 +239,8 @@ fn launch(
         bridge: spawn.bridge.is_some(),
         gate: their(slot::GATE).is_some(),
         forks,
-        init,
+        init: init.is_some(),
+        ipc: joined.is_some(),
         cgroup_namespace,
         inherit: spawn.inherit.len(),
     };

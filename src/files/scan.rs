@@ -125,6 +125,12 @@ impl Scanner {
         }
     }
 
+    /// Whether the last scan found content, which a mapping may change unseen.
+    pub fn has_content(&self) -> bool {
+        let nodes = self.trees.iter().filter_map(|tree| tree.sent.as_ref()).flat_map(BTreeMap::values);
+        nodes.into_iter().any(|node| matches!(node.meta.kind, FileKind::Regular { size: 1.. }))
+    }
+
     /// Emits what changed since the scan before. `mapped`: the files that some task maps shared and writable;
     /// their content is compared whatever their `stat` says.
     pub fn scan(

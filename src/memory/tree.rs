@@ -1,6 +1,8 @@
 //! The tasks of a process tree.
 
-use std::{fs, io};
+use std::{fs, io, os::fd::OwnedFd};
+
+use super::sys;
 
 /// Most tasks that a tree may have.
 pub const TASKS_MAX: usize = 65_536;
@@ -27,6 +29,11 @@ pub enum TreeError {
         /// The kernel's answer.
         source: io::Error,
     },
+}
+
+/// A descriptor of a process, by its pid on the host.
+pub fn pidfd_of(pid: i32) -> io::Result<OwnedFd> {
+    sys::pidfd_open(pid, false)
 }
 
 /// A process of the tree.

@@ -31,6 +31,8 @@ pub struct Site {
     pub cgroup: PathBuf,
     /// What the tree's pipes to its log become, in their order.
     pub stdio: Vec<OwnedFd>,
+    /// The tree's IPC namespace comes with the image; otherwise it is that of pid 1.
+    pub own_ipc: bool,
 }
 
 /// A CRIU that waits there. Dropping it ends it.
@@ -39,6 +41,7 @@ pub struct Ahead {
     criu: Swrk,
     pids: RangeInclusive<u32>,
     stdio: usize,
+    own_ipc: bool,
 }
 
 impl Ahead {
@@ -54,7 +57,11 @@ impl Ahead {
         let above = pids.iter().copied().max().unwrap_or(1).saturating_add(PIDS_AHEAD);
         let inherit = site.stdio.iter().map(|fd| (String::new(), fd.as_fd())).collect();
         let spawn = Spawn {
-            place: Place::Inside { init: site.init.as_fd(), cgroup: false },
+            place: Place::Inside {
+                init: site.init.as_fd(),
+                cgroup: false,
+                ipc: (!site.own_ipc).then_some(site.init.as_fd()),
+            },
             bridge: Some(bridge),
             cgroups: vec![site.cgroup.clone()],
             pids_above: Some(above),
@@ -62,12 +69,15 @@ impl Ahead {
             ..Spawn::new(opened.as_fd())
         };
         let criu = Swrk::spawn(install, &spawn)?;
-        Ok(Self { criu, pids: above + 1..=above + PIDS_OF_CRIU, stdio: site.stdio.len() })
+        let pids = above + 1..=above + PIDS_OF_CRIU;
+        Ok(Self { criu, pids, stdio: site.stdio.len(), own_ipc: site.own_ipc })
     }
 
-    /// Whether it still waits, and can restore a tree with these pids and so many pipes to its log.
-    pub fn fits(&mut self, pids: &[u32], stdio: usize) -> bool {
-        self.criu.is_waiting() && self.stdio == stdio && !pids.iter().any(|pid| self.pids.contains(pid))
+    /// Whether it still waits, and can restore a tree with these pids and so many pipes to its log, its IPC namespace in the
+    /// image or not.
+    pub fn fits(&mut self, pids: &[u32], stdio: usize, own_ipc: bool) -> bool {
+        let fits = self.stdio == stdio && self.own_ipc == own_ipc;
+        fits && self.criu.is_waiting() && !pids.iter().any(|pid| self.pids.contains(pid))
     }
 
     /// Its processes, in our pid namespace.

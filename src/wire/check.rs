@@ -89,7 +89,8 @@ fn workload(spec: &WorkloadSpec) -> Result<(), Illegal> {
         && host.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
     require(host_fits, || format!("{host:?} is no host name"))?;
     let paths = &spec.sandbox.paths;
-    require(paths.len() <= TREES_MAX, || format!("{} paths, at most {TREES_MAX}", paths.len()))?;
+    // One tree more is /dev/shm.
+    require(paths.len() < TREES_MAX, || format!("{} paths, at most {}", paths.len(), TREES_MAX - 1))?;
     for path in paths {
         require(is_plain_absolute(path), || format!("{} is no plain absolute path", path.display()))?;
     }

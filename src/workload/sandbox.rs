@@ -13,7 +13,10 @@
 use std::{
     fs, io,
     net::IpAddr,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{DirBuilderExt, PermissionsExt},
+    },
     path::{Component, Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -36,7 +39,7 @@ use crate::model::Name;
 
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 const EXEC_LIMIT: Duration = Duration::from_secs(10);
-const PATHS_MAX: usize = 64;
+const PATHS_MAX: usize = 63;
 const IPS_MAX: usize = 16;
 
 /// Where a sandbox's things are on this host.
@@ -48,6 +51,8 @@ pub struct Options {
     pub run_dir: PathBuf,
     /// The workload's declared paths show the directories `0`, `1`, … of this one, made if missing.
     pub data_dir: PathBuf,
+    /// The workload's /dev/shm shows this one, made if missing: in RAM, if it is to be as fast as shared memory is.
+    pub shm_dir: PathBuf,
     /// The file for the workload's output; made with mode 0600. Its directory must exist.
     pub log: PathBuf,
     /// Bytes at which the log begins anew; the one before is kept.
@@ -180,11 +185,15 @@ impl Sandbox {
             binds.push((tree, path.clone()));
         }
 
+        let shm = &options.shm_dir;
+        make_shm(shm).map_err(file("make", shm))?;
+
         let cgroup = Cgroup::create(&spec.name).map_err(|error| keeper_error(error.into()))?;
         let place = Place {
             own_net: matches!(spec.net, Net::Own { .. }),
             hostname: spec.hostname.clone(),
             root,
+            shm: shm.clone(),
             binds,
             log: options.log.clone(),
             log_bytes_max: options.log_bytes_max,
@@ -487,6 +496,18 @@ fn check_spec(spec: &SandboxSpec, options: &Options) -> Result<(), SandboxError>
     Ok(())
 }
 
+/// As open to all as /dev/shm is, which only what is inside can reach.
+fn make_shm(dir: &Path) -> io::Result<()> {
+    if let Some(parent) = dir.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+    }
+    match fs::create_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o1777))
+}
+
 fn check_path(path: &Path, options: &Options) -> Result<(), String> {
     let shown = path.display();
     let mut components = path.components();
@@ -505,7 +526,7 @@ fn check_path(path: &Path, options: &Options) -> Result<(), String> {
             link.display()
         ));
     }
-    for ours in [&options.run_dir, &options.data_dir, &options.log] {
+    for ours in [&options.run_dir, &options.data_dir, &options.shm_dir, &options.log] {
         if ours.starts_with(path) {
             return Err(format!(
                 "the path {shown} would hide {}, which standin needs inside",
@@ -525,6 +546,7 @@ mod tests {
             program: "/usr/bin/standin".into(),
             run_dir: "/run/standin/sandboxes".into(),
             data_dir: "/var/lib/standin/web/files".into(),
+            shm_dir: "/dev/shm/standin/web".into(),
             log: "/var/lib/standin/web/log".into(),
             log_bytes_max: 1,
         };

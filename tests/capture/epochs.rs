@@ -82,7 +82,7 @@ fn restore(home: &Home, dir: &Path) {
     let init = home.sandbox.keeper().pidfd().unwrap();
     let opened = File::open(dir).unwrap();
     let spawn = Spawn {
-        place: Place::Inside { init: init.as_fd(), cgroup: false },
+        place: Place::Inside { init: init.as_fd(), cgroup: false, ipc: Some(init.as_fd()) },
         cgroups: vec![home.sandbox.keeper().cgroup().work()],
         pids_above: Some(highest),
         inherit,

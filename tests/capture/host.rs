@@ -51,6 +51,7 @@ impl Home {
             program: PROGRAM.into(),
             run_dir: dir.path().join("run"),
             data_dir: dir.path().join("data"),
+            shm_dir: dir.path().join("shm"),
             log: dir.path().join("log"),
             log_bytes_max: 1 << 20,
         };

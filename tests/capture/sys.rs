@@ -39,6 +39,19 @@ impl Mapping {
         Self { start: start.cast(), pages }
     }
 
+    /// A System V segment that nobody else can attach any more.
+    pub(crate) fn system_v(pages: usize) -> Self {
+        // SAFETY: integers only; the attach makes a new mapping where the kernel likes.
+        let start = unsafe {
+            let id = libc::shmget(libc::IPC_PRIVATE, pages * PAGE, libc::IPC_CREAT | 0o600);
+            let start = libc::shmat(id, std::ptr::null(), 0);
+            assert!(id >= 0 && start as isize != -1, "{}", std::io::Error::last_os_error());
+            libc::shmctl(id, libc::IPC_RMID, null_mut());
+            start
+        };
+        Self { start: start.cast(), pages }
+    }
+
     /// Private memory at an address of the caller's, in the place of what it may have there.
     pub(crate) fn private_at(at: usize, pages: usize) -> Self {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
@@ -164,15 +177,11 @@ pub(crate) fn kill_and_reap(pid: i32) {
     }
 }
 
-/// A System V segment, attached for good; it goes with the process.
-pub(crate) fn attach_system_v() {
-    // SAFETY: integers only; the attach makes a new mapping.
-    unsafe {
-        let id = libc::shmget(libc::IPC_PRIVATE, PAGE, libc::IPC_CREAT | 0o600);
-        let at = libc::shmat(id, std::ptr::null(), 0);
-        assert!(id >= 0 && at as isize != -1, "{}", std::io::Error::last_os_error());
-        libc::shmctl(id, libc::IPC_RMID, null_mut());
-    }
+/// A System V semaphore, for good: it goes with its namespace.
+pub(crate) fn make_semaphore() {
+    // SAFETY: integers only.
+    let id = unsafe { libc::semget(libc::IPC_PRIVATE, 1, libc::IPC_CREAT | 0o600) };
+    assert!(id >= 0, "{}", std::io::Error::last_os_error());
 }
 
 /// Makes a process that shares this one's memory and sleeps.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use standin::capture::{CaptureError, Tracking};
+use standin::capture::{CaptureError, Note, Tracking};
 
 use crate::{
     device::{self, Device},
@@ -39,6 +39,30 @@ fn shared_memory_that_is_written_through_another_mapping_is_not_lost() {
 #[test]
 fn shared_memory_that_is_written_by_another_process_is_not_lost() {
     shared_memory_is_not_lost("alias-process");
+}
+
+#[test]
+fn system_v_shared_memory_is_not_lost() {
+    shared_memory_is_not_lost("system-v");
+}
+
+/// CRIU does not see that such an object is used, and would leave it out of the image.
+#[test]
+fn a_system_v_object_that_comes_right_before_the_freeze_fails_the_epoch_once() {
+    let mut primary = Primary::start("semaphore", Tracking::WriteProtect);
+    primary.true_epoch(false);
+    let dir = primary.home.dir.path().to_owned();
+    primary.capturer.before_freeze(Box::new(move || {
+        fs::write(dir.join(GO), "").unwrap();
+        await_true("the semaphore", || fs::read_to_string(dir.join("log")).unwrap().contains("changed"));
+    }));
+    let failed = primary.try_true_epoch(false).map(drop);
+    assert!(matches!(failed, Err(CaptureError::Ipc)), "{failed:?}");
+    primary.true_epoch(false);
+    let view = primary.store.view().unwrap();
+    assert!(Note::read(&view.criu_dir()).unwrap().own_ipc);
+    let images = fs::read_dir(view.criu_dir()).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(images.into_iter().any(|name| name.to_string_lossy().starts_with("ipcns-sem-")));
 }
 
 fn shared_memory_is_not_lost(role: &str) {
@@ -149,11 +173,6 @@ fn an_io_uring_is_refused_and_named() {
     }
 }
 
-#[test]
-fn system_v_shared_memory_is_refused_and_named() {
-    is_refused("system-v", "System V shared memory");
-}
-
 /// The program goes on all the same.
 fn is_refused(role: &str, reason: &str) {
     let mut primary = Primary::start(role, Tracking::WriteProtect);
@@ -195,9 +214,9 @@ pub(crate) fn run(role: &str) {
             rest();
         }
         "system-v" => {
-            sys::attach_system_v();
-            rest();
+            count_in(&Mapping::system_v(PAGES));
         }
+        "semaphore" => change(|| sys::make_semaphore),
         _ => {}
     }
 }

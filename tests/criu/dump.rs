@@ -327,7 +327,7 @@ fn an_agent_hangs_in_a_dump() {
     let room = pidfd(init.parse().unwrap());
     let images = File::open(directory).unwrap();
     let bridge = Bridge::new(directory, install().version).unwrap();
-    let place = Place::Inside { init: room.as_fd(), cgroup: false };
+    let place = Place::Inside { init: room.as_fd(), cgroup: false, ipc: Some(room.as_fd()) };
     let spawn = Spawn { place, bridge: Some(&bridge), page_server: true, ..Spawn::new(images.as_fd()) };
     let mut criu = Swrk::spawn(&install(), &spawn).unwrap();
     let (socket, version) = (criu.take_page_server().unwrap(), criu.version());

@@ -207,7 +207,7 @@ fn an_agent_restores() {
     let (handle, id) = (pager.handle().unwrap(), Pid::from_raw(pager.id() as i32));
     let (opened, init) = (fs::File::open(&images).unwrap(), io::stdin());
     let spawn = Spawn {
-        place: Place::Inside { init: init.as_fd(), cgroup: false },
+        place: Place::Inside { init: init.as_fd(), cgroup: false, ipc: Some(init.as_fd()) },
         bridge: Some(&bridge),
         pids_above: Some(5000),
         ..Spawn::new(opened.as_fd())

@@ -7,5 +7,7 @@ mod lab;
 mod lab_itself;
 mod pace;
 mod paths;
+mod postgres;
 mod redis;
 mod refusals;
+mod turns;

@@ -6,6 +6,7 @@ use super::{
     cluster::{Cluster, wait_for},
     lab::Host,
     redis::{VIP, rolled_back},
+    turns::survives,
 };
 
 /// Changes files in every way and keeps in memory what they must be.
@@ -75,49 +76,9 @@ fn the_append_only_file_of_a_redis_goes_with_its_memory() {
     assert_eq!(memory, files);
 }
 
-/// How many times the scribe has found its files as they must be, by its log on a host.
-fn checks(cluster: &Cluster, host: Host) -> u64 {
-    let log = cluster.lab.on(host, &["cat", "/var/lib/standin/workloads/scribe/output.log"]);
-    let log = String::from_utf8_lossy(&log.stdout).into_owned();
-    let wrong: Vec<&str> = log.lines().filter(|line| !line.starts_with("ok ")).collect();
-    assert!(wrong.is_empty(), "on {host}: {wrong:#?}");
-    let last = log.lines().next_back().and_then(|line| line.strip_prefix("ok "));
-    last.map_or(0, |count| count.parse().expect("a number"))
-}
-
-fn wait_checks(cluster: &Cluster, host: Host, more: u64) {
-    let wanted = checks(cluster, host) + more;
-    wait_for("the scribe to check its files", || checks(cluster, host) >= wanted);
-}
-
 #[test]
 fn what_a_process_believes_of_its_files_is_so_after_every_takeover() {
-    let mut cluster = Cluster::up("scribe");
-    cluster.standin(
-        Host::A,
-        &["run", "scribe", "--path", "/srv/scribe", "--", "/usr/bin/python3", "-c", SCRIBE, "/srv/scribe"],
-    );
-    wait_checks(&cluster, Host::A, 1);
-    cluster.standin(Host::A, &["protect", "scribe", "--to", "b", "--every", "50ms"]);
-    let mut at = (Host::A, Host::B);
-    for round in 0..4_u64 {
-        let (primary, standby) = at;
-        cluster.wait_state_of("scribe", primary, "primary", "protected");
-        cluster.wait_state_of("scribe", standby, "standby", "ready");
-        wait_checks(&cluster, primary, 3);
-        std::thread::sleep(Duration::from_millis(113 * round));
-        if round % 2 == 0 {
-            cluster.lab.kill(primary);
-            cluster.wait_state_of("scribe", standby, "primary", "alone");
-            wait_checks(&cluster, standby, 3);
-            cluster.lab.boot(primary);
-            cluster.start_agent(primary);
-        } else {
-            cluster.json(primary, &["handoff", "scribe", "--max-downtime", "2s"]);
-            wait_checks(&cluster, standby, 3);
-        }
-        at = (standby, primary);
-    }
+    survives("scribe", &["--path", "/srv/scribe", "--", "/usr/bin/python3", "-c", SCRIBE, "/srv/scribe"]);
 }
 
 /// What was shipped for the epochs that began after `work` did, once there are some.

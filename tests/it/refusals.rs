@@ -219,6 +219,25 @@ fn a_process_that_criu_cannot_dump_runs_on_unprotected_and_the_reason_is_told() 
     }
 }
 
+/// Without a sandbox it would be the host's.
+#[test]
+fn system_v_shared_memory_of_a_tree_that_nobody_sandboxed_is_refused() {
+    let cluster = Cluster::up("bare-ipc");
+    let attach = "import ctypes, time; libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p; \
+                  id = libc.shmget(0, 4096, 0o1600); libc.shmat(id, None, 0); libc.shmctl(id, 0, None); time.sleep(1000)";
+    let pid =
+        cluster.start_session(&format!("cd /; echo $$ >&3; exec 3>&- </dev/null python3 -c '{attach}'"));
+    wait_for("it to attach", || {
+        cluster.lab.ok(Host::A, &["cat", &format!("/proc/{pid}/maps")]).contains("SYSV")
+    });
+    cluster.refuses(
+        &["protect", "attached", "--pid", &pid, "--to", "b"],
+        REFUSED,
+        &["System V shared memory", "standin run", "runs on"],
+    );
+    assert!(cluster.lab.on(Host::A, &["kill", "-0", &pid]).status.success());
+}
+
 #[test]
 fn protection_pauses_while_criu_refuses_and_goes_on_by_itself() {
     let cluster = Cluster::up("pauses");

@@ -127,6 +127,7 @@ impl Place {
             program: PROGRAM.into(),
             run_dir: self.run_dir(),
             data_dir: self.dir.path().join("data"),
+            shm_dir: self.dir.path().join("shm"),
             log: self.log(),
             log_bytes_max: 1 << 20,
         }

@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     io,
+    os::fd::AsFd as _,
     path::PathBuf,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -13,7 +14,8 @@ use super::{CaptureError, Capturer, Emit, Finish, Spare, encode};
 use crate::{
     capture::{
         blame,
-        frozen::{self, FreezeParts, Frozen, Lent, Piece, Starter},
+        collector::{self, Starter},
+        frozen::{self, FreezeParts, Frozen, Lent, Piece, Reader},
         images::{self, Note},
         lists::Lists,
     },
@@ -61,10 +63,12 @@ impl Capturer {
             frozen_at_unix_ms: figures.frozen_at_unix_ms,
             log_pipes: self.source.log_pipes.clone(),
             root: self.source.root_inside,
+            own_ipc: self.own_ipc,
         };
         let mut outlet = Outlet { encoder: &mut self.encoder, dir, note, figures, emit };
         let root = self.source.root;
         let gate = swrk.take_gate().map(Arc::new);
+        let without_ipc = (self.source.init.is_some() && !self.own_ipc).then(|| self.root.as_fd());
         let lists = gate.clone().map(|gate| Lists {
             dir: outlet.dir.clone(),
             gate,
@@ -82,7 +86,8 @@ impl Capturer {
         // What was read, and how it went out if that was before the thaw.
         let (mut taken, mut sent) = (None, None);
         let dumped = std::thread::scope(|scope| {
-            let (starter, mut collector, reader) = frozen::channels(root, pending, lists);
+            let (starter, mut collector, ends) = collector::channels(gate.clone());
+            let reader = Reader { ends, root, pending, lists, without_ipc };
             let mut starter = Some(starter);
             let lent = &lent;
             let reading = scope.spawn(move || {

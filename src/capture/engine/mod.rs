@@ -18,6 +18,7 @@ use std::{
 use super::{
     files::{Files, FilesError},
     frozen::{FreezeParts, Tracked},
+    ipc,
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -83,6 +84,9 @@ pub enum CaptureError {
     /// What was told to CRIU ahead was not so any more.
     #[error("guard regions of process {0} changed right before the freeze")]
     Guards(i32),
+    /// The image of this freeze would lack it.
+    #[error("a System V object (shared memory, semaphore, message queue) was made right before the freeze")]
+    Ipc,
     /// The image needs pages that nobody has.
     #[error("{pages} pages of {space:?} from {start:#x} on are needed for the image and cannot be read")]
     Unreadable {
@@ -173,6 +177,10 @@ pub struct Capturer {
     next_dir: u32,
     /// An epoch failed: of pages that were sent in it nothing is known.
     unsure: bool,
+    /// Of the tree's root.
+    root: OwnedFd,
+    /// The tree's IPC namespace is part of the image.
+    own_ipc: bool,
     /// Epochs that will not tell guard regions ahead.
     guards_doubted: u32,
     before_freeze: Option<Box<dyn FnMut() + Send>>,
@@ -189,6 +197,7 @@ impl Capturer {
     pub fn new(source: Source) -> Result<Self, CaptureError> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&source.work)?;
         parent::create(&source.work.join(parent::DIRECTORY))?;
+        let root = source.root;
         let mut capturer = Self {
             files: Files::new(source.root, &source.trees),
             source,
@@ -200,10 +209,13 @@ impl Capturer {
             spare: None,
             next_dir: 0,
             unsure: false,
+            root: memory::pidfd_of(root)?,
+            own_ipc: false,
             guards_doubted: 0,
             before_freeze: None,
         };
         capturer.track()?;
+        capturer.look_at_ipc()?;
         capturer.spawn_ahead()?;
         Ok(capturer)
     }
@@ -246,6 +258,7 @@ impl Capturer {
             return Err(CaptureError::NeedsFull);
         }
         let began = Instant::now();
+        self.look_at_ipc()?;
         self.spawn_ahead()?;
         self.track()?;
         if base.is_none() {
@@ -311,9 +324,22 @@ impl Capturer {
         Ok(())
     }
 
+    /// Whether the next image must have the IPC namespace. A tree without a sandbox shares the host's, which it cannot have.
+    fn look_at_ipc(&mut self) -> Result<(), CaptureError> {
+        let own_ipc = self.source.init.is_some() && ipc::has_objects(self.root.as_fd())?;
+        if std::mem::replace(&mut self.own_ipc, own_ipc) != own_ipc {
+            // They are in the wrong one.
+            (self.spare, self.fork_server) = (None, None);
+        }
+        Ok(())
+    }
+
     fn place(&self) -> Place<'_> {
         match &self.source.init {
-            Some(init) => Place::Inside { init: init.as_fd(), cgroup: false },
+            Some(init) => {
+                let ipc = (!self.own_ipc).then_some(self.root.as_fd());
+                Place::Inside { init: init.as_fd(), cgroup: false, ipc }
+            }
             None => Place::Here,
         }
     }

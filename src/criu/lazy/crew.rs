@@ -121,7 +121,7 @@ impl Crew {
     /// What a helper does until [`Self::end`].
     pub(super) fn help(&self, source: &dyn PageSource) {
         super::super::sys::stand_back(NICE);
-        let mut buffer = [0; PIECE_BYTES as usize];
+        let mut buffer = vec![0; PIECE_BYTES as usize];
         while !self.over.load(Ordering::Relaxed) {
             if self.is_faulting() {
                 std::thread::sleep(FAULTING / 4);

@@ -84,7 +84,7 @@ impl Session<'_> {
     pub(super) fn serve(&mut self) -> Result<(), LazyError> {
         let since = Instant::now();
         self.running = true;
-        let mut buffer = [0; PIECE_BYTES as usize];
+        let mut buffer = vec![0; PIECE_BYTES as usize];
         let mut timeout = EpollTimeout::ZERO;
         loop {
             for speaker in self.wait(timeout)? {

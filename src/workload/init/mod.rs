@@ -63,6 +63,8 @@ pub(super) struct Place {
     pub hostname: String,
     /// An empty directory on which the new root is put together.
     pub root: PathBuf,
+    /// The directory to show as /dev/shm.
+    pub shm: PathBuf,
     /// Directories to show inside: from, to.
     pub binds: Vec<(PathBuf, PathBuf)>,
     /// File for the workload's output; the one before it has `.1` behind its name.

@@ -5,8 +5,8 @@
 //! unmounted on either side later is seen by the other; a host file system therefore stays in use until the
 //! sandbox is destroyed.
 //!
-//! Its own: `/proc` (of the new pid namespace), `/dev/shm` (POSIX shared memory and semaphores must be the
-//! same on both hosts, and nobody else's), `/dev/pts` (so that terminal numbers are free on the standby),
+//! Its own: `/proc` (of the new pid namespace), `/dev/shm` (POSIX shared memory and semaphores, which are replicated as
+//! the declared paths are, and nobody else's), `/dev/pts` (so that terminal numbers are free on the standby),
 //! and the workload's declared paths. The host's: everything else, `/run` and `/tmp` included: declare
 //! `--path /tmp/x` for what the workload needs of them after a takeover.
 
@@ -35,8 +35,9 @@ pub(super) fn enter(place: &Place) -> Result<(), String> {
     mount_new("proc", "/proc", MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, "")
         .map_err(at("mount /proc"))?;
     fs::create_dir_all("/dev/shm").map_err(at("make /dev/shm"))?;
-    mount_new("tmpfs", "/dev/shm", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=1777")
-        .map_err(at("mount /dev/shm"))?;
+    let shm = Path::new("/dev/shm");
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    bind(&place.shm, shm).and_then(|()| mount(NONE, shm, NONE, flags, NONE)).map_err(at("bind /dev/shm"))?;
     mount_new(
         "devpts",
         "/dev/pts",

@@ -1,0 +1,168 @@
+//! A PostgreSQL as it comes: many processes, System V and POSIX shared memory, a data directory of its own.
+
+use std::time::{Duration, Instant};
+
+use super::{
+    cluster::{Cluster, wait_for},
+    lab::Host,
+    redis::VIP,
+};
+
+/// Its programs are in a directory of their version.
+const PROGRAMS: &str = "PATH=$(echo /usr/lib/postgresql/*/bin):$PATH";
+const CLIENTS: &str = "8";
+
+struct Postgres {
+    cluster: Cluster,
+}
+
+/// Rows that one client has inserted, each in a transaction of its own.
+struct Inserted {
+    /// The last one that was acknowledged at each instant.
+    acks: Vec<(i64, Instant)>,
+}
+
+impl Postgres {
+    /// Protected on A, with a load from the client.
+    fn up() -> Self {
+        let cluster = Cluster::up("postgres");
+        let make = format!(
+            "set -e; {PROGRAMS}; mkdir -p /srv/pg; chown postgres: /srv/pg; \
+             setpriv --reuid postgres --regid postgres --clear-groups \
+               initdb -D /srv/pg --data-checksums -A trust -E UTF8 --no-sync > /dev/null; \
+             echo 'host all all 0.0.0.0/0 trust' >> /srv/pg/pg_hba.conf; command -v postgres"
+        );
+        let program = cluster.lab.ok(Host::A, &["sh", "-c", &make]);
+        let ip = format!("{VIP}/24");
+        cluster.standin(
+            Host::A,
+            &[
+                ["run", "pg", "--ip", &ip, "--path", "/srv/pg", "--user", "postgres", "--", program.trim()]
+                    .as_slice(),
+                &["-D", "/srv/pg", "-c", "listen_addresses=*", "-c", "unix_socket_directories=/tmp"],
+                &["-c", "max_wal_size=64MB", "-c", "min_wal_size=32MB", "-c", "shared_buffers=32MB"],
+                &["-c", "max_parallel_workers_per_gather=2", "-c", "checkpoint_timeout=30s"],
+            ]
+            .concat(),
+        );
+        let postgres = Self { cluster };
+        postgres.await_answer(Host::A);
+        let fill = format!("{PROGRAMS}; pgbench -q -i -s 2 -h {VIP} -U postgres postgres");
+        postgres.cluster.lab.ok(Host::A, &["sh", "-c", &fill]);
+        postgres
+            .sql(Host::A, "create table ledger (n bigint primary key); create extension amcheck")
+            .expect("done");
+        let vip = format!("{VIP}/24@eth0");
+        postgres.cluster.standin(Host::A, &["protect", "pg", "--to", "b", "--every", "100ms", "--vip", &vip]);
+        postgres.cluster.wait_state_of("pg", Host::A, "primary", "protected");
+        postgres
+    }
+
+    /// One statement's answer; an error if it has none within a few seconds.
+    fn sql(&self, from: Host, text: &str) -> Result<String, String> {
+        let command = format!(
+            "{PROGRAMS} PGCONNECT_TIMEOUT=2 PGOPTIONS='-c statement_timeout=20s' \
+             timeout 25 psql -h {VIP} -U postgres -XAtq -v ON_ERROR_STOP=1 -c \"$0\" postgres"
+        );
+        let output = self.cluster.lab.on(from, &["sh", "-c", &command, text]);
+        let [said, error] =
+            [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).trim().to_owned());
+        if output.status.success() { Ok(said) } else { Err(error) }
+    }
+
+    fn await_answer(&self, from: Host) {
+        wait_for("PostgreSQL to answer", || self.sql(from, "select 1").is_ok());
+    }
+
+    /// `pgbench` from the client until this child is killed; its connections may break.
+    fn load(&self) -> std::process::Child {
+        let command = format!(
+            "{PROGRAMS}; while :; do \
+               timeout 60 pgbench -n -c {CLIENTS} -j 2 -T 50 -h {VIP} -U postgres postgres > /dev/null 2>&1; sleep 0.2; \
+             done"
+        );
+        self.cluster.lab.spawn(Host::Client, &["sh", "-c", &command])
+    }
+
+    /// Rows from `from` on, for a while.
+    fn insert(&self, from: i64, time: Duration) -> Inserted {
+        let mut acks = Vec::new();
+        let until = Instant::now() + time;
+        let mut n = from;
+        while Instant::now() < until {
+            self.sql(Host::Client, &format!("insert into ledger values ({n})")).expect("inserted");
+            acks.push((n, Instant::now()));
+            n += 1;
+        }
+        Inserted { acks }
+    }
+
+    /// Whatever a database can be found wrong by; gives the last row of the ledger.
+    fn check(&self, host: Host, started: &str) -> i64 {
+        let sql = |text: &str| self.sql(Host::Client, text).unwrap_or_else(|error| panic!("{text}: {error}"));
+        assert_eq!(sql("select pg_postmaster_start_time()"), started, "it has not been started anew");
+        let sums = sql(
+            "select (select sum(abalance) from pgbench_accounts), (select sum(tbalance) from pgbench_tellers), \
+                    (select sum(bbalance) from pgbench_branches), (select coalesce(sum(delta), 0) from pgbench_history)",
+        );
+        let sums: Vec<&str> = sums.split('|').collect();
+        assert!(sums.len() == 4 && sums.iter().all(|sum| *sum == sums[0]), "balances on {host}: {sums:?}");
+        // Heaps and indexes, every page of them, with its checksum.
+        let check = format!("{PROGRAMS}; pg_amcheck -h {VIP} -U postgres --heapallindexed postgres");
+        self.cluster.lab.ok(Host::Client, &["sh", "-c", &check]);
+        assert_eq!(sql("select coalesce(sum(checksum_failures), 0) from pg_stat_database"), "0");
+        // None, if it had nothing to say there.
+        let log = self.cluster.lab.on(host, &["cat", "/var/lib/standin/workloads/pg/output.log"]);
+        let log = String::from_utf8_lossy(&log.stdout).into_owned();
+        for bad in ["PANIC", "was terminated by signal", "was interrupted", "invalid page", "redo starts"] {
+            assert!(!log.contains(bad), "on {host}: {log}");
+        }
+        let [count, last]: [i64; 2] = sql("select count(*), coalesce(max(n), 0) from ledger")
+            .split('|')
+            .map(|n| n.parse().expect("a number"))
+            .collect::<Vec<_>>()
+            .try_into()
+            .expect("two");
+        assert_eq!(count, last, "no row is missing before the last");
+        last
+    }
+}
+
+/// It goes on where the last epoch was: no crash recovery, every page sound, every row there that was committed before it.
+#[test]
+fn a_postgresql_under_load_outlives_its_hosts() {
+    let mut postgres = Postgres::up();
+    let mut load = postgres.load();
+    let started = postgres.sql(Host::Client, "select pg_postmaster_start_time()").expect("an answer");
+    let (mut at, mut next) = ((Host::A, Host::B), 1);
+    for round in 0..3 {
+        let (primary, standby) = at;
+        let inserted = postgres.insert(next, Duration::from_millis(2500));
+        let ended = Instant::now();
+        let handoff = round == 1;
+        if handoff {
+            postgres.cluster.json(primary, &["handoff", "pg", "--max-downtime", "5s"]);
+        } else {
+            postgres.cluster.lab.kill(primary);
+        }
+        postgres.cluster.wait_state_of("pg", standby, "primary", if handoff { "protected" } else { "alone" });
+        postgres.await_answer(Host::Client);
+        let last = postgres.check(standby, &started);
+        // Of what was acknowledged so long before the end, an epoch has been committed since.
+        let settled = if handoff { Duration::ZERO } else { Duration::from_secs(1) };
+        let mut old = inserted.acks.iter().filter(|(_, at)| *at + settled <= ended);
+        assert!(
+            old.all(|(n, _)| *n <= last),
+            "of {:?} {last} is the last that is there",
+            inserted.acks.last()
+        );
+        next = last + 1;
+        if !handoff {
+            postgres.cluster.lab.boot(primary);
+            postgres.cluster.start_agent(primary);
+            postgres.cluster.wait_state_of("pg", standby, "primary", "protected");
+        }
+        at = (standby, primary);
+    }
+    load.kill().and_then(|()| load.wait()).expect("it runs");
+}
