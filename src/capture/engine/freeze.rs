@@ -19,9 +19,13 @@ use crate::{
         images::{self, Note},
         lists::Lists,
     },
-    criu::{hurry, hurry_meanwhile, page_server, parent, stats, swrk::DumpOptions},
+    criu::{
+        hurry, hurry_meanwhile, page_server, parent, stats,
+        swrk::{CriuError, DumpOptions},
+    },
     delta::{Encoder, Known},
     extents,
+    memory::ReadError,
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
     observe::unix_ms,
     wire::message::{FrameHead, Manifest, SpaceMap},
@@ -140,14 +144,15 @@ impl Capturer {
             taken = taken.take().or_else(read);
             dumped
         });
-        let frozen = taken.transpose()?;
+        let frozen = match taken {
+            // Of a tree that stands nobody goes: CRIU had let it run.
+            Some(Err(CaptureError::Read(ReadError::Gone(_)))) if dumped.is_err() => None,
+            taken => taken.transpose()?,
+        };
         match sent {
             // The handoff may have been called off after all was sent: then CRIU's refusal is ours.
             Some(sent) => return sent.map(|()| (dumped.is_ok(), FreezeParts::default())),
-            None => dumped.map_err(|source| match blame::explain(&source, root) {
-                Some(reason) => CaptureError::Holds { source, reason },
-                None => source.into(),
-            })?,
+            None => dumped.map_err(|source| explained(source, root))?,
         }
         let (freezing_us, frozen_us) = stats::frozen(&outlet.dir)?;
         outlet.figures.frozen_us = freezing_us + frozen_us;
@@ -156,6 +161,13 @@ impl Capturer {
         let parts = FreezeParts { stopping_us: freezing_us, ..frozen.parts };
         outlet.send(&mut self.known, frozen)?;
         Ok((false, parts))
+    }
+}
+
+fn explained(source: CriuError, root: i32) -> CaptureError {
+    match blame::explain(&source, root) {
+        Some(reason) => CaptureError::Holds { source, reason },
+        None => source.into(),
     }
 }
 
