@@ -9,6 +9,7 @@ use standin::{
         spawn::{Place, Spawn},
         swrk::{RestoreOptions, Swrk},
     },
+    memory::AttachError,
     restore::{self, Mode},
 };
 
@@ -28,9 +29,14 @@ impl Primary {
     /// An epoch into the store, compared with the frozen tree page by page.
     pub(crate) fn true_epoch(&mut self, kill: bool) -> Truth {
         let first = self.try_true_epoch(kill);
-        // A program may change them in that very moment, and the next epoch expects it.
-        let epoch =
-            if matches!(first, Err(CaptureError::Guards(_))) { self.try_true_epoch(kill) } else { first };
+        let epoch = match first {
+            // A program may change them in that very moment, and the next epoch expects it; or wait for a vfork's child,
+            // which on a busy machine takes its time to execute another program.
+            Err(CaptureError::Guards(_) | CaptureError::Attach(AttachError::NotStopping { .. })) => {
+                self.try_true_epoch(kill)
+            }
+            first => first,
+        };
         epoch.unwrap_or_else(|error| panic!("the epoch after {:?}: {error}", self.base))
     }
 }

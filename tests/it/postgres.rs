@@ -1,6 +1,6 @@
 //! A PostgreSQL as it comes: many processes, System V and POSIX shared memory, a data directory of its own.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{
     cluster::{Cluster, wait_for},
@@ -11,15 +11,13 @@ use super::{
 /// Its programs are in a directory of their version.
 const PROGRAMS: &str = "PATH=$(echo /usr/lib/postgresql/*/bin):$PATH";
 const CLIENTS: &str = "8";
+/// For each round: rows that must be in an epoch, and how long it takes at least and at most.
+const ROWS: i64 = 5;
+const LOAD: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Postgres {
     cluster: Cluster,
-}
-
-/// Rows that one client has inserted, each in a transaction of its own.
-struct Inserted {
-    /// The last one that was acknowledged at each instant.
-    acks: Vec<(i64, Instant)>,
 }
 
 impl Postgres {
@@ -84,17 +82,23 @@ impl Postgres {
         self.cluster.lab.spawn(Host::Client, &["sh", "-c", &command])
     }
 
-    /// Rows from `from` on, for a while.
-    fn insert(&self, from: i64, time: Duration) -> Inserted {
-        let mut acks = Vec::new();
-        let until = Instant::now() + time;
-        let mut n = from;
-        while Instant::now() < until {
+    /// Inserts rows from `from` on, each in a transaction of its own, until some have been in an epoch that is committed.
+    /// Gives the last of these, and the last one of all.
+    fn insert(&self, primary: Host, from: i64) -> (i64, i64) {
+        let (mut acks, began) = (Vec::new(), Instant::now());
+        for n in from.. {
             self.sql(Host::Client, &format!("insert into ledger values ({n})")).expect("inserted");
-            acks.push((n, Instant::now()));
-            n += 1;
+            acks.push((n, unix_ms()));
+            let history = self.cluster.json(primary, &["history", "pg"]);
+            let epochs = history["epochs"].as_array().expect("epochs").iter();
+            let frozen = epochs.filter_map(|epoch| epoch["frozen_at_unix_ms"].as_u64()).max();
+            let held = acks.iter().rev().find(|(_, at)| frozen.is_some_and(|frozen| *at < frozen));
+            if let Some((held, _)) = held.filter(|(held, _)| *held >= from + ROWS && began.elapsed() > LOAD) {
+                return (*held, n);
+            }
+            assert!(began.elapsed() < PATIENCE, "no epoch of {} s is committed", began.elapsed().as_secs());
         }
-        Inserted { acks }
+        unreachable!()
     }
 
     /// Whatever a database can be found wrong by; gives the last row of the ledger.
@@ -128,6 +132,10 @@ impl Postgres {
     }
 }
 
+fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
 /// It goes on where the last epoch was: no crash recovery, every page sound, every row there that was committed before it.
 #[test]
 fn a_postgresql_under_load_outlives_its_hosts() {
@@ -137,8 +145,7 @@ fn a_postgresql_under_load_outlives_its_hosts() {
     let (mut at, mut next) = ((Host::A, Host::B), 1);
     for round in 0..3 {
         let (primary, standby) = at;
-        let inserted = postgres.insert(next, Duration::from_millis(2500));
-        let ended = Instant::now();
+        let (held, newest) = postgres.insert(primary, next);
         let handoff = round == 1;
         if handoff {
             postgres.cluster.json(primary, &["handoff", "pg", "--max-downtime", "5s"]);
@@ -148,14 +155,9 @@ fn a_postgresql_under_load_outlives_its_hosts() {
         postgres.cluster.wait_state_of("pg", standby, "primary", if handoff { "protected" } else { "alone" });
         postgres.await_answer(Host::Client);
         let last = postgres.check(standby, &started);
-        // Of what was acknowledged so long before the end, an epoch has been committed since.
-        let settled = if handoff { Duration::ZERO } else { Duration::from_secs(1) };
-        let mut old = inserted.acks.iter().filter(|(_, at)| *at + settled <= ended);
-        assert!(
-            old.all(|(n, _)| *n <= last),
-            "of {:?} {last} is the last that is there",
-            inserted.acks.last()
-        );
+        // A handoff loses nothing.
+        let due = if handoff { newest } else { held };
+        assert!((due..=newest).contains(&last), "{last} is the last row of {newest}, {due} is due");
         next = last + 1;
         if !handoff {
             postgres.cluster.lab.boot(primary);
