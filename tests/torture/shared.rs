@@ -25,12 +25,14 @@ const VERSION: usize = 0;
 enum Object {
     Anonymous,
     MemoryFile,
+    SystemV,
 }
 
 pub(crate) struct Shared {
     /// Each with one or two places where it is mapped.
     objects: Vec<(Object, Vec<usize>)>,
     memory_file: File,
+    segment: i32,
     /// Of the whole program: how often each writer has checked everything.
     pub(crate) board: Board,
 }
@@ -55,11 +57,14 @@ fn map(file: Option<&File>) -> usize {
 impl Shared {
     pub(crate) fn new() -> Self {
         let memory_file = sys::memory_file(BYTES).expect("a memory file");
+        let segment = sys::segment(BYTES).expect("a System V segment");
+        let attach = || sys::attach(segment).expect("a System V segment is attached");
         let objects = vec![
             (Object::Anonymous, vec![map(None)]),
             (Object::MemoryFile, vec![map(Some(&memory_file)), map(Some(&memory_file))]),
+            (Object::SystemV, vec![attach(), attach()]),
         ];
-        Self { objects, memory_file, board: Board(map(None)) }
+        Self { objects, memory_file, segment, board: Board(map(None)) }
     }
 }
 
@@ -146,10 +151,13 @@ impl Shared {
         }
     }
 
-    /// Maps one object anew, elsewhere perhaps. In a process with one thread.
+    /// Maps objects anew, elsewhere perhaps. In a process with one thread.
     pub(crate) fn map_again(&mut self) {
         let place = &mut self.objects[1].1[1];
         sys::unmap(*place, BYTES).expect("munmap of shared memory");
         *place = map(Some(&self.memory_file));
+        let place = &mut self.objects[2].1[1];
+        sys::detach(*place).expect("a System V segment is detached");
+        *place = sys::attach(self.segment).expect("a System V segment is attached again");
     }
 }

@@ -122,6 +122,23 @@ pub(crate) fn memory_file(bytes: usize) -> io::Result<File> {
     Ok(file)
 }
 
+/// A System V segment, for as long as its namespace.
+pub(crate) fn segment(bytes: usize) -> io::Result<i32> {
+    // SAFETY: integers only.
+    Ok(check(unsafe { libc::shmget(libc::IPC_PRIVATE, bytes, libc::IPC_CREAT | 0o600) }.into())? as i32)
+}
+
+/// Maps it where the kernel likes.
+pub(crate) fn attach(segment: i32) -> io::Result<usize> {
+    // SAFETY: a new mapping.
+    check(unsafe { libc::shmat(segment, std::ptr::null(), 0) } as i64)
+}
+
+pub(crate) fn detach(at: usize) -> io::Result<()> {
+    // SAFETY: the callers' models say that it is what `attach` has mapped.
+    check(unsafe { libc::shmdt(at as *const libc::c_void) }.into()).map(drop)
+}
+
 /// The child's pid; none in the child, which must end with [`exit`].
 pub(crate) fn fork() -> io::Result<Option<i32>> {
     // SAFETY: the C library's allocator is usable in the child, which goes on alone.
