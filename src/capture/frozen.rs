@@ -1,8 +1,8 @@
 //! What is read while the tree is frozen.
 //!
-//! CRIU's page-server records arrive on one thread ([`super::collector`]); the lists for CRIU, the scan and the reads run on another, begun when
-//! the tree stands so that they overlap with what CRIU does anyway, and finished when CRIU closes. What CRIU wrote to a
-//! task's memory itself is looked for as soon as it has left the task.
+//! CRIU's page-server records arrive on one thread ([`super::collector`]); the lists for CRIU, the scan and the reads run
+//! on another, begun when the tree stands so that they overlap with what CRIU does anyway, and finished when CRIU closes.
+//! What CRIU wrote to a task's memory itself is looked for as soon as it has left the task.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -127,6 +127,8 @@ impl Reader<'_> {
         let (gate, own_orders) =
             (self.lists.as_ref().map(|lists| Arc::clone(&lists.gate)), self.ends.own_orders.take());
         let (stands, elsewhere) = gate.as_ref().map_or((false, None), |gate| self.stand(gate));
+        // A bridge that has said its last has no more orders: were this kept, no end of the others would be heard.
+        let own_orders = own_orders.filter(|_| stands);
         if !stands && !matches!(self.ends.orders.recv(), Ok(Order::Begin)) {
             return None;
         }
