@@ -96,7 +96,7 @@ pub(super) fn channels(gate: Option<Arc<Gate>>) -> (Starter, Collector, Ends) {
 impl page_server::Handler for Collector {
     /// Tasks have a parent (CRIU sends holes, we the pages); shared memory has none, because a store through another
     /// mapping leaves no trace in the one that is looked at. CRIU up to 4.2 sends all of it in any case (do_dump_one_shmem
-    /// in shmem.c); should one send holes, the epoch fails: [`Freeze::finish`] trusts nothing that is known of it.
+    /// in shmem.c); should one send holes, the epoch fails: the reader trusts nothing that is known of it.
     fn opened(&mut self, space: Space) -> io::Result<bool> {
         if !self.opened {
             self.opened = true;

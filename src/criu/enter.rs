@@ -36,7 +36,7 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
     sys::{
         signal::{Signal, kill},
-        socket::{ControlMessageOwned, MsgFlags, UnixAddr, recv, recvmsg, send},
+        socket::{MsgFlags, UnixAddr, recv, recvmsg, send},
         wait::{WaitStatus, waitpid},
     },
     unistd::{Pid, chdir, dup2_stdin, execve, pivot_root, setsid},
@@ -127,13 +127,7 @@ fn receive(control: &OwnedFd) -> Result<(Plan, Vec<OwnedFd>), String> {
             MsgFlags::MSG_CMSG_CLOEXEC,
         )
         .map_err(failed("receiving the plan"))?;
-        let mut fds = Vec::new();
-        for part in message.cmsgs().map_err(failed("reading the descriptors"))? {
-            if let ControlMessageOwned::ScmRights(raw) = part {
-                fds.extend(raw.into_iter().map(sys::own));
-            }
-        }
-        (message.bytes, fds)
+        (message.bytes, sys::descriptors(&message).map_err(failed("reading the descriptors"))?)
     };
     let plan = serde_json::from_slice(&text[..length]).map_err(failed("reading the plan"))?;
     Ok((plan, fds))

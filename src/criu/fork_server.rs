@@ -15,9 +15,7 @@ use std::{
 };
 
 use nix::sys::{
-    socket::{
-        ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg, setsockopt, sockopt,
-    },
+    socket::{ControlMessage, MsgFlags, UnixAddr, recvmsg, sendmsg, setsockopt, sockopt},
     time::TimeVal,
 };
 
@@ -41,7 +39,8 @@ pub struct ForkServer {
 impl ForkServer {
     /// Starts one; as long as starting any CRIU. Of `options` it takes where, and the bridge, which it needs.
     pub fn start(install: &Install, options: &Spawn<'_>) -> Result<Self, SpawnError> {
-        let Started { process, rpc, .. } = spawn::start_to_fork(install, options)?;
+        let Started { process, ends } = spawn::start_to_fork(install, options)?;
+        let rpc = ends.rpc;
         setsockopt(&rpc, sockopt::ReceiveTimeout, &TimeVal::new(FORK_SECONDS_MAX, 0)).map_err(|error| {
             SpawnError::Prepare { what: "limiting the wait for a fork", source: error.into() }
         })?;
@@ -56,7 +55,7 @@ impl ForkServer {
         numbered.push((images.as_raw_fd(), slot::IMAGES));
         let failed = |source| SpawnError::Prepare { what: "forking a CRIU", source };
         let pidfd = self.order(&numbered).map_err(failed)?;
-        Ok(ours.started(Process::Forked(pidfd)))
+        Ok(Started { process: Process::Forked(pidfd), ends: ours })
     }
 
     fn order(&self, numbered: &[(RawFd, i32)]) -> io::Result<OwnedFd> {
@@ -71,14 +70,7 @@ impl ForkServer {
         let mut parts = [IoSliceMut::new(&mut word)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let message = recvmsg::<UnixAddr>(orders, &mut parts, Some(&mut space), flags)?;
-        let (length, mut pidfd) = (message.bytes, None);
-        for part in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = part {
-                for fd in fds {
-                    pidfd = Some(sys::own(fd));
-                }
-            }
-        }
+        let (length, pidfd) = (message.bytes, sys::descriptors(&message)?.pop());
         match (length, i32::from_ne_bytes(word), pidfd) {
             (4, _, Some(pidfd)) => Ok(pidfd),
             (4, error, None) if error < 0 => Err(io::Error::from_raw_os_error(-error)),

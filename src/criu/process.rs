@@ -1,12 +1,14 @@
 //! A CRIU's process: our child, or a fork of another CRIU.
 
-use std::{os::fd::OwnedFd, process::Child};
+use std::{
+    os::fd::{AsFd as _, OwnedFd},
+    process::Child,
+};
 
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
-use std::os::fd::AsFd as _;
 
 /// See the module. Dropped, it goes on, and leaves nothing when it ends.
 #[derive(Debug)]

@@ -138,28 +138,17 @@ pub(super) struct Plan {
 }
 
 /// The parent's side of a started process.
-#[derive(Debug)]
 pub(super) struct Started {
     pub(super) process: Process,
-    pub(super) rpc: OwnedFd,
-    pub(super) pages: Option<UnixStream>,
-    pub(super) gate: Option<Gate>,
-    pub(super) stderr: File,
+    pub(super) ends: Ends,
 }
 
 /// The agent's ends of what it shares with a CRIU.
 pub(super) struct Ends {
-    rpc: OwnedFd,
-    pages: Option<UnixStream>,
-    gate: Option<Gate>,
-    stderr: File,
-}
-
-impl Ends {
-    pub(super) fn started(self, process: Process) -> Started {
-        let Self { rpc, pages, gate, stderr } = self;
-        Started { process, rpc, pages, gate, stderr }
-    }
+    pub(super) rpc: OwnedFd,
+    pub(super) pages: Option<UnixStream>,
+    pub(super) gate: Option<Gate>,
+    pub(super) stderr: File,
 }
 
 /// CRIU's ends, and the numbers that they have there.
@@ -250,7 +239,7 @@ fn launch(
         std::thread::spawn(move || child.wait());
         return Err(error);
     }
-    Ok(ours.started(child.into()))
+    Ok(Started { process: child.into(), ends: ours })
 }
 
 /// Sends the plan and hears that CRIU is about to be executed.

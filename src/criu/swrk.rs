@@ -189,15 +189,15 @@ impl Swrk {
         let images = images
             .try_clone_to_owned()
             .map_err(|source| SpawnError::Prepare { what: "keeping the images directory open", source })?;
-        let started = start()?;
+        let Started { process, ends } = start()?;
         Ok(Self {
-            rpc: Some(started.rpc),
-            process: Some(started.process),
-            has_pages: started.pages.is_some(),
-            pages: started.pages,
-            gate: started.gate,
+            rpc: Some(ends.rpc),
+            process: Some(process),
+            has_pages: ends.pages.is_some(),
+            pages: ends.pages,
+            gate: ends.gate,
             images,
-            stderr: started.stderr,
+            stderr: ends.stderr,
             inherit,
             version: install.version,
         })

@@ -8,6 +8,7 @@ use std::{
 
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    sys::socket::{ControlMessageOwned, RecvMsg, UnixAddr},
     unistd::{ForkResult, Pid},
 };
 
@@ -15,6 +16,17 @@ use nix::{
 pub(super) fn own(fd: RawFd) -> OwnedFd {
     // SAFETY: callers pass a descriptor that was received in this moment, open and owned by nobody.
     unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// The descriptors that came with a message.
+pub(super) fn descriptors(message: &RecvMsg<'_, '_, UnixAddr>) -> nix::Result<Vec<OwnedFd>> {
+    let mut fds = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(raw) = part {
+            fds.extend(raw.into_iter().map(own));
+        }
+    }
+    Ok(fds)
 }
 
 /// Makes `slot` refer to what `fd` does, and survive an exec.

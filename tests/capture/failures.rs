@@ -8,6 +8,7 @@ use nix::{
 };
 use standin::{
     capture::{CaptureError, Emit, Finish, Tracking},
+    memory,
     model::{PAGE_SIZE, Space},
 };
 
@@ -108,28 +109,15 @@ fn a_criu_that_is_killed_while_it_waits_costs_one_epoch_at_most() {
 
 /// Kills all CRIUs below this process, which is how they are told from those of others; gives their number.
 fn kill_waiting() -> usize {
-    let read = |pid: i32, name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
-    let parent = |pid: i32| {
-        let stat = String::from_utf8_lossy(&read(pid, "stat")).into_owned();
-        let behind = stat.rsplit_once(") ").map_or("", |(_, behind)| behind);
-        behind.split(' ').nth(1).and_then(|parent| parent.parse().ok()).unwrap_or(0)
-    };
-    let is_ours = |pid: &i32| {
-        let above = std::iter::successors(Some(*pid), |pid| Some(parent(*pid)).filter(|parent| *parent > 1));
-        above.into_iter().any(|pid| pid == std::process::id() as i32)
-    };
-    let is_criu = |pid: &i32| {
-        let words = read(*pid, "cmdline");
-        words.split(|byte| *byte == 0).any(|word| word == b"--no-default-config")
-    };
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let found: Vec<i32> = pids.filter(is_criu).filter(is_ours).collect();
+    let words = |pid: i32| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let is_criu = |pid: &i32| words(*pid).split(|byte| *byte == 0).any(|word| word == b"--no-default-config");
+    let tasks = memory::tasks_of(std::process::id() as i32).unwrap();
+    let found: Vec<i32> = tasks.iter().map(|task| task.pid).filter(is_criu).collect();
     for pid in &found {
         kill(Pid::from_raw(*pid), Signal::SIGKILL).unwrap();
     }
     for pid in &found {
-        await_true("its end", || read(*pid, "cmdline").is_empty());
+        await_true("its end", || words(*pid).is_empty());
     }
     found.len()
 }

@@ -405,11 +405,8 @@ impl Capturer {
     ) -> Result<BTreeMap<Space, Vec<Extent>>, CaptureError> {
         let mut pending: BTreeMap<Space, Vec<Extent>> = BTreeMap::new();
         let mut pages = Pages::default();
-        let (mut stale_before, mut last) = (u64::MAX, false);
+        let mut stale_before = u64::MAX;
         for _ in 0..PRECOPY_ROUNDS_MAX {
-            if last {
-                break;
-            }
             self.scan(figures, &mut pending)?;
             let stale: u64 = pending.values().map(|extents| extents::pages(extents)).sum();
             // Not worth a round, or rounds do not help any more.
@@ -417,7 +414,6 @@ impl Capturer {
                 break;
             }
             stale_before = stale;
-            last = stale < PRECOPY_AGAIN_PAGES_MIN;
             for tracked in self.tasks.values_mut() {
                 let Some(wanted) = pending.get_mut(&tracked.space) else { continue };
                 let (space, known, encoder) = (tracked.space, &mut self.known, &mut self.encoder);
@@ -437,6 +433,9 @@ impl Capturer {
                     Ok(()) | Err(CaptureError::Read(ReadError::Gone(_))) => {}
                     Err(error) => return Err(error),
                 }
+            }
+            if stale < PRECOPY_AGAIN_PAGES_MIN {
+                break;
             }
         }
         pages.shrink();

@@ -20,7 +20,8 @@
  * orders to fork come.
  *
  * It is freestanding: no C library but the address of errno and what a fork takes, which come from
- * whichever C library the criu is linked with. CRIU is single-threaded where these functions matter. x86-64 alone.
+ * whichever C library the criu is linked with. CRIU is single-threaded where these functions matter.
+ * x86-64 alone.
  */
 
 #include "bridge.h"

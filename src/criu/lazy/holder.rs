@@ -16,13 +16,13 @@ use std::{
 
 use nix::sys::{
     socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recv,
-        recvmsg, send, sendmsg, setsockopt, socketpair, sockopt,
+        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, recv, recvmsg, send, sendmsg,
+        setsockopt, socketpair, sockopt,
     },
     time::TimeVal,
 };
 
-use super::{super::sys::own, pager, sys};
+use super::{super::sys::descriptors, pager, sys};
 
 /// To the holder: keep the descriptor beside this; its answer is the same.
 const KEEP: &[u8] = b"k";
@@ -94,11 +94,10 @@ pub(in super::super) fn hold() -> Result<Infallible, io::Error> {
         let mut slices = [io::IoSliceMut::new(&mut word)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
         let Ok(message) = recvmsg::<UnixAddr>(server, &mut slices, Some(&mut space), flags) else { break };
-        for part in message.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = part {
-                held.extend(fds.into_iter().map(own));
-                send(server, KEEP, MsgFlags::MSG_NOSIGNAL)?;
-            }
+        let kept = descriptors(&message)?;
+        if !kept.is_empty() {
+            held.extend(kept);
+            send(server, KEEP, MsgFlags::MSG_NOSIGNAL)?;
         }
         match message.bytes {
             0 => break,

@@ -31,13 +31,13 @@ use nix::{
         memfd::{MFdFlags, memfd_create},
         resource::{Resource, getrlimit, setrlimit},
         signal::Signal,
-        socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg},
+        socket::{ControlMessage, MsgFlags, UnixAddr, recvmsg, sendmsg},
     },
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
-    super::{Install, sys::own},
+    super::{Install, sys},
     LazyError, LazyServer, LazySummary, PageFiles, listen,
 };
 
@@ -247,13 +247,8 @@ fn receive(agent: &UnixStream) -> io::Result<(Plan, [OwnedFd; 3])> {
     let mut slices = [io::IoSliceMut::new(&mut text)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<UnixAddr>(agent.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
-    let mut fds = Vec::new();
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = part {
-            fds.extend(raw.into_iter().map(own));
-        }
-    }
     let length = message.bytes;
+    let fds = sys::descriptors(&message)?;
     let fds = fds.try_into().map_err(|_| io::Error::other("a plan without its descriptors"))?;
     Ok((serde_json::from_slice(&text[..length])?, fds))
 }
