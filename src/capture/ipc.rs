@@ -7,21 +7,16 @@
 
 use std::{fs, io, os::fd::BorrowedFd};
 
-use nix::sched::{CloneFlags, setns};
+use nix::sched::CloneFlags;
+
+use crate::workload::network::within_namespaces;
 
 /// Each lists its objects, of the reader's namespace, below one line of titles.
 const LISTS: [&str; 3] = ["/proc/sysvipc/shm", "/proc/sysvipc/sem", "/proc/sysvipc/msg"];
 
 /// Whether there are such objects in the IPC namespace of the process behind this pidfd.
 pub(super) fn has_objects(process: BorrowedFd<'_>) -> io::Result<bool> {
-    // `setns` changes just the thread.
-    let looked = std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            setns(process, CloneFlags::CLONE_NEWIPC).map_err(io::Error::from).and_then(|()| look())
-        });
-        thread.join()
-    });
-    looked.unwrap_or_else(|_| Err(io::Error::other("the thread that looked for System V objects")))
+    within_namespaces(process, CloneFlags::CLONE_NEWIPC, look)?
 }
 
 fn look() -> io::Result<bool> {

@@ -87,11 +87,20 @@ fn mac(name: &Name, end: &str) -> String {
     format!("02:{:02x}:{:02x}:{:02x}:{:02x}:{:02x}", b[0], b[1], b[2], b[3], b[4])
 }
 
-/// Runs a closure in another network namespace, on a thread of its own: `setns` changes just that.
-/// Processes that it spawns are in the namespace too.
+/// Runs a closure in another network namespace, on a thread of its own. Processes that it spawns are in the namespace too.
 pub fn within<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T, Errno> {
+    within_namespaces(netns, CloneFlags::CLONE_NEWNET, work)
+}
+
+/// Runs a closure in namespaces of the process behind a pidfd, or in the one behind its file, on a thread of its own:
+/// `setns` changes just that.
+pub(crate) fn within_namespaces<T: Send>(
+    of: BorrowedFd<'_>,
+    which: CloneFlags,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T, Errno> {
     std::thread::scope(|scope| {
-        let thread = scope.spawn(|| setns(netns, CloneFlags::CLONE_NEWNET).map(|()| work()));
+        let thread = scope.spawn(|| setns(of, which).map(|()| work()));
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
