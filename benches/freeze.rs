@@ -37,7 +37,7 @@ use nix::{
     unistd::Pid,
 };
 use standin::{
-    capture::{Capturer, Finish, FreezeParts, Source, Tracking},
+    capture::{Capturer, Finish, FreezeParts, Outside, Source, Tracking},
     criu::{
         Install,
         bridge::Bridge,
@@ -364,7 +364,8 @@ impl Subject {
             tracking: Tracking::choose(&Kernel::probe(Path::new(PROGRAM))?)?,
             install: self.install.clone(),
             work: self.ram.path().join("dump"),
-            log_pipes: self.sandbox.log_pipes()?,
+            outside: self.sandbox.log_pipes()?.into_iter().map(Outside::pipe).collect(),
+            own_cgroup_namespace: false,
             trees: Vec::new(),
         })
     }

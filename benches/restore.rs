@@ -34,7 +34,7 @@ use std::{
 use memmap2::MmapMut;
 use nix::time::{ClockId, clock_gettime};
 use standin::{
-    capture::{Capturer, Finish, Note, Source, Tracking},
+    capture::{Capturer, Finish, Note, Outside, Source, Tracking},
     criu::{
         Install,
         bridge::Bridge,
@@ -447,14 +447,14 @@ impl Image {
         self.control.set(Word::Go, 1)?;
         let ordered = now_ns();
         let view: View = self.store.freeze_for_restore()?;
-        if !criu.fits(&self.pids, self.note.log_pipes.len(), false) {
+        if !criu.fits(&self.pids, self.note.outside.len(), false) {
             return Err("the CRIU that waited has ended".into());
         }
         let mark = Mark::make(&self.ram.path().join("mark"), b"")?;
         let pages = restore::page_files(&view, &self.recency);
         let pager = Pager::start(&self.install, &self.lazy, mark, &pages)?;
         let name = self.lazy.file_name().and_then(|name| name.to_str()).ok_or("no name")?;
-        let root = criu.restore(name, &self.note.log_pipes, Some(&pager.handle()?))?;
+        let root = criu.restore(name, self.note.keys(), Some(&pager.handle()?))?;
         pager.wait()?;
         Ok((root, ordered, Some(now_ns())))
     }
@@ -467,13 +467,13 @@ impl Image {
         let site = site(place, &self.note)?;
         let ordered = now_ns();
         let opened = File::open(dir)?;
-        let pipes = self.note.log_pipes.iter().zip(&site.stdio);
+        let pipes = self.note.keys().into_iter().zip(&site.stdio);
         let spawn = Spawn {
             place: Place::Inside { init: site.init.as_fd(), cgroup: false, ipc: Some(site.init.as_fd()) },
             bridge: Some(&self.bridge),
-            cgroups: vec![site.cgroup.clone()],
+            cgroups: site.cgroups.clone(),
             pids_above: self.pids.iter().copied().max(),
-            inherit: pipes.map(|(inode, fd)| (format!("pipe:[{inode}]"), fd.as_fd())).collect(),
+            inherit: pipes.map(|(key, fd)| (key, fd.as_fd())).collect(),
             ..Spawn::new(opened.as_fd())
         };
         let options = RestoreOptions { lazy, ..RestoreOptions::default() };
@@ -525,7 +525,8 @@ fn capture(place: &Home, install: &Install, ram: &Path, store: &Store, control: 
         tracking: Tracking::choose(&Kernel::probe(Path::new(PROGRAM))?)?,
         install: install.clone(),
         work: ram.join("dump"),
-        log_pipes: place.log_pipes()?,
+        outside: place.log_pipes()?.into_iter().map(Outside::pipe).collect(),
+        own_cgroup_namespace: false,
         trees: Vec::new(),
     })?;
     let mut recency = Recency::default();
@@ -576,10 +577,11 @@ fn with_marks(lazy: &Path, eager: &Path, into: &Path) -> Result<PathBuf> {
 /// Of the sandbox, for one restore.
 fn site(place: &Home, note: &Note) -> Result<Site> {
     let keeper = place.keeper();
-    let stdio = note.log_pipes.iter().map(|_| place.fresh_stdio());
+    let stdio = note.outside.iter().map(|_| place.fresh_stdio());
     Ok(Site {
         init: keeper.pidfd()?,
-        cgroup: keeper.cgroup().work(),
+        own_cgroup_namespace: false,
+        cgroups: vec![keeper.cgroup().work()],
         stdio: stdio.collect::<std::result::Result<_, _>>()?,
         own_ipc: false,
     })

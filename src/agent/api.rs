@@ -6,6 +6,7 @@
 //! | `GET /v1/workloads/NAME` | | [`WorkloadStatus`] |
 //! | `GET /v1/workloads/NAME/history` | | [`History`] |
 //! | `POST /v1/run` | [`RunRequest`] | [`RunReply`] |
+//! | `POST /v1/wrap` | [`WrapRequest`] | [`WrapReply`] |
 //! | `POST /v1/protect` | [`ProtectRequest`] | [`WorkloadStatus`] |
 //! | `POST /v1/workloads/NAME/unprotect` | [`UnprotectRequest`] | [`WorkloadStatus`] |
 //! | `POST /v1/workloads/NAME/remove` | | `{}` |
@@ -24,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     capture::pace::StretchedBy,
     model::{EpochFigures, EpochId, Name, Term},
-    workload::spec::{Cidr, PaceSpec, Vip},
+    workload::spec::{Cidr, PaceSpec, Runtime, Vip},
 };
 
 /// Start a command in a sandbox.
@@ -67,6 +68,47 @@ pub struct RunReply {
     pub log: PathBuf,
 }
 
+/// Make a container's init ready, before the container is started.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrapRequest {
+    /// Name of the workload that the container will be.
+    pub name: Name,
+    /// A bundle whose `config.json` is to be changed.
+    #[serde(default)]
+    pub bundle: Option<PathBuf>,
+}
+
+/// What a wrapped container needs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct WrapReply {
+    /// Name of the workload.
+    pub name: Name,
+    /// The host's directory with the init, to be mounted read-only.
+    pub dir: PathBuf,
+    /// Where.
+    pub inside: PathBuf,
+    /// The init: the container's entry point, in front of its command.
+    pub init: PathBuf,
+}
+
+/// A container of an OCI runtime.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OciContainer {
+    /// Its id.
+    pub id: String,
+    /// Whose; the first that knows it, unless said.
+    #[serde(default)]
+    pub runtime: Option<Runtime>,
+    /// The runtime's directory of containers, if it is not its default one.
+    #[serde(default)]
+    pub state: Option<PathBuf>,
+    /// Addresses that standin gives it, on a device of its own.
+    #[serde(default)]
+    pub ips: Vec<Cidr>,
+}
+
 /// What is to be protected.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -75,6 +117,8 @@ pub enum Source {
     Run(Name),
     /// The tree of processes below this one.
     Pid(i32),
+    /// A wrapped container of an OCI runtime.
+    Oci(OciContainer),
 }
 
 /// Start continuous protection.
@@ -183,6 +227,8 @@ pub struct WorkloadStatus {
     pub lease_age_ms: Option<u64>,
     /// When epochs start.
     pub pace: PaceStatus,
+    /// Whose container it is, if it is one.
+    pub container: Option<ContainerStatus>,
     /// Pid of the workload's first process on this host, if it runs here.
     pub pid: Option<i32>,
     /// Addresses that follow it.
@@ -193,6 +239,15 @@ pub struct WorkloadStatus {
     pub summary: Option<Summary>,
     /// What went wrong last, if it still matters.
     pub error: Option<String>,
+}
+
+/// A container as its engine knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerStatus {
+    /// The engine.
+    pub engine: String,
+    /// The engine's name of it.
+    pub id: String,
 }
 
 /// When epochs start, as wanted and as it is.

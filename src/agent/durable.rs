@@ -22,7 +22,7 @@ pub(super) struct Durable {
     pub(super) peer: Option<String>,
     /// The protocol's record; none while it is not protected.
     pub(super) record: Option<Record>,
-    /// The tree on this host was started without a sandbox.
+    /// The tree on this host was started in the host's namespaces.
     pub(super) bare: bool,
 }
 
@@ -65,6 +65,11 @@ impl Place {
 
     pub(super) fn data(&self) -> PathBuf {
         self.dir.join("paths")
+    }
+
+    /// Of a container that is made here.
+    pub(super) fn bundle(&self) -> PathBuf {
+        self.dir.join("bundle")
     }
 
     /// Says that a lazy restore was under way: see [`super::standby`].

@@ -11,6 +11,7 @@ use super::{
 use crate::{
     ha::{Input, Standing},
     transport::block_in_place,
+    workload::spec::PlaceSpec,
 };
 
 impl Owner {
@@ -53,10 +54,10 @@ impl Owner {
         }
         self.durable.spec.vips.clear();
         self.event("unprotected", "protection has ended; the workload runs on", None);
-        if self.durable.bare {
-            let outcome = block_in_place(|| super::home::release_bare(&self.agent, &self.name));
-            if let Err(error) = outcome {
-                tracing::warn!(%error, "giving the tree back");
+        if self.durable.bare || matches!(self.durable.spec.place, PlaceSpec::Container(_)) {
+            self.release();
+            if let Err(error) = self.place.forget() {
+                tracing::warn!(%error, "the workload's record");
             }
             self.gone = true;
         } else if let Err(error) = self.place.write(&self.durable) {

@@ -66,6 +66,7 @@ impl Owner {
             return Some(Input::GuardFired);
         }
         let detail = if rolled_back {
+            self.tree_goes_on();
             // CRIU lets the tree go when it hears no.
             if let Some(verdict) = self.handoff.as_mut().and_then(|handoff| handoff.verdict.take()) {
                 let _ = verdict.send(false);

@@ -150,8 +150,16 @@ impl Owner {
         if !std::mem::take(&mut self.holding) {
             return;
         }
+        self.tree_goes_on();
         // For the core the guard has fired just now; the next renewal of the lease lets the copy run.
         self.feed(Input::GuardFired);
+    }
+
+    /// The tree of a handoff that came to nothing is the workload again.
+    pub(super) fn tree_goes_on(&self) {
+        if let Some(Err(error)) = self.home.as_ref().map(|home| home.outlives_its_tree(false)) {
+            tracing::warn!(%error, name = %self.name, "the workload's end will not be its container's");
+        }
     }
 
     /// A handoff's final freeze: the copy is silent from here on.
@@ -162,10 +170,14 @@ impl Owner {
         }
         self.holding = true;
         handoff.frozen = Some(Instant::now());
-        match block_in_place(|| home.keeper().guard().fence_now(FENCE_LIMIT)) {
+        let held = block_in_place(|| {
+            home.outlives_its_tree(true)?;
+            anyhow::Ok(home.keeper().guard().fence_now(FENCE_LIMIT)?)
+        });
+        match held {
             Ok(()) => true,
             Err(error) => {
-                handoff.reason = Some(error.to_string());
+                handoff.reason = Some(format!("{error:#}"));
                 false
             }
         }

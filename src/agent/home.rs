@@ -1,19 +1,22 @@
 //! The place in which a workload runs on this host, with its addresses: what is opened when it may speak and closed when
 //! it may not, in the order that `takeover/` gives.
 
-use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 
-use super::{Agent, trees};
+use super::{Agent, durable, trees};
 use crate::{
-    capture,
+    capture::{self, Note, Outside},
     criu::bridge::Bridge,
     model::Name,
+    restore::Site,
     takeover::{self, address::Addresses},
     workload::{
         bare::BareTree,
+        container::{self, Container, Named},
         keeper::Keeper,
-        sandbox::{Options, Sandbox},
-        spec::{Net, SandboxSpec, Vip, WorkloadSpec},
+        network::Gate,
+        sandbox::{self, Sandbox},
+        spec::{Cidr, PlaceSpec, Vip, WorkloadSpec},
     },
 };
 
@@ -23,6 +26,8 @@ const LOG_BYTES_MAX: u64 = 64 << 20;
 /// Where a workload is.
 pub(super) enum Place {
     Sandbox(Sandbox),
+    /// Made by an engine.
+    Container(Box<Container>),
     /// Started by somebody else in the host's namespaces.
     Bare(BareTree),
 }
@@ -42,31 +47,62 @@ pub(super) struct Root {
 
 type Result<T> = anyhow::Result<T>;
 
-impl Home {
+impl Place {
     /// Finds the place that an earlier agent made.
-    pub(super) fn open(agent: &Agent, name: &Name, bare: bool) -> Result<Self> {
-        let place = if bare {
-            Place::Bare(BareTree::open(name, &agent.sandboxes_dir())?)
-        } else {
-            Place::Sandbox(Sandbox::open(&agent.sandboxes_dir(), name)?)
-        };
-        Ok(Self { place, addresses: None })
+    fn open(agent: &Agent, spec: &PlaceSpec, bare: bool) -> Result<Self> {
+        let dir = agent.sandboxes_dir();
+        Ok(match spec {
+            _ if bare => Self::Bare(BareTree::open(spec.name(), &dir)?),
+            PlaceSpec::Sandbox(spec) => Self::Sandbox(Sandbox::open(&dir, &spec.name)?),
+            PlaceSpec::Container(spec) => Self::Container(Box::new(Container::open(&dir, &spec.name)?)),
+        })
     }
 
-    /// Makes a sandbox: empty, silent.
-    pub(super) fn create(agent: &Agent, spec: &SandboxSpec) -> Result<Self> {
-        let durable = super::durable::Place::of(&agent.config.state_dir, &spec.name);
+    fn keeper(&self) -> &Keeper {
+        match self {
+            Self::Sandbox(sandbox) => sandbox.keeper(),
+            Self::Container(container) => container.keeper(),
+            Self::Bare(tree) => tree.keeper(),
+        }
+    }
+
+    fn gate(&self) -> Option<&Gate> {
+        match self {
+            Self::Sandbox(sandbox) => sandbox.gate(),
+            Self::Container(container) => container.gate(),
+            Self::Bare(_) => None,
+        }
+    }
+}
+
+impl Home {
+    /// Finds the place that an earlier agent made.
+    pub(super) fn open(agent: &Agent, spec: &PlaceSpec, bare: bool) -> Result<Self> {
+        Ok(Self { place: Place::open(agent, spec, bare)?, addresses: None })
+    }
+
+    /// Makes a place: empty, silent.
+    pub(super) fn create(agent: &Agent, spec: &PlaceSpec) -> Result<Self> {
+        let durable = durable::Place::of(&agent.config.state_dir, spec.name());
         durable.make()?;
-        let options = Options {
-            program: agent.program.clone(),
-            run_dir: agent.sandboxes_dir(),
-            data_dir: durable.data(),
-            shm_dir: trees::shm_of(&agent.config, &spec.name),
-            log: durable.log(),
-            log_bytes_max: LOG_BYTES_MAX,
+        let place = match spec {
+            PlaceSpec::Sandbox(spec) => {
+                let options = sandbox::Options {
+                    program: agent.program.clone(),
+                    run_dir: agent.sandboxes_dir(),
+                    data_dir: durable.data(),
+                    shm_dir: trees::shm_of(&agent.config, &spec.name),
+                    log: durable.log(),
+                    log_bytes_max: LOG_BYTES_MAX,
+                };
+                Place::Sandbox(Sandbox::create(spec, &options)?)
+            }
+            PlaceSpec::Container(spec) => {
+                let options = container_options(agent, &spec.name);
+                Place::Container(Box::new(Container::create(spec, &options)?))
+            }
         };
-        let sandbox = Sandbox::create(spec, &options)?;
-        Ok(Self { place: Place::Sandbox(sandbox), addresses: None })
+        Ok(Self { place, addresses: None })
     }
 
     /// Adopts a tree that runs.
@@ -75,35 +111,81 @@ impl Home {
         Ok(Self { place: Place::Bare(tree), addresses: None })
     }
 
+    /// Adopts a container that runs.
+    pub(super) fn adopt_container(agent: &Agent, name: &Name, named: &Named, ips: &[Cidr]) -> Result<Self> {
+        durable::Place::of(&agent.config.state_dir, name).make()?;
+        let container = Container::adopt(name, named, ips, &container_options(agent, name))?;
+        Ok(Self { place: Place::Container(Box::new(container)), addresses: None })
+    }
+
     /// Removes whatever place there is of that name, with everything in it.
     pub(super) fn destroy(agent: &Agent, name: &Name) -> Result<()> {
-        Ok(Sandbox::destroy(&agent.sandboxes_dir(), name)?)
+        let dir = agent.sandboxes_dir();
+        if Container::is_known(&dir, name) {
+            return Ok(Container::destroy(&dir, name)?);
+        }
+        Ok(Sandbox::destroy(&dir, name)?)
+    }
+
+    fn keeper_and_gate(&self) -> (&Keeper, Option<&Gate>) {
+        (self.place.keeper(), self.place.gate())
     }
 
     pub(super) fn keeper(&self) -> &Keeper {
-        match &self.place {
-            Place::Sandbox(sandbox) => sandbox.keeper(),
-            Place::Bare(tree) => tree.keeper(),
-        }
+        self.place.keeper()
     }
 
     pub(super) fn sandbox(&self) -> Option<&Sandbox> {
         match &self.place {
             Place::Sandbox(sandbox) => Some(sandbox),
-            Place::Bare(_) => None,
+            Place::Container(_) | Place::Bare(_) => None,
         }
     }
 
-    fn net(&self) -> Net {
-        self.sandbox().map_or(Net::Host, |sandbox| sandbox.spec().net.clone())
+    /// What it was made from, if it was.
+    pub(super) fn container(&self) -> Option<&Container> {
+        match &self.place {
+            Place::Container(container) => Some(container),
+            Place::Sandbox(_) | Place::Bare(_) => None,
+        }
+    }
+
+    /// Whether a tree can be restored into it: it is there, whole, and not somebody's.
+    pub(super) fn can_take_a_tree(&self) -> bool {
+        match &self.place {
+            Place::Sandbox(sandbox) => sandbox.keeper().is_alive(),
+            Place::Container(container) => container.is_alive(),
+            Place::Bare(_) => false,
+        }
     }
 
     /// The tree's root, while it runs.
     pub(super) fn root(&self) -> Result<Option<Root>> {
-        Ok(match &self.place {
-            Place::Sandbox(sandbox) => sandbox.workload_pid()?.map(|(host, inside)| Root { host, inside }),
-            Place::Bare(tree) => tree.is_alive().then(|| Root { host: tree.pid(), inside: tree.pid() }),
-        })
+        let found = match &self.place {
+            Place::Sandbox(sandbox) => sandbox.workload_pid()?,
+            Place::Container(container) => container.workload_pid(),
+            Place::Bare(tree) => tree.is_alive().then(|| (tree.pid(), tree.pid())),
+        };
+        Ok(found.map(|(host, inside)| Root { host, inside }))
+    }
+
+    /// After a restore: this is the tree's root (its pid inside).
+    pub(super) fn track(&mut self, inside: u32) -> Result<()> {
+        match &mut self.place {
+            Place::Sandbox(sandbox) => sandbox.track(inside)?,
+            Place::Container(container) => container.track(inside)?,
+            Place::Bare(_) => anyhow::bail!("nothing is restored into a place of somebody else's"),
+        }
+        Ok(())
+    }
+
+    /// Before the end of a tree that is handed off: CRIU ends it from inside the place, which must not end with it.
+    pub(super) fn outlives_its_tree(&self, outlives: bool) -> Result<()> {
+        match &self.place {
+            Place::Container(container) => Ok(container.outlives_its_tree(outlives)?),
+            // Their pid 1 is not the tree's to end.
+            Place::Sandbox(_) | Place::Bare(_) => Ok(()),
+        }
     }
 
     /// Whether no process of a workload, whole or half restored, is in the place; those of `ours` may be.
@@ -112,20 +194,19 @@ impl Home {
     }
 
     /// Looks the addresses up and tells the guard what to silence. Must come before anything opens.
-    pub(super) fn prepare(&mut self, vips: &[Vip]) -> Result<()> {
-        let addresses = Addresses::prepare(&self.net(), vips)?;
-        addresses.guard(self.keeper(), self.sandbox().and_then(Sandbox::gate))?;
+    pub(super) fn prepare(&mut self, spec: &PlaceSpec, vips: &[Vip]) -> Result<()> {
+        let addresses = Addresses::prepare(&spec.net(), vips)?;
+        addresses.guard(self.keeper(), self.place.gate())?;
         self.addresses = Some(addresses);
         Ok(())
     }
 
     /// Lets the workload be heard: the gate, then the addresses. The caller announces.
     pub(super) fn open_up(&self) -> Result<()> {
-        if let Some(sandbox) = self.sandbox() {
-            takeover::gate::open(sandbox)?;
-        }
+        let (keeper, gate) = self.keeper_and_gate();
+        takeover::gate::open(keeper, gate)?;
         if let Some(addresses) = &self.addresses {
-            addresses.up(self.keeper())?;
+            addresses.up(keeper)?;
         }
         Ok(())
     }
@@ -136,12 +217,10 @@ impl Home {
         const GRACE_NS: u64 = 60_000_000_000;
         let deadline = until_ns.unwrap_or_else(|| crate::workload::guard::boot_time_ns() + GRACE_NS);
         let steps = self.addresses.as_ref().map_or(&[][..], Addresses::up_steps);
-        match &self.place {
-            Place::Sandbox(sandbox) => takeover::gate::unfence(sandbox, deadline, steps)?,
-            Place::Bare(tree) => tree.keeper().unfence(deadline, steps)?,
-        }
+        let (keeper, gate) = self.keeper_and_gate();
+        takeover::gate::unfence(keeper, gate, deadline, steps)?;
         if until_ns.is_none() {
-            self.keeper().guard().disarm()?;
+            keeper.guard().disarm()?;
         }
         Ok(())
     }
@@ -158,32 +237,89 @@ impl Home {
 
     /// What a capturer needs to know of the place.
     pub(super) fn source(&self, agent: &Agent, spec: &WorkloadSpec) -> Result<capture::Source> {
-        let name = &spec.sandbox.name;
+        let name = spec.place.name();
         let root = self.root()?.ok_or_else(|| anyhow::anyhow!("the workload {name} has ended"))?;
-        let durable = super::durable::Place::of(&agent.config.state_dir, name);
-        let (init, log_pipes, trees): (Option<OwnedFd>, Vec<u64>, _) = match &self.place {
-            Place::Sandbox(sandbox) => {
-                let trees = trees::all(&agent.config, &durable, &spec.sandbox);
-                (Some(sandbox.keeper().pidfd()?), sandbox.log_pipes()?, trees)
-            }
-            Place::Bare(_) => (None, Vec::new(), Vec::new()),
-        };
-        Ok(capture::Source {
+        let mut source = capture::Source {
             root: root.host as i32,
             root_inside: root.inside,
-            init,
+            init: None,
+            own_cgroup_namespace: false,
             install: agent.install.clone(),
             bridge: Bridge::new(&agent.config.work_dir, agent.install.version)?,
             vmas: agent.vmas.clone(),
             tracking: capture::Tracking::choose(&agent.kernel)?,
             work: agent.config.work_dir.join(format!("dump-{name}")),
-            log_pipes,
-            trees,
+            outside: Vec::new(),
+            trees: Vec::new(),
+        };
+        match &self.place {
+            Place::Sandbox(sandbox) => {
+                let durable = durable::Place::of(&agent.config.state_dir, name);
+                source.init = Some(sandbox.keeper().pidfd()?);
+                source.outside = sandbox.log_pipes()?.into_iter().map(Outside::pipe).collect();
+                source.trees = trees::of_standby(&agent.config, &durable, &spec.place);
+            }
+            Place::Container(container) => {
+                source.init = Some(container.init()?);
+                source.own_cgroup_namespace = container.has_cgroup_namespace();
+                let streams = container.streams().into_iter();
+                source.outside = streams.map(|(stream, key)| Outside { key, stream: Some(stream) }).collect();
+                source.trees = container.trees();
+            }
+            Place::Bare(_) => {}
+        }
+        Ok(source)
+    }
+
+    /// What a CRIU that restores needs to know of the place.
+    pub(super) fn site(&self, note: &Note) -> Result<Site> {
+        let (keeper, own_ipc) = (self.keeper(), note.own_ipc);
+        Ok(match &self.place {
+            Place::Sandbox(sandbox) => {
+                let stdio = note.outside.iter().map(|_| sandbox.fresh_stdio());
+                Site {
+                    init: keeper.pidfd()?,
+                    cgroups: vec![keeper.cgroup().work()],
+                    own_cgroup_namespace: false,
+                    stdio: stdio.collect::<std::result::Result<_, _>>()?,
+                    own_ipc,
+                }
+            }
+            Place::Container(container) => {
+                // A tree that was never in a container has but one kind of output.
+                let streams = note.outside.iter().map(|outside| outside.stream.unwrap_or(1));
+                let stdio = streams.map(|stream| container.stream(stream));
+                Site {
+                    init: container.init()?,
+                    cgroups: container.cgroups()?,
+                    own_cgroup_namespace: container.has_cgroup_namespace(),
+                    stdio: stdio.collect::<std::result::Result<_, _>>()?,
+                    own_ipc,
+                }
+            }
+            Place::Bare(_) => anyhow::bail!("nothing is restored into a place of somebody else's"),
         })
     }
 }
 
-/// Gives a bare tree back to the cgroup that it came from, running.
-pub(super) fn release_bare(agent: &Agent, name: &Name) -> Result<()> {
-    Ok(BareTree::release(name, &agent.sandboxes_dir())?)
+fn container_options(agent: &Agent, name: &Name) -> container::Options {
+    let durable = durable::Place::of(&agent.config.state_dir, name);
+    container::Options {
+        program: agent.program.clone(),
+        run_dir: agent.sandboxes_dir(),
+        wraps: agent.wraps(),
+        data_dir: durable.data(),
+        bundle: durable.bundle(),
+        log: durable.log(),
+        log_bytes_max: LOG_BYTES_MAX,
+    }
+}
+
+/// Gives what somebody else started back to them, running.
+pub(super) fn release(agent: &Agent, name: &Name) -> Result<()> {
+    let dir: PathBuf = agent.sandboxes_dir();
+    if Container::is_known(&dir, name) {
+        return Ok(Container::release(&dir, name)?);
+    }
+    Ok(BareTree::release(name, &dir)?)
 }

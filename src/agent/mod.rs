@@ -50,8 +50,9 @@ use tokio::{
 
 use self::{
     api::{
-        AgentStatus, ApiError, ErrorCode, HandoffReport, HandoffRequest, History, PairCode, PairJoinRequest,
-        PeerInfo, ProtectRequest, RunReply, RunRequest, Source, UnprotectRequest, WorkloadStatus,
+        AgentStatus, ApiError, ErrorCode, HandoffReport, HandoffRequest, History, OciContainer, PairCode,
+        PairJoinRequest, PeerInfo, ProtectRequest, RunReply, RunRequest, Source, UnprotectRequest,
+        WorkloadStatus, WrapReply, WrapRequest,
     },
     durable::Durable,
     home::Home,
@@ -70,8 +71,9 @@ use crate::{
     },
     wire::message::Reply,
     workload::{
+        container::{self, Named, wrap},
         control::{Command, User},
-        spec::{Net, PaceSpec, SandboxSpec, WorkloadSpec},
+        spec::{Net, PaceSpec, PlaceSpec, SandboxSpec, WorkloadSpec},
     },
 };
 
@@ -140,12 +142,17 @@ impl Agent {
         self.config.run_dir.join("sandboxes")
     }
 
+    /// The directories that wrapped containers have their init from.
+    pub(crate) fn wraps(&self) -> PathBuf {
+        self.config.state_dir.join("wrap")
+    }
+
     /// Takes up every workload that is on disk.
     fn resume(self: &Arc<Self>) -> anyhow::Result<()> {
         for name in durable::Place::all(&self.config.state_dir)? {
             let place = durable::Place::of(&self.config.state_dir, &name);
             let durable = place.read().with_context(|| format!("the record of the workload {name}"))?;
-            let home = Home::open(self, &name, durable.bare)
+            let home = Home::open(self, &durable.spec.place, durable.bare)
                 .inspect_err(|error| tracing::info!(%name, %error, "the workload has no place here"))
                 .ok();
             self.own(durable, home);
@@ -155,7 +162,7 @@ impl Agent {
 
     /// Gives a workload an owner.
     fn own(self: &Arc<Self>, durable: Durable, home: Option<Home>) -> mpsc::Sender<Msg> {
-        let name = durable.spec.sandbox.name.clone();
+        let name = durable.spec.place.name().clone();
         let (sender, inbox) = mpsc::channel(QUEUE_MAX);
         let owner = Owner::new(Arc::clone(self), durable, home, (sender.clone(), inbox));
         self.owners().insert(name, sender.clone());
@@ -198,7 +205,7 @@ impl Agent {
 
     /// A peer asks this host to be its standby.
     async fn offered(self: &Arc<Self>, peer: &PeerName, spec: WorkloadSpec, term: Term, bytes: u64) -> Reply {
-        let name = spec.sandbox.name.clone();
+        let name = spec.place.name().clone();
         let known = self.owners().get(&name).cloned();
         let owner = known.unwrap_or_else(|| {
             self.own(Durable { spec: spec.clone(), peer: None, record: None, bare: false }, None)
@@ -315,6 +322,7 @@ impl Agent {
             |error| ApiError::failed(format!("the files of {name} cannot be copied to its place: {error}"));
         trees::clear_shm(&self.config, &name).map_err(unseeded)?;
         let seeds = trees::Seeds::find(&place, &spec).map_err(unseeded)?;
+        let spec = PlaceSpec::Sandbox(spec);
         let home = Home::create(self, &spec).map_err(|error| ApiError::refused(format!("{error:#}")))?;
         let seeded = seeds.sow().map_err(unseeded);
         let started = seeded.and_then(|()| self.start_in(&home, request, user));
@@ -324,7 +332,7 @@ impl Agent {
             let _ = Home::destroy(self, &name);
         })?;
         let durable = Durable {
-            spec: WorkloadSpec { sandbox: spec, vips: Vec::new(), pace: PaceSpec::default() },
+            spec: WorkloadSpec { place: spec, vips: Vec::new(), pace: PaceSpec::default() },
             peer: None,
             record: None,
             bare: false,
@@ -371,12 +379,26 @@ impl Agent {
                     ))
                 })?;
             }
+            Source::Oci(container) => {
+                self.check_free(&name)?;
+                self.check_container(&container.id).await?;
+                let (agent, adopting, wanted) = (Arc::clone(self), name.clone(), container.clone());
+                let adopt = move || {
+                    let OciContainer { id, runtime, state, ips } = wanted;
+                    Home::adopt_container(&agent, &adopting, &Named { runtime, state, id }, &ips)
+                };
+                let home = tokio::task::spawn_blocking(adopt)
+                    .await
+                    .map_err(ApiError::failed)?
+                    .map_err(|error| ApiError::new(ErrorCode::Refused, format!("{error:#}")))?;
+                let adopted =
+                    home.container().ok_or_else(|| ApiError::failed("the place is no container"))?;
+                let place = PlaceSpec::Container(adopted.spec().clone());
+                let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace };
+                self.own(Durable { spec, peer: None, record: None, bare: false }, Some(home));
+            }
             Source::Pid(pid) => {
-                if self.owners().contains_key(&name) {
-                    return Err(ApiError::refused(format!(
-                        "the name {name} is taken; see `standin status {name}`"
-                    )));
-                }
+                self.check_free(&name)?;
                 let pid = u32::try_from(*pid).map_err(|_| ApiError::invalid(format!("{pid} is no pid")))?;
                 self.check_pid(pid).await?;
                 let agent = Arc::clone(self);
@@ -388,11 +410,53 @@ impl Agent {
                 let hostname = nix::unistd::gethostname()
                     .map_or_else(|_| name.to_string(), |name| name.to_string_lossy().into_owned());
                 let sandbox = SandboxSpec { name: name.clone(), net: Net::Host, paths: Vec::new(), hostname };
-                let spec = WorkloadSpec { sandbox, vips: Vec::new(), pace: request.pace };
+                let place = PlaceSpec::Sandbox(sandbox);
+                let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace };
                 self.own(Durable { spec, peer: None, record: None, bare: true }, Some(home));
             }
         }
         self.ask(&name, |answer| Msg::Protect { request: Box::new(request), answer }).await?
+    }
+
+    fn check_free(&self, name: &Name) -> Result<(), ApiError> {
+        if self.owners().contains_key(name) {
+            return Err(ApiError::refused(format!("the name {name} is taken; see `standin status {name}`")));
+        }
+        Ok(())
+    }
+
+    /// Nor can a container be.
+    async fn check_container(&self, id: &str) -> Result<(), ApiError> {
+        let workloads = self.status().await.workloads;
+        match workloads
+            .into_iter()
+            .find(|workload| workload.container.as_ref().is_some_and(|container| container.id == id))
+        {
+            Some(workload) => Err(ApiError::refused(format!(
+                "container {id} is protected already, as {0}; see `standin status {0}`",
+                workload.name
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes a container's directory for the init ready, and wraps a bundle with it.
+    fn wrap(&self, request: &WrapRequest) -> Result<WrapReply, ApiError> {
+        let dir = wrap::provide(&self.wraps(), &request.name).map_err(|error| {
+            ApiError::failed(format!(
+                "cannot make {}: {error}",
+                self.wraps().join(request.name.as_str()).display()
+            ))
+        })?;
+        if let Some(bundle) = &request.bundle {
+            container::wrap_bundle(bundle, &dir).map_err(ApiError::refused)?;
+        }
+        Ok(WrapReply {
+            name: request.name.clone(),
+            dir,
+            inside: wrap::INSIDE.into(),
+            init: wrap::INIT.into(),
+        })
     }
 
     /// Another workload's process cannot be protected under a second name.

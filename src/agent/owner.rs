@@ -209,7 +209,7 @@ impl Owner {
         home: Option<Home>,
         (to_self, inbox): (mpsc::Sender<Msg>, mpsc::Receiver<Msg>),
     ) -> Self {
-        let name = durable.spec.sandbox.name.clone();
+        let name = durable.spec.place.name().clone();
         let place = durable::Place::of(&agent.config.state_dir, &name);
         Self {
             history: HistoryLog::open(&place.history()),

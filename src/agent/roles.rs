@@ -22,7 +22,7 @@ use crate::{
     wire::message::Reply,
     workload::{
         guard::GuardState,
-        spec::{Net, Vip},
+        spec::{Net, Vip, WorkloadSpec},
     },
 };
 
@@ -100,9 +100,9 @@ impl Owner {
     }
 
     fn prepare_addresses(&mut self) {
-        let vips = self.durable.spec.vips.clone();
+        let WorkloadSpec { place, vips, .. } = self.durable.spec.clone();
         if let Some(home) = &mut self.home
-            && let Err(error) = block_in_place(|| home.prepare(&vips))
+            && let Err(error) = block_in_place(|| home.prepare(&place, &vips))
         {
             self.error = Some(format!("the address cannot be served here: {error:#}"));
         }
@@ -119,12 +119,8 @@ impl Owner {
         match begun {
             Ok(()) => self.protecting = Some(answer),
             Err(error) => {
-                if matches!(request.source, Source::Pid(_)) {
-                    self.home = None;
-                    if let Err(error) = block_in_place(|| super::home::release_bare(&self.agent, &self.name))
-                    {
-                        tracing::warn!(%error, "giving the tree back");
-                    }
+                if !matches!(request.source, Source::Run(_)) {
+                    self.release();
                     self.gone = true;
                 }
                 let _ = answer.send(Err(error));
@@ -156,11 +152,11 @@ impl Owner {
 
     fn check_address(&self, vip: &Vip) -> Result<(), ApiError> {
         check_vip(vip, None).map_err(ApiError::invalid)?;
-        if let Net::Own { ips } = &self.durable.spec.sandbox.net
+        if let Net::Own { ips } = &self.durable.spec.place.net()
             && !ips.iter().any(|ip| ip.addr == vip.cidr.addr)
         {
             return Err(ApiError::invalid(format!(
-                "{} is not an address of the sandbox {}: start it with --ip {}",
+                "{} is not an address of {}: start or protect it with --ip {}",
                 vip.cidr.addr, self.name, vip.cidr
             )));
         }
@@ -186,7 +182,7 @@ impl Owner {
         // A term that no earlier protection of this name has used here.
         let term = Term(unused_term(&self.history));
         durable.record = Some(Record::primary(term));
-        block_in_place(|| home.prepare(&request.vips))
+        block_in_place(|| home.prepare(&durable.spec.place, &request.vips))
             .map_err(|error| ApiError::failed(format!("{error:#}")))?;
         block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
         self.durable = durable;
@@ -318,6 +314,10 @@ impl Owner {
             }
             Some(Standing::Standby) if offer.term == own => {
                 if self.durable.spec != offer.spec {
+                    if self.durable.spec.place != offer.spec.place {
+                        // What waits here is another one.
+                        self.kill_copy();
+                    }
                     self.durable.spec = offer.spec.clone();
                     block_in_place(|| self.place.write(&self.durable))
                         .map_err(|error| format!("its state cannot be written there: {error}"))?;
@@ -327,7 +327,7 @@ impl Owner {
                 return Err(format!("{} stands as {standing:?} there, under term {own}", self.name));
             }
         }
-        self.warm_sandbox().map_err(|error| format!("its sandbox cannot be made there: {error:#}"))?;
+        self.warm_place().map_err(|error| format!("its place cannot be made there: {error:#}"))?;
         self.open_standby().map_err(|error| format!("its image cannot be kept there: {error:#}"))?;
         let standby = self.standby.as_ref().ok_or("its image cannot be kept there")?;
         let held = standby.held();
@@ -370,20 +370,20 @@ impl Owner {
         Ok(())
     }
 
-    /// The sandbox into which the workload would be restored: there, empty, silent.
-    fn warm_sandbox(&mut self) -> anyhow::Result<()> {
-        if self.home.as_ref().is_some_and(|home| home.sandbox().is_some() && home.keeper().is_alive()) {
+    /// The place into which the workload would be restored: there, empty, silent.
+    fn warm_place(&mut self) -> anyhow::Result<()> {
+        if self.home.as_ref().is_some_and(Home::can_take_a_tree) {
             return Ok(());
         }
         self.home = None;
         let (agent, spec) = (Arc::clone(&self.agent), self.durable.spec.clone());
         let mut home = block_in_place(|| {
-            Home::destroy(&agent, &spec.sandbox.name)?;
-            Home::create(&agent, &spec.sandbox)
+            Home::destroy(&agent, spec.place.name())?;
+            Home::create(&agent, &spec.place)
         })?;
-        if let Err(error) = block_in_place(|| home.prepare(&spec.vips)) {
+        if let Err(error) = block_in_place(|| home.prepare(&spec.place, &spec.vips)) {
             // A takeover would restore it and could not be reached: better to be told now.
-            block_in_place(|| Home::destroy(&agent, &spec.sandbox.name))?;
+            block_in_place(|| Home::destroy(&agent, spec.place.name()))?;
             return Err(error);
         }
         self.home = Some(home);
@@ -413,7 +413,7 @@ impl Owner {
         self.kill_copy();
         self.last_committed = None;
         self.error = None;
-        let opened = self.open_standby().and_then(|()| self.warm_sandbox());
+        let opened = self.open_standby().and_then(|()| self.warm_place());
         if let Err(error) = opened {
             self.error = Some(format!("this host cannot be the standby: {error:#}"));
         }
@@ -445,22 +445,18 @@ impl Owner {
         if used {
             self.kill_copy();
         }
-        if let Err(error) = self.warm_sandbox() {
+        if let Err(error) = self.warm_place() {
             let _ = to_self.try_send(Msg::RestoreFailed(format!("{error:#}")));
             return;
         }
-        let Some(home) = self.home.take() else { return };
+        let Some(mut home) = self.home.take() else { return };
         // Should the pages not come, memory is restored anew from the same epoch; files that the workload has written
         // meanwhile would not be of it. So with files of its own it gets all pages at once.
-        let eager = eager || self.eager || trees::has_files(&self.agent.config, &self.durable.spec.sandbox);
+        let eager = eager || self.eager || trees::has_files(&self.agent.config, &self.durable.spec.place);
         let (agent, plan) = (Arc::clone(&self.agent), RestorePlan { epoch, eager, owner: to_self.clone() });
         self.lazy_pages = !eager;
         tokio::task::spawn_blocking(move || {
-            let result = match home.sandbox() {
-                Some(sandbox) => standby.restore(&agent, sandbox, &plan),
-                None => Err(anyhow::anyhow!("the place is no sandbox")),
-            };
-            let message = match result {
+            let message = match standby.restore(&agent, &mut home, &plan) {
                 Ok((phases, root)) => Msg::Restored { home: Box::new(home), phases, root },
                 Err(error) => {
                     drop(home);
@@ -579,8 +575,16 @@ impl Owner {
         if let Err(error) = destroyed {
             tracing::error!(%error, name = %self.name, "taking the old place down");
         }
-        if bare && let Err(error) = block_in_place(|| super::home::release_bare(&self.agent, &self.name)) {
-            tracing::warn!(%error, "taking the old place down");
+        if bare {
+            self.release();
+        }
+    }
+
+    /// Gives what somebody else started back to them, running.
+    pub(super) fn release(&mut self) {
+        self.home = None;
+        if let Err(error) = block_in_place(|| super::home::release(&self.agent, &self.name)) {
+            tracing::warn!(%error, name = %self.name, "giving the workload back");
         }
     }
 

@@ -21,7 +21,7 @@ use std::{
 use anyhow::Context;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Agent, durable, owner::Msg, trees};
+use super::{Agent, durable, home::Home, owner::Msg, trees};
 use crate::{
     capture::Note,
     config::StoreKind,
@@ -32,11 +32,10 @@ use crate::{
     },
     model::{EpochId, Extent, Name, Space, Term},
     observe::unix_ms,
-    restore::{self, Ahead, Mode, Recency, Site},
+    restore::{self, Ahead, Mode, Recency},
     store::{BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, View},
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
-    workload::sandbox::Sandbox,
 };
 
 /// Frames between the network and the store.
@@ -53,7 +52,7 @@ pub(super) struct Standby {
     /// One directory is made ready at a time.
     readying: Mutex<()>,
     recency: Mutex<Recency>,
-    /// The CRIU that waits in the sandbox; none is started once one was asked for.
+    /// The CRIU that waits in the place; none is started once one was asked for.
     ahead: Mutex<Waiting>,
 }
 
@@ -144,36 +143,28 @@ impl Standby {
         view.unfolded().for_each(|(id, runs)| recency.note(id, runs));
     }
 
-    /// Has a CRIU wait in the sandbox, unless one does that can restore this directory.
+    /// Has a CRIU wait in the place, unless one does that can restore this directory.
     fn wait_ahead(&self, agent: &Agent, name: &Name, dir: &Path) -> anyhow::Result<()> {
         let (pids, note) = (pids(dir)?, Note::read(dir)?);
         let mut waiting = lock(&self.ahead);
         let fits =
-            waiting.criu.as_mut().is_some_and(|criu| criu.fits(&pids, note.log_pipes.len(), note.own_ipc));
+            waiting.criu.as_mut().is_some_and(|criu| criu.fits(&pids, note.outside.len(), note.own_ipc));
         if !fits && !waiting.ordered {
             waiting.criu = None;
-            let sandbox = Sandbox::open(&agent.sandboxes_dir(), name)?;
-            waiting.criu = Some(self.start_criu(agent, &sandbox, &pids, &note)?);
+            let spec = durable::Place::of(&agent.config.state_dir, name).read()?.spec.place;
+            let home = Home::open(agent, &spec, false)?;
+            waiting.criu = Some(self.start_criu(agent, &home, &pids, &note)?);
         }
         Ok(())
     }
 
-    fn start_criu(
-        &self,
-        agent: &Agent,
-        sandbox: &Sandbox,
-        pids: &[u32],
-        note: &Note,
-    ) -> anyhow::Result<Ahead> {
-        let stdio = note.log_pipes.iter().map(|_| sandbox.fresh_stdio()).collect::<Result<Vec<_>, _>>()?;
-        let keeper = sandbox.keeper();
-        let (init, cgroup) = (keeper.pidfd()?, keeper.cgroup().work());
-        let site = Site { init, cgroup, stdio, own_ipc: note.own_ipc };
+    fn start_criu(&self, agent: &Agent, home: &Home, pids: &[u32], note: &Note) -> anyhow::Result<Ahead> {
+        let site = home.site(note)?;
         let bridge = Bridge::new(&agent.config.work_dir, agent.install.version)?;
         Ok(Ahead::start(&agent.install, &bridge, &self.ready_root, &site, pids)?)
     }
 
-    /// The processes that wait in the sandbox and are none of a workload.
+    /// The processes that wait in the place and are none of a workload.
     pub(super) fn waiting(&self) -> Vec<u32> {
         lock(&self.ahead).criu.as_ref().map(Ahead::processes).unwrap_or_default()
     }
@@ -412,12 +403,12 @@ pub(super) struct RestorePlan {
 }
 
 impl Standby {
-    /// Restores an epoch into a sandbox that waits; blocks until the tree runs (unheard). With lazy pages the rest of the
+    /// Restores an epoch into a place that waits; blocks until the tree runs (unheard). With lazy pages the rest of the
     /// memory follows behind, from a process of its own.
     pub(super) fn restore(
         self: &Arc<Self>,
         agent: &Agent,
-        sandbox: &Sandbox,
+        home: &mut Home,
         plan: &RestorePlan,
     ) -> anyhow::Result<(BTreeMap<String, f64>, u32)> {
         let began = Instant::now();
@@ -427,27 +418,31 @@ impl Standby {
         let mode = if plan.eager { Mode::Eager } else { Mode::Lazy };
         let dir = self.ready(&view, mode)?;
         let note = Note::read(&dir)?;
-        let criu = self.take_criu(agent, sandbox, &dir, &note)?;
+        let criu = self.take_criu(agent, home, &dir, &note)?;
+        if let Some(container) = home.container() {
+            let place = durable::Place::of(&agent.config.state_dir, &container.spec().name);
+            trees::fill(&agent.config, &place, container)?;
+        }
         phases.insert("prepare".to_owned(), began.elapsed().as_secs_f64() * 1e3);
         let asked = Instant::now();
         let name = dir.file_name().and_then(|name| name.to_str()).context("a directory without a name")?;
         let root = if plan.eager {
-            criu.restore(name, &note.log_pipes, None)?
+            criu.restore(name, note.keys(), None)?
         } else {
             let (pager, serving) = self.serve_pages(agent, view, &dir, plan)?;
-            criu.restore(name, &note.log_pipes, Some(&pager)).inspect_err(|_| {
+            criu.restore(name, note.keys(), Some(&pager)).inspect_err(|_| {
                 pager.stop();
                 // Its thread has nothing to say that the error does not.
                 let _ = serving.join();
             })?
         };
         phases.insert("criu".to_owned(), asked.elapsed().as_secs_f64() * 1e3);
-        sandbox.track(root)?;
+        home.track(root)?;
         Ok((phases, root))
     }
 
     /// The CRIU that waits, or else a new one.
-    fn take_criu(&self, agent: &Agent, sandbox: &Sandbox, dir: &Path, note: &Note) -> anyhow::Result<Ahead> {
+    fn take_criu(&self, agent: &Agent, home: &Home, dir: &Path, note: &Note) -> anyhow::Result<Ahead> {
         let pids = pids(dir)?;
         let waiting = {
             let mut waiting = lock(&self.ahead);
@@ -455,8 +450,8 @@ impl Standby {
             waiting.criu.take()
         };
         let fitting =
-            waiting.and_then(|mut criu| criu.fits(&pids, note.log_pipes.len(), note.own_ipc).then_some(criu));
-        fitting.map_or_else(|| self.start_criu(agent, sandbox, &pids, note), Ok)
+            waiting.and_then(|mut criu| criu.fits(&pids, note.outside.len(), note.own_ipc).then_some(criu));
+        fitting.map_or_else(|| self.start_criu(agent, home, &pids, note), Ok)
     }
 
     /// Has pages served until the tasks have them all.

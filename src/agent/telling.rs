@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    api::{Event, PaceStatus, Role, WorkloadStatus},
+    api::{ContainerStatus, Event, PaceStatus, Role, WorkloadStatus},
     owner::Owner,
 };
 use crate::{
@@ -14,6 +14,7 @@ use crate::{
     ha::{Core, Standing},
     model::{EpochId, Term},
     observe::unix_ms,
+    workload::spec::PlaceSpec,
 };
 
 /// The history tells of the pace no more often than this.
@@ -67,6 +68,13 @@ impl Owner {
                 wanted: self.durable.spec.pace,
                 interval_ms: pace.interval.map(|interval| interval.as_secs_f64() * 1e3),
                 stretched_by: pace.stretched_by,
+            },
+            container: match &self.durable.spec.place {
+                PlaceSpec::Sandbox(_) => None,
+                PlaceSpec::Container(spec) => Some(ContainerStatus {
+                    engine: spec.engine.name().to_owned(),
+                    id: spec.engine.container().to_owned(),
+                }),
             },
             pid: root.map(|root| root.host as i32),
             vips: self.durable.spec.vips.clone(),

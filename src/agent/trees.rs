@@ -1,8 +1,10 @@
-//! The files of a workload's declared paths: the directories that its sandbox shows in their place on this host. And its
-//! POSIX shared memory and semaphores, which are files as well; they are kept where images are, in RAM mostly.
+//! The files of a workload on this host: of a sandbox its declared paths, shown in their place, and its POSIX shared memory
+//! and semaphores, which are files as well; of a container its root, what it mounts and its file systems in memory. What is
+//! in memory there is kept where images are, in RAM mostly.
 //!
 //! ```text
 //!   the declared directory ──seed, at the first `run`──► paths/0 ◄──apply, while this host is the standby── epochs
+//!   a container's tmpfs ◄──fill, before a restore── shm/NAME/2 ◄──apply──┘
 //! ```
 //!
 //! Invariants: what a declared directory held before is copied, never changed, and shows again when the workload's
@@ -24,15 +26,18 @@ use crate::{
     model::Name,
     store::FileChanges,
     wire::check::TREES_MAX,
-    workload::spec::SandboxSpec,
+    workload::{
+        container::Container,
+        spec::{ContainerTreeKind, PlaceSpec, SandboxSpec},
+    },
 };
 
-/// Where the files of /dev/shm are.
+/// Where the files of a sandbox's /dev/shm are, or those of a container's file systems in memory.
 pub(super) fn shm_of(config: &Config, name: &Name) -> PathBuf {
     config.store_dir.join("shm").join(name.as_str())
 }
 
-/// Nothing of an earlier workload of that name is in its /dev/shm.
+/// Nothing of an earlier workload of that name is there.
 pub(super) fn clear_shm(config: &Config, name: &Name) -> io::Result<()> {
     match fs::remove_dir_all(shm_of(config, name)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -40,17 +45,43 @@ pub(super) fn clear_shm(config: &Config, name: &Name) -> io::Result<()> {
     }
 }
 
-/// All that is replicated of a sandbox: the declared paths, then /dev/shm.
-pub(super) fn all(config: &Config, place: &Place, spec: &SandboxSpec) -> Vec<PathBuf> {
-    let mut trees = of(place, spec);
-    trees.push(shm_of(config, &spec.name));
-    trees
+/// Where a standby has what is replicated, in the order of the records. Of a sandbox: the declared paths, then /dev/shm, in
+/// the same place on a primary.
+pub(super) fn of_standby(config: &Config, place: &Place, spec: &PlaceSpec) -> Vec<PathBuf> {
+    let shm = shm_of(config, spec.name());
+    match spec {
+        PlaceSpec::Sandbox(spec) => of(place, spec).into_iter().chain([shm]).collect(),
+        PlaceSpec::Container(spec) => {
+            let kept = |(number, kind)| match kind {
+                ContainerTreeKind::Memory => shm.join(format!("{number}")),
+                ContainerTreeKind::Root | ContainerTreeKind::Mount => place.data().join(format!("{number}")),
+            };
+            spec.trees.iter().map(|tree| tree.kind).enumerate().map(kept).collect()
+        }
+    }
+}
+
+/// Before a restore: a container's file systems in memory are what the epoch has of them.
+pub(super) fn fill(config: &Config, place: &Place, container: &Container) -> io::Result<()> {
+    let spec = container.spec();
+    let kept = of_standby(config, place, &PlaceSpec::Container(spec.clone()));
+    let inside = container.trees();
+    for ((tree, from), to) in spec.trees.iter().zip(kept).zip(inside) {
+        if tree.kind == ContainerTreeKind::Memory {
+            copy(&from, &to)?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether a workload has files of its own, of which it may have changed some since an epoch.
-pub(super) fn has_files(config: &Config, spec: &SandboxSpec) -> bool {
-    let shm = fs::read_dir(shm_of(config, &spec.name));
-    !spec.paths.is_empty() || shm.is_ok_and(|mut entries| entries.next().is_some())
+pub(super) fn has_files(config: &Config, spec: &PlaceSpec) -> bool {
+    let has_shm =
+        || fs::read_dir(shm_of(config, spec.name())).is_ok_and(|mut entries| entries.next().is_some());
+    match spec {
+        PlaceSpec::Sandbox(spec) => !spec.paths.is_empty() || has_shm(),
+        PlaceSpec::Container(spec) => !spec.trees.is_empty(),
+    }
 }
 
 /// Where the files of each declared path are, in their order.
@@ -60,7 +91,7 @@ fn of(place: &Place, spec: &SandboxSpec) -> Vec<PathBuf> {
 
 /// Brings the standby's copy to an epoch; the records may be those of an epoch that was applied before.
 pub(super) fn apply(config: &Config, place: &Place, changes: &FileChanges<'_>) -> io::Result<()> {
-    let trees = all(config, place, &place.read()?.spec.sandbox);
+    let trees = of_standby(config, place, &place.read()?.spec.place);
     for tree in &trees {
         DirBuilder::new().recursive(true).mode(0o700).create(tree)?;
     }

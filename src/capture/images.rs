@@ -14,8 +14,8 @@ pub const NOTE: &str = "epoch.json";
 pub struct Note {
     /// Wall clock of the primary at the freeze, milliseconds since 1970.
     pub frozen_at_unix_ms: u64,
-    /// Inodes of the pipes to the workload's log, which are plugged anew on restore.
-    pub log_pipes: Vec<u64>,
+    /// The other ends of what the tree has open and are not part of the image: they are plugged anew on restore.
+    pub outside: Vec<Outside>,
     /// Pid of the tree's root inside.
     pub root: u32,
     /// The tree's IPC namespace is part of the image.
@@ -23,7 +23,28 @@ pub struct Note {
     pub own_ipc: bool,
 }
 
+/// What the tree has open and whose other end is not in it: a way to the workload's log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outside {
+    /// What CRIU calls it: `pipe:[INODE]`.
+    pub key: String,
+    /// In a container: which standard stream of its pid 1 it is.
+    pub stream: Option<u8>,
+}
+
+impl Outside {
+    /// A pipe to a sandbox's log, by its inode.
+    pub fn pipe(inode: u64) -> Self {
+        Self { key: format!("pipe:[{inode}]"), stream: None }
+    }
+}
+
 impl Note {
+    /// What CRIU must be given descriptors for when it restores.
+    pub fn keys(&self) -> Vec<String> {
+        self.outside.iter().map(|outside| outside.key.clone()).collect()
+    }
+
     /// Reads the note of an image directory.
     pub fn read(dir: &Path) -> io::Result<Self> {
         serde_json::from_slice(&fs::read(dir.join(NOTE))?).map_err(io::Error::other)

@@ -40,6 +40,6 @@ mod tracking;
 pub use engine::{CaptureError, Captured, Capturer, Emit, Finish, Source};
 pub use files::FilesError;
 pub use frozen::FreezeParts;
-pub use images::{NOTE, Note};
+pub use images::{NOTE, Note, Outside};
 pub use sys::share_heaps;
 pub use tracking::{NoTracking, Tracking};

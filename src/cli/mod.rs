@@ -12,6 +12,7 @@ mod pair;
 mod protect;
 mod run;
 mod status;
+mod wrap;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -47,6 +48,8 @@ enum Verb {
     Pair(pair::Args),
     /// Start a command in a sandbox of its own, so that it can be protected
     Run(run::Args),
+    /// Make a container ready to be protected, before it is started
+    Wrap(wrap::Args),
     /// Start continuous protection of a workload
     Protect(protect::Args),
     /// End protection; the workload runs on
@@ -90,6 +93,7 @@ pub fn main() -> ExitCode {
         Verb::Agent(args) => agent::main(args),
         Verb::Pair(args) => pair::main(&cli.socket, &args),
         Verb::Run(args) => run::main(&cli.socket, args),
+        Verb::Wrap(args) => wrap::main(&cli.socket, args),
         Verb::Protect(args) => protect::main(&cli.socket, args),
         Verb::Unprotect(args) => protect::unprotect(&cli.socket, &args),
         Verb::Remove(args) => run::remove(&cli.socket, &args),

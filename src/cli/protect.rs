@@ -1,12 +1,12 @@
 //! `standin protect` and `standin unprotect`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Failure, Outcome, client, parse_ms, print_json};
 use crate::{
-    agent::api::{ErrorCode, ProtectRequest, Role, Source, UnprotectRequest, WorkloadStatus},
+    agent::api::{ErrorCode, OciContainer, ProtectRequest, Role, Source, UnprotectRequest, WorkloadStatus},
     model::Name,
-    workload::spec::{PaceMode, PaceSpec, Vip},
+    workload::spec::{Cidr, PaceMode, PaceSpec, Runtime, Vip},
 };
 
 #[derive(clap::Args)]
@@ -19,6 +19,18 @@ pub(super) struct Args {
     /// Protect what `standin run` started under this name [default: NAME]
     #[arg(long, value_name = "NAME")]
     run: Option<Name>,
+    /// Protect the container that an OCI runtime knows by this id, and that was wrapped as NAME
+    #[arg(long, value_name = "ID", conflicts_with_all = ["pid", "run"])]
+    oci: Option<String>,
+    /// With --oci: runc or crun [default: the one that knows the id]
+    #[arg(long, requires = "oci")]
+    runtime: Option<Runtime>,
+    /// With --oci: the runtime's directory of containers, its own --root
+    #[arg(long, value_name = "DIR", requires = "oci")]
+    root: Option<PathBuf>,
+    /// With --oci: address on a device that standin makes inside; may be given several times
+    #[arg(long = "ip", value_name = "CIDR", requires = "oci")]
+    ips: Vec<Cidr>,
     /// The standby: a paired peer
     #[arg(long, value_name = "PEER")]
     to: String,
@@ -77,6 +89,12 @@ pub(super) struct UnprotectArgs {
 pub(super) fn main(socket: &Path, args: Args) -> Outcome {
     let source = match (args.pid, args.run) {
         (Some(pid), _) => Source::Pid(pid),
+        _ if args.oci.is_some() => Source::Oci(OciContainer {
+            id: args.oci.unwrap_or_default(),
+            runtime: args.runtime,
+            state: args.root,
+            ips: args.ips,
+        }),
         (None, Some(run)) if run != args.name => {
             let message = format!(
                 "a sandbox is protected under its own name: standin protect {run} --to {}, or start it as {}",

@@ -92,6 +92,9 @@ fn print_workload(status: &WorkloadStatus) {
         let reached = if status.peer_connected { "connected" } else { "NOT REACHED" };
         println!("  peer      {peer} ({reached})");
     }
+    if let Some(container) = &status.container {
+        println!("  container {} of {}", container.id, container.engine);
+    }
     if let Some(pid) = status.pid {
         println!("  pid       {pid}");
     }

@@ -157,6 +157,9 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
     }
 
     sys::close_on_exec(3, slot::RPC).map_err(failed("closing what is not CRIU's"))?;
+    if let (Some(init), true) = (&init, plan.bridge) {
+        sys::dup_to(init, slot::INIT).map_err(failed("placing a descriptor"))?;
+    }
     for cgroup in &plan.cgroups {
         fs::write(cgroup.join("cgroup.procs"), "0")
             .map_err(|error| format!("entering cgroup {}: {error}", cgroup.display()))?;
@@ -172,7 +175,7 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
         })
         .transpose()?;
     if let Some(init) = init {
-        join(&init, ipc.as_ref(), plan.cgroup_namespace)?;
+        join(&init, ipc.as_ref(), &plan)?;
         raise_pids(last_pid.as_ref())?;
         // Only a child is in the pid namespace that was joined.
         pass_on_to_child("becoming a process of the pid namespace")?;
@@ -186,12 +189,11 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
     execute(&plan)
 }
 
-fn join(init: &OwnedFd, ipc: Option<&OwnedFd>, cgroup: bool) -> Result<(), String> {
-    let mut spaces = CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWPID
-        | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWUTS;
-    spaces.set(CloneFlags::CLONE_NEWCGROUP, cgroup);
+/// The mount namespace is left to the bridge, if there is one: it joins when CRIU is loaded, from our files.
+fn join(init: &OwnedFd, ipc: Option<&OwnedFd>, plan: &Plan) -> Result<(), String> {
+    let mut spaces = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWUTS;
+    spaces.set(CloneFlags::CLONE_NEWNS, !plan.bridge);
+    spaces.set(CloneFlags::CLONE_NEWCGROUP, plan.cgroup_namespace);
     if let Some(ipc) = ipc {
         setns(ipc, CloneFlags::CLONE_NEWIPC).map_err(failed("joining the workload's IPC namespace"))?;
     }
@@ -240,8 +242,15 @@ fn execute(plan: &Plan) -> Result<Infallible, String> {
         .map(CString::new)
         .collect::<Result<_, _>>()
         .map_err(failed("the path of CRIU"))?;
-    // CRIU runs tar, ip and iptables for some images; it needs no more of an environment.
+    // CRIU runs tar, ip and iptables for some images; it needs no more of an environment. Plugins it would load from its root,
+    // the workload's: there are none in its directory of images.
     let mut environment = vec![c"PATH=/usr/sbin:/usr/bin:/sbin:/bin".to_owned()];
+    let plugins = format!("CRIU_LIBS_DIR=/proc/self/fd/{}", slot::IMAGES);
+    environment.push(CString::new(plugins).map_err(failed("the environment of CRIU"))?);
+    if plan.bridge && plan.init {
+        let text = format!("STANDIN_MOUNTS={}", slot::INIT);
+        environment.push(CString::new(text).map_err(failed("the environment of CRIU"))?);
+    }
     if plan.bridge {
         for text in [
             format!("LD_PRELOAD=/proc/self/fd/{}", slot::LIBRARY),
@@ -266,7 +275,7 @@ fn execute(plan: &Plan) -> Result<Infallible, String> {
         }
     }
     let Err(error) = execve(&argv[0], &argv, &environment);
-    Err(format!("executing {}: {error}. It must be visible inside the sandbox", plan.command[0].display()))
+    Err(format!("executing {}: {error}", plan.command[0].display()))
 }
 
 // ---- room ----

@@ -3,7 +3,7 @@
 //! | file | owns |
 //! |---|---|
 //! | [`install`] | which CRIU is used, and its version |
-//! | [`bridge`] | the preload library (`bridge/*.c`, compiled by `build.rs`) and its cache directory |
+//! | [`bridge`] | the preload library (`bridge/*.c`, compiled by the build script) and its cache directory |
 //! | [`gate`] | the socket between the agent and that library, in a dump |
 //! | [`spawn`], [`enter`] | starting `criu swrk`, here or inside a workload's namespaces |
 //! | [`fork_server`] | a CRIU from which those that dump are forked |

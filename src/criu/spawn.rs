@@ -47,6 +47,7 @@ pub(super) mod slot {
     pub(in super::super) const LIBRARY: i32 = 603;
     pub(in super::super) const KERNDAT: i32 = 604;
     pub(in super::super) const GATE: i32 = 605;
+    pub(in super::super) const INIT: i32 = 606;
     pub(in super::super) const INHERIT: i32 = 610;
 }
 

@@ -1,7 +1,7 @@
 //! The standby's side: records become a copy of the trees.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     ffi::{CString, OsStr},
     fs::File,
     io,
@@ -101,6 +101,9 @@ pub struct Receiver {
     /// Properties are set when all content is there and all entries are made: writing drops capabilities and
     /// set-id bits, and moves the mtimes of files and directories.
     properties: BTreeMap<(u32, Vec<u8>), FileMeta>,
+    /// Trees that are sent whole, and what is in them. What else is there goes at the end, and what is in both stays the same
+    /// object: a directory or file may be where another mount namespace has a file system mounted, which would go with it.
+    whole: BTreeMap<u32, HashSet<Vec<u8>>>,
 }
 
 /// Where an entry is: its directory, and its name there.
@@ -117,7 +120,8 @@ impl Receiver {
             open(path, flags, Mode::empty())
                 .map_err(|errno| ApplyError::Root { path: path.clone(), source: errno.into() })
         };
-        Ok(Self { roots: trees.iter().map(open_one).collect::<Result<_, _>>()?, properties: BTreeMap::new() })
+        let roots = trees.iter().map(open_one).collect::<Result<_, _>>()?;
+        Ok(Self { roots, properties: BTreeMap::new(), whole: BTreeMap::new() })
     }
 
     /// Applies a record with its body. The records of an epoch may be applied again, from the first on.
@@ -144,6 +148,10 @@ impl Receiver {
 
     /// Sets the properties of all that was applied and makes the copies durable.
     pub fn finish(mut self) -> Result<(), ApplyError> {
+        for (tree, named) in std::mem::take(&mut self.whole) {
+            let root = self.root(tree, b"")?;
+            prune(root, &mut Vec::new(), &named, 0).map_err(io_error("remove what is not in", tree, b""))?;
+        }
         // Backwards: what is in a directory comes before it.
         for ((tree, path), meta) in std::mem::take(&mut self.properties).into_iter().rev() {
             self.set_properties(tree, &path, &meta).map_err(io_error(
@@ -182,13 +190,18 @@ impl Receiver {
                 return Err(refused(path, "the root of a tree is a directory"));
             }
         } else if let FileKind::HardLink { to } = &meta.kind {
+            self.name(tree, path)?;
             let place = self.place(tree, path)?;
             let first = self.place(tree, to)?;
             // Its properties come with its first name.
             self.properties.remove(&(tree, path.to_vec()));
             return make_link(&place, &first).map_err(io_error("link", tree, path));
         } else {
+            let is_new = self.name(tree, path)?;
             let place = self.place(tree, path)?;
+            if is_new {
+                make_as_new(&place).map_err(io_error("empty", tree, path))?;
+            }
             make(&place, &meta.kind).map_err(io_error("create", tree, path))?;
         }
         if self.properties.len() >= ENTRIES_MAX {
@@ -196,6 +209,15 @@ impl Receiver {
         }
         self.properties.insert((tree, path.to_vec()), meta.clone());
         Ok(())
+    }
+
+    /// Of a tree that is sent whole, this stays. Whether it had not been named before.
+    fn name(&mut self, tree: u32, path: &[u8]) -> Result<bool, ApplyError> {
+        let Some(named) = self.whole.get_mut(&tree) else { return Ok(false) };
+        if named.len() >= ENTRIES_MAX {
+            return Err(refused(path, "more entries in one epoch than a scanner sends"));
+        }
+        Ok(named.insert(path.to_vec()))
     }
 
     fn data(&self, tree: u32, path: &[u8], offset: u64, body: &[u8]) -> Result<(), ApplyError> {
@@ -219,8 +241,12 @@ impl Receiver {
         let gone = |key: &(u32, Vec<u8>)| key.0 == tree && is_at_or_below(&key.1, path);
         self.properties.retain(|key, _| !gone(key));
         if path.is_empty() {
-            let root = self.root(tree, path)?;
-            return clear(root, 0).map_err(io_error("empty", tree, path));
+            self.root(tree, path)?;
+            self.whole.insert(tree, HashSet::new());
+            return Ok(());
+        }
+        if let Some(named) = self.whole.get_mut(&tree) {
+            named.retain(|other| !is_at_or_below(other, path));
         }
         let place = match self.place(tree, path) {
             // Its directory went before it.
@@ -376,6 +402,45 @@ fn remove_all(dir: BorrowedFd<'_>, name: &std::ffi::CStr, depth: usize) -> io::R
     let inner = open_in(dir, name.to_bytes(), OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
     clear(inner.as_fd(), depth + 1)?;
     Ok(unlinkat(dir, name, UnlinkatFlags::RemoveDir)?)
+}
+
+/// What is sent whole is made of nothing: content that is there is not what the records add to, and other names of it are not
+/// written through.
+fn make_as_new(place: &Place) -> io::Result<()> {
+    let (dir, name) = (place.dir.as_fd(), place.name.as_c_str());
+    let stat = match sys::stat_at(dir, name) {
+        Ok(stat) if stat.format() == libc::S_IFREG => stat,
+        Ok(_) => return Ok(()),
+        Err(error) if is_absent(&error) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if stat.nlink > 1 {
+        return Ok(unlinkat(dir, name, UnlinkatFlags::NoRemoveDir)?);
+    }
+    let file = open_in(dir, name.to_bytes(), OFlag::O_WRONLY | OFlag::O_NONBLOCK)?;
+    Ok(ftruncate(&file, 0)?)
+}
+
+/// Removes what is not named from the directory at `path` of a tree.
+fn prune(dir: BorrowedFd<'_>, path: &mut Vec<u8>, named: &HashSet<Vec<u8>>, depth: usize) -> io::Result<()> {
+    if depth > DEPTH_MAX + 1 {
+        return Err(io::Error::other("directories nest too deep"));
+    }
+    for name in names_of(dir)? {
+        let end = path.len();
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name.to_bytes());
+        if !named.contains(path.as_slice()) {
+            remove_all(dir, &name, depth)?;
+        } else if sys::stat_at(dir, &name)?.format() == libc::S_IFDIR {
+            let inner = open_in(dir, name.to_bytes(), OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+            prune(inner.as_fd(), path, named, depth + 1)?;
+        }
+        path.truncate(end);
+    }
+    Ok(())
 }
 
 /// Removes everything in a directory.

@@ -27,9 +27,11 @@ const POST_RESTORE: &str = "post-restore";
 pub struct Site {
     /// Its pid 1.
     pub init: OwnedFd,
-    /// The cgroup's directory for the tree.
-    pub cgroup: PathBuf,
-    /// What the tree's pipes to its log become, in their order.
+    /// The directories of the tree's cgroups.
+    pub cgroups: Vec<PathBuf>,
+    /// Pid 1 has a cgroup namespace of its own.
+    pub own_cgroup_namespace: bool,
+    /// What the tree's ways to its log become, in their order.
     pub stdio: Vec<OwnedFd>,
     /// The tree's IPC namespace comes with the image; otherwise it is that of pid 1.
     pub own_ipc: bool,
@@ -59,11 +61,11 @@ impl Ahead {
         let spawn = Spawn {
             place: Place::Inside {
                 init: site.init.as_fd(),
-                cgroup: false,
+                cgroup: site.own_cgroup_namespace,
                 ipc: (!site.own_ipc).then_some(site.init.as_fd()),
             },
             bridge: Some(bridge),
-            cgroups: vec![site.cgroup.clone()],
+            cgroups: site.cgroups.clone(),
             pids_above: Some(above),
             inherit,
             ..Spawn::new(opened.as_fd())
@@ -73,7 +75,7 @@ impl Ahead {
         Ok(Self { criu, pids, stdio: site.stdio.len(), own_ipc: site.own_ipc })
     }
 
-    /// Whether it still waits, and can restore a tree with these pids and so many pipes to its log, its IPC namespace in the
+    /// Whether it still waits, and can restore a tree with these pids and so many ways to its log, its IPC namespace in the
     /// image or not.
     pub fn fits(&mut self, pids: &[u32], stdio: usize, own_ipc: bool) -> bool {
         let fits = self.stdio == stdio && self.own_ipc == own_ipc;
@@ -85,18 +87,18 @@ impl Ahead {
         self.criu.processes()
     }
 
-    /// Restores the directory `name` of the root, its pipes to the log named as in `log_pipes`; with a pager lazily.
+    /// Restores the directory `name` of the root, what CRIU is given descriptors for named by `keys`; with a pager lazily.
     /// Returns the pid of the tree's root in its namespace, when the tree runs.
     pub fn restore(
         self,
         name: &str,
-        log_pipes: &[u64],
+        keys: Vec<String>,
         pager: Option<&PagerHandle>,
     ) -> Result<u32, CriuError> {
         let options = RestoreOptions {
             lazy: pager.is_some(),
             directory: Some(name.to_owned()),
-            inherit: Some(log_pipes.iter().map(|inode| format!("pipe:[{inode}]")).collect()),
+            inherit: Some(keys),
             ..RestoreOptions::default()
         };
         self.criu.restore(&options, &mut |stage| match pager {

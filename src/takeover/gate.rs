@@ -1,12 +1,12 @@
-//! The gate of a sandbox: its veth's end on the host, up or down.
+//! The gate of a workload whose network is ours: its veth's end on the host, up or down.
 
 use std::time::Duration;
 
 use crate::workload::{
     control::ControlError,
+    keeper::Keeper,
     netlink::{NetError, NetStep, RouteSocket},
     network::Gate,
-    sandbox::Sandbox,
 };
 
 /// The kernel's link watch runs at least once a second.
@@ -23,43 +23,42 @@ pub enum GateError {
     Net(#[from] NetError),
     /// It is open, and passes nothing.
     #[error(
-        "the sandbox's eth0 has no carrier {} ms after its gate was opened; see `ip link` inside and outside",
+        "the workload's eth0 has no carrier {} ms after its gate was opened; see `ip link` inside and outside",
         RUNNING_LIMIT.as_millis()
     )]
     NoCarrier,
 }
 
-/// Lets packets pass, and returns when they do. Refused once the guard has fired. A workload in the host's
+/// Lets packets pass, and returns when they do. Refused once the guard has fired. A workload in another's
 /// network has no gate.
 ///
 /// Announce the addresses right after it: a neighbour that asked in vain meanwhile asks again only after a second.
-pub fn open(sandbox: &Sandbox) -> Result<(), GateError> {
-    let Some(gate) = sandbox.gate() else { return Ok(()) };
-    sandbox.keeper().apply(&gate.open_steps())?;
-    await_running(sandbox)
+pub fn open(keeper: &Keeper, gate: Option<&Gate>) -> Result<(), GateError> {
+    let Some(gate) = gate else { return Ok(()) };
+    keeper.apply(&gate.open_steps())?;
+    await_running(gate)
 }
 
 /// Undoes a fence, in this order: the guard is armed with the deadline, the tree thawed, the gate opened and
 /// `steps` applied (see [`Addresses::up_steps`](super::address::Addresses::up_steps)); all but the waiting is done by
-/// the sandbox's init, so that no firing can be overtaken.
-pub fn unfence(sandbox: &Sandbox, deadline_ns: u64, steps: &[NetStep]) -> Result<(), GateError> {
-    let mut all = sandbox.gate().map(Gate::open_steps).unwrap_or_default();
+/// the keeper, so that no firing can be overtaken.
+pub fn unfence(
+    keeper: &Keeper,
+    gate: Option<&Gate>,
+    deadline_ns: u64,
+    steps: &[NetStep],
+) -> Result<(), GateError> {
+    let mut all = gate.map(Gate::open_steps).unwrap_or_default();
     all.extend(steps);
-    sandbox.keeper().unfence(deadline_ns, &all)?;
-    await_running(sandbox)
+    keeper.unfence(deadline_ns, &all)?;
+    gate.map_or(Ok(()), await_running)
 }
 
-fn await_running(sandbox: &Sandbox) -> Result<(), GateError> {
-    match sandbox.gate().map(|gate| gate.await_running(RUNNING_LIMIT)).transpose()? {
-        Some(false) => Err(GateError::NoCarrier),
-        _ => Ok(()),
-    }
+fn await_running(gate: &Gate) -> Result<(), GateError> {
+    if gate.await_running(RUNNING_LIMIT)? { Ok(()) } else { Err(GateError::NoCarrier) }
 }
 
-/// Lets none pass, whatever the state of the sandbox's init. `route` is best opened ahead of time.
-pub fn close(sandbox: &Sandbox, route: &RouteSocket) -> Result<(), NetError> {
-    match sandbox.gate() {
-        Some(gate) => route.apply(&gate.close_steps()),
-        None => Ok(()),
-    }
+/// Lets none pass, whatever the state of the keeper. `route` is best opened ahead of time.
+pub fn close(gate: &Gate, route: &RouteSocket) -> Result<(), NetError> {
+    route.apply(&gate.close_steps())
 }

@@ -11,7 +11,7 @@ use crate::{
     delta::{BATCH_PAGES_MAX, BATCH_RUNS_MAX, BatchHead, Form, PATCH_LEN_MAX, Packing},
     ha::Message,
     model::{PAGE_SIZE, Space},
-    workload::spec::{Net, WorkloadSpec},
+    workload::spec::{ContainerSpec, Engine, Net, PlaceSpec, SandboxSpec, WorkloadSpec},
 };
 
 /// Addresses and offsets end below this: user space of x86-64 with four levels of page tables.
@@ -38,6 +38,10 @@ pub const XATTRS_MAX: usize = 128;
 pub const XATTR_LEN_MAX: usize = 65_536;
 /// Most addresses of a workload, inside or following it.
 pub const ADDRESSES_MAX: usize = 64;
+/// Most characters of a container's id.
+pub const CONTAINER_ID_LEN_MAX: usize = 128;
+/// Most bytes of what a container is made from.
+pub const CONTAINER_CONFIG_LEN_MAX: usize = 256 << 10;
 /// Most bytes of a text for people.
 pub const REASON_LEN_MAX: usize = 2048;
 
@@ -84,17 +88,11 @@ pub(super) fn datagram(datagram: &Datagram) -> Result<(), Illegal> {
 }
 
 fn workload(spec: &WorkloadSpec) -> Result<(), Illegal> {
-    let host = &spec.sandbox.hostname;
-    let host_fits = (1..=64).contains(&host.len())
-        && host.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
-    require(host_fits, || format!("{host:?} is no host name"))?;
-    let paths = &spec.sandbox.paths;
-    // One tree more is /dev/shm.
-    require(paths.len() < TREES_MAX, || format!("{} paths, at most {}", paths.len(), TREES_MAX - 1))?;
-    for path in paths {
-        require(is_plain_absolute(path), || format!("{} is no plain absolute path", path.display()))?;
+    match &spec.place {
+        PlaceSpec::Sandbox(spec) => sandbox(spec)?,
+        PlaceSpec::Container(spec) => container(spec)?,
     }
-    let ips = match &spec.sandbox.net {
+    let ips = match &spec.place.net() {
         Net::Own { ips } => ips.len(),
         Net::Host => 0,
     };
@@ -105,6 +103,41 @@ fn workload(spec: &WorkloadSpec) -> Result<(), Illegal> {
         require(is_device(device), || format!("{device:?} is no network device"))?;
     }
     spec.pace.check().map_err(|error| Illegal(error.to_string()))
+}
+
+fn sandbox(spec: &SandboxSpec) -> Result<(), Illegal> {
+    let host = &spec.hostname;
+    let host_fits = (1..=64).contains(&host.len())
+        && host.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
+    require(host_fits, || format!("{host:?} is no host name"))?;
+    let paths = &spec.paths;
+    // One tree more is /dev/shm.
+    require(paths.len() < TREES_MAX, || format!("{} paths, at most {}", paths.len(), TREES_MAX - 1))?;
+    for path in paths {
+        require(is_plain_absolute(path), || format!("{} is no plain absolute path", path.display()))?;
+    }
+    Ok(())
+}
+
+fn container(spec: &ContainerSpec) -> Result<(), Illegal> {
+    let Engine::Oci { state, id, config, .. } = &spec.engine;
+    let id_fits = (1..=CONTAINER_ID_LEN_MAX).contains(&id.len())
+        && !matches!(id.as_str(), "." | "..")
+        && id.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_+-.".contains(&b));
+    require(id_fits, || format!("{id:?} is no container's id"))?;
+    if let Some(state) = state {
+        require(is_plain_absolute(state), || format!("{} is no plain absolute path", state.display()))?;
+    }
+    let fits = config.len() <= CONTAINER_CONFIG_LEN_MAX;
+    require(fits, || format!("a container's config of more than {CONTAINER_CONFIG_LEN_MAX} bytes"))?;
+    let trees = spec.trees.len();
+    require(trees <= TREES_MAX, || format!("{trees} trees, at most {TREES_MAX}"))?;
+    for tree in &spec.trees {
+        let inside = &tree.inside;
+        require(is_plain_absolute(inside), || format!("{} is no plain absolute path", inside.display()))?;
+    }
+    Ok(())
 }
 
 /// Absolute, without `.`, `..`, doubled slashes or NUL.

@@ -10,7 +10,7 @@ use super::{
 };
 
 /// Most bytes of an encoded message, prefix not counted.
-pub const MESSAGE_LEN_MAX: usize = 64 * 1024;
+pub const MESSAGE_LEN_MAX: usize = 320 * 1024;
 /// Most bytes of an encoded datagram: fits the smallest packet that QUIC may be limited to.
 pub const DATAGRAM_LEN_MAX: usize = 1000;
 /// Bytes of a message's length prefix.
@@ -188,7 +188,10 @@ mod tests {
     use crate::{
         ha,
         model::{Epoch, EpochId, Term},
-        workload::spec::{Net, PaceMode, PaceSpec, SandboxSpec, Vip, WorkloadSpec},
+        workload::spec::{
+            ContainerSpec, ContainerTree, ContainerTreeKind, Engine, Net, PaceMode, PaceSpec, PlaceSpec,
+            Runtime, SandboxSpec, Vip, WorkloadSpec,
+        },
     };
 
     fn offer() -> Request {
@@ -199,7 +202,7 @@ mod tests {
             hostname: "db.example".into(),
         };
         let vips = vec!["10.0.0.5/24@eth0".parse().unwrap()];
-        let spec = WorkloadSpec { sandbox, vips, pace: PaceSpec::default() };
+        let spec = WorkloadSpec { place: PlaceSpec::Sandbox(sandbox), vips, pace: PaceSpec::default() };
         Request::Offer { spec, term: Term(3), resident_bytes: 1 << 33 }
     }
 
@@ -242,10 +245,29 @@ mod tests {
 
     #[test]
     fn a_spec_that_could_reach_outside_its_place_is_refused() {
-        let edits: [fn(&mut WorkloadSpec); 6] = [
-            |spec| spec.sandbox.paths = vec!["relative".into()],
-            |spec| spec.sandbox.paths = vec!["/a/../b".into()],
-            |spec| spec.sandbox.hostname = "a b".into(),
+        fn sandbox(spec: &mut WorkloadSpec) -> &mut SandboxSpec {
+            let PlaceSpec::Sandbox(sandbox) = &mut spec.place else { unreachable!() };
+            sandbox
+        }
+        fn container(id: &str, inside: &str) -> PlaceSpec {
+            let (id, config) = (id.to_owned(), "{}".to_owned());
+            let engine = Engine::Oci { runtime: Runtime::Crun, state: None, id, config };
+            let trees = vec![ContainerTree { inside: inside.into(), kind: ContainerTreeKind::Root }];
+            PlaceSpec::Container(ContainerSpec {
+                name: "db".parse().unwrap(),
+                engine,
+                ips: Vec::new(),
+                trees,
+            })
+        }
+        let edits: [fn(&mut WorkloadSpec); 10] = [
+            |spec| sandbox(spec).paths = vec!["relative".into()],
+            |spec| sandbox(spec).paths = vec!["/a/../b".into()],
+            |spec| sandbox(spec).hostname = "a b".into(),
+            |spec| spec.place = container("../a", "/"),
+            |spec| spec.place = container("--force", "/"),
+            |spec| spec.place = container("", "/"),
+            |spec| spec.place = container("db", "/data/../.."),
             |spec| spec.pace.mode = PaceMode::EveryMs(0),
             |spec| spec.vips = vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "-x".into() }],
             |spec| spec.vips = vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "a/b".into() }],

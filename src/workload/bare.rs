@@ -84,6 +84,9 @@ pub enum BareError {
         /// Cause.
         source: io::Error,
     },
+    /// The cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The guard process or the cgroup.
     #[error("bare tree {name}: {source}")]
     Keeper {
@@ -140,16 +143,13 @@ impl BareTree {
         let path = dir.join(TREE_RECORD);
         write_record(&path, &record).map_err(&keeper_error)?;
         let cgroup = Cgroup::create(name).map_err(cgroup_error)?;
-        let setup = Setup { control: dir.join(CONTROL), work_cgroup: cgroup.work(), place: None };
+        let setup = Setup { control: dir.join(CONTROL), work_cgroup: cgroup.work(), place: None, log: None };
         let keeper = Keeper::spawn(program, "guard", &setup, cgroup, |id| {
             record.guard = Some(id);
             write_record(&path, &record)
         })
         .map_err(&keeper_error)?;
-        move_tree(root.pid, keeper.cgroup()).map_err(|error| match error {
-            MoveError::Cgroup(error) => cgroup_error(error),
-            MoveError::Bare(error) => error,
-        })?;
+        move_tree(root.pid, keeper.cgroup())?;
         Ok(Self { root, keeper })
     }
 
@@ -262,16 +262,11 @@ fn check(pid: u32) -> Result<ProcessId, BareError> {
     Ok(ProcessId { pid, started: stat.started })
 }
 
-enum MoveError {
-    Bare(BareError),
-    Cgroup(CgroupError),
-}
-
 /// Moves root first: what a moved process forks is born in the cgroup, so each pass leaves fewer outside.
-fn move_tree(root: u32, cgroup: &Cgroup) -> Result<(), MoveError> {
+pub(super) fn move_tree(root: u32, cgroup: &Cgroup) -> Result<(), BareError> {
     for _ in 0..SCANS_MAX {
-        let inside: HashSet<u32> = cgroup.pids().map_err(MoveError::Cgroup)?.into_iter().collect();
-        let tree = descendants(root, &parents().map_err(MoveError::Bare)?);
+        let inside: HashSet<u32> = cgroup.pids()?.into_iter().collect();
+        let tree = descendants(root, &parents()?);
         let outside: Vec<u32> = tree.into_iter().filter(|pid| !inside.contains(pid)).collect();
         if outside.is_empty() {
             return Ok(());
@@ -280,11 +275,11 @@ fn move_tree(root: u32, cgroup: &Cgroup) -> Result<(), MoveError> {
             match cgroup.enter_work(pid) {
                 // It has ended meanwhile.
                 Err(_) if !ProcessId::of(pid).is_ok_and(ProcessId::is_alive) => {}
-                other => other.map_err(MoveError::Cgroup)?,
+                other => other?,
             }
         }
     }
-    Err(MoveError::Bare(BareError::Restless(root)))
+    Err(BareError::Restless(root))
 }
 
 /// Each living process and its parent.

@@ -1,11 +1,12 @@
-//! The cgroups of a workload: `standin/NAME/init` for its init or guard, `standin/NAME/work` for its tree.
+//! The cgroups of a workload: `standin/NAME/init` for its init or guard, `standin/NAME/work` for its tree. The tree of a
+//! container whose engine limits it with cgroup v2 is in one below the container's instead, so that its limits hold.
 //!
 //! They lie directly below the root of the agent's cgroup namespace and not below the agent's own cgroup:
 //! a service manager kills or removes everything in the latter when the agent's unit is stopped, and the
 //! workload outlives us. No controller is enabled; the workload's limits stay what they were (on a hybrid
 //! host its v1 cgroups are those of the agent).
 //!
-//! Invariant: whatever is in `standin/NAME` was put there by us, so killing the cgroup kills nobody else.
+//! Invariant: whatever is in these cgroups was put there by us, so killing them kills nobody else.
 
 use std::{
     fs::{self, File},
@@ -54,12 +55,29 @@ pub enum CgroupError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cgroup {
     dir: PathBuf,
+    work: PathBuf,
 }
+
+/// The tree's cgroup below that of a container.
+const WITHIN: &str = "standin";
 
 impl Cgroup {
     /// Makes the directories, or takes those that are there.
     pub fn create(name: &Name) -> Result<Self, CgroupError> {
-        let cgroup = Self::of(name)?;
+        Self::of(name)?.make()
+    }
+
+    /// The same with the tree's in a container's cgroup; that of nobody is as if there were none.
+    pub(super) fn within(name: &Name, container: Option<&Path>) -> Result<Self, CgroupError> {
+        let ours = Self::of(name)?;
+        Ok(match container {
+            Some(dir) => Self { work: dir.join(WITHIN), ..ours },
+            None => ours,
+        })
+    }
+
+    pub(super) fn make(self) -> Result<Self, CgroupError> {
+        let cgroup = self;
         for dir in [cgroup.init(), cgroup.work()] {
             // Another workload's end may remove `standin` between the steps of this.
             let made = fs::create_dir_all(&dir).or_else(|_| fs::create_dir_all(&dir));
@@ -70,7 +88,8 @@ impl Cgroup {
 
     /// Where the workload's cgroup is, whether or not it exists.
     pub fn of(name: &Name) -> Result<Self, CgroupError> {
-        Ok(Self { dir: v2_root()?.join("standin").join(name.as_str()) })
+        let dir = v2_root()?.join("standin").join(name.as_str());
+        Ok(Self { work: dir.join("work"), dir })
     }
 
     /// The cgroup of the init or guard.
@@ -80,7 +99,7 @@ impl Cgroup {
 
     /// The cgroup of the workload's tree. Whoever restores it enters this one first.
     pub fn work(&self) -> PathBuf {
-        self.dir.join("work")
+        self.work.clone()
     }
 
     /// Moves a process of any pid namespace (by its pid in ours) into `work`.
@@ -135,6 +154,9 @@ impl Cgroup {
         if !self.dir.exists() {
             return Ok(());
         }
+        if self.work.exists() {
+            kill_dir(&self.work, limit)?;
+        }
         kill_dir(&self.dir, limit)?;
         self.remove()
     }
@@ -143,6 +165,13 @@ impl Cgroup {
     pub(super) fn destroy_guard(&self, limit: Duration) -> Result<(), CgroupError> {
         kill_dir(&self.init(), limit)?;
         self.remove()
+    }
+
+    /// Removes those directories that are empty of processes.
+    pub(super) fn remove_if_empty(&self) {
+        // Whoever is in one of them, the logger of a guard that has left, ends by itself.
+        let _ = fs::remove_dir(&self.work);
+        let _ = self.remove();
     }
 
     /// Removes the directories, which must be empty of processes.
@@ -202,6 +231,37 @@ pub(super) fn of_process(pid: u32) -> Result<PathBuf, CgroupError> {
     text.lines().find_map(|line| line.strip_prefix("0::")).map(PathBuf::from).ok_or(CgroupError::NoV2)
 }
 
+/// The directories of the v1 cgroups of a process; none on a host without cgroup v1.
+pub(super) fn v1_of_process(pid: u32) -> Result<Vec<PathBuf>, CgroupError> {
+    let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
+    let text = fs::read_to_string(&path).map_err(file_error("read", &path))?;
+    let mounts = Path::new("/proc/self/mountinfo");
+    let mounts = fs::read_to_string(mounts).map_err(file_error("read", mounts))?;
+    Ok(v1_dirs(&text, &mounts).into_iter().filter(|dir| dir.exists()).collect())
+}
+
+fn v1_dirs(cgroups: &str, mountinfo: &str) -> Vec<PathBuf> {
+    let dir = |line: &str| {
+        let mut fields = line.splitn(3, ':');
+        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        let point = (number != "0").then(|| v1_mount(mountinfo, controllers)).flatten()?;
+        Some(point.join(path.strip_prefix('/')?))
+    };
+    cgroups.lines().filter_map(dir).collect()
+}
+
+/// Where the hierarchy with these controllers is mounted.
+fn v1_mount(mountinfo: &str, controllers: &str) -> Option<PathBuf> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let mut fields = file_system.split(' ');
+        let is_v1 = fields.next()? == "cgroup";
+        let options: Vec<&str> = fields.nth(1)?.split(',').collect();
+        let fits = is_v1 && controllers.split(',').all(|controller| options.contains(&controller));
+        fits.then(|| mount.split(' ').nth(4).map(unescape)).flatten()
+    })
+}
+
 /// Where cgroup v2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid host.
 pub fn v2_root() -> Result<PathBuf, CgroupError> {
     let path = Path::new("/proc/self/mountinfo");
@@ -258,6 +318,18 @@ mod tests {
                     41 31 0:38 / /sys/fs/cgroup/uni\\040fied rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(v2_mount(text), Some(PathBuf::from("/sys/fs/cgroup/uni fied")));
         assert_eq!(v2_mount("garbage\n"), None);
+    }
+
+    #[test]
+    fn v1_cgroups_are_found_by_their_controllers() {
+        let mounts = "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n\
+                      33 31 0:30 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n";
+        let cgroups = "4:cpu,cpuacct:/box/a:b\n1:name=systemd:/box\n3:pids:/box\n0::/elsewhere\n";
+        let dirs = v1_dirs(cgroups, mounts);
+        assert_eq!(
+            dirs,
+            [Path::new("/sys/fs/cgroup/cpu,cpuacct/box/a:b"), Path::new("/sys/fs/cgroup/systemd/box")]
+        );
     }
 
     #[test]

@@ -112,6 +112,8 @@ pub(super) enum Request {
     Start(Command),
     /// Make a pipe that goes to the log, for descriptors of a restored tree.
     FreshStdio,
+    /// Write what comes out of the pipe beside it to the log.
+    KeepLog,
     /// How are root and pipes?
     Status,
     /// The restored tree's root, to be watched as a started one is.

@@ -29,8 +29,10 @@ pub const RUN_DIR: &str = "/run/standin/sandboxes";
 
 /// The record of a sandbox in a workload's run directory.
 pub(super) const SANDBOX_RECORD: &str = "sandbox.json";
-/// The record of a bare tree there. A name has one of the two: what ends one kind would harm the other.
+/// The record of a bare tree there.
 pub(super) const TREE_RECORD: &str = "tree.json";
+/// The record of a container there. A name has one of the three: what ends one kind would harm the others.
+pub(super) const CONTAINER_RECORD: &str = "container.json";
 /// The control socket there.
 pub(super) const CONTROL: &str = "control";
 

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     cgroup::Cgroup,
     control::{Command, ControlError, Reply, Request, Root},
-    init::{self, Place, Setup},
+    init::{self, Log, Place, Setup},
     keeper::{
         CONTROL, Keeper, KeeperError, ProcessId, SANDBOX_RECORD, TREE_RECORD, boot_id, private_dir,
         read_record, write_record,
@@ -195,10 +195,14 @@ impl Sandbox {
             root,
             shm: shm.clone(),
             binds,
-            log: options.log.clone(),
-            log_bytes_max: options.log_bytes_max,
         };
-        let setup = Setup { control: dir.join(CONTROL), work_cgroup: cgroup.work(), place: Some(place) };
+        let log = Log { path: options.log.clone(), bytes_max: options.log_bytes_max };
+        let setup = Setup {
+            control: dir.join(CONTROL),
+            work_cgroup: cgroup.work(),
+            place: Some(place),
+            log: Some(log),
+        };
         let keeper = Keeper::spawn(&options.program, "init", &setup, cgroup, |id| {
             record.init = Some(id);
             write_record(&record_path, &record)
@@ -333,7 +337,7 @@ impl Sandbox {
     pub fn workload_pid(&self) -> Result<Option<(u32, u32)>, SandboxError> {
         let Some(root) = self.root()?.filter(|root| root.exit.is_none()) else { return Ok(None) };
         let pids = self.keeper.cgroup().pids().map_err(|error| self.keeper_error(error.into()))?;
-        Ok(pids.into_iter().find(|pid| inner_pid(*pid) == Some(root.pid)).map(|pid| (pid, root.pid)))
+        Ok(pids.into_iter().find(|pid| super::inner_pid(*pid) == Some(root.pid)).map(|pid| (pid, root.pid)))
     }
 
     /// Whether the init and the tree's root live.
@@ -428,13 +432,6 @@ fn read_errno(pipe: &OwnedFd) -> io::Result<Option<io::Error>> {
         4 => Ok(Some(io::Error::from_raw_os_error(i32::from_ne_bytes(bytes)))),
         _ => Ok(None),
     }
-}
-
-/// The pid of a process in its innermost pid namespace.
-fn inner_pid(pid: u32) -> Option<u32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
-    line.split_ascii_whitespace().next_back()?.parse().ok()
 }
 
 /// The directory with those above it that do not exist, outermost first.

@@ -91,7 +91,8 @@ pub enum Net {
         /// Addresses on the device inside.
         ips: Vec<Cidr>,
     },
-    /// The host's network namespace (a tree that was started without a sandbox).
+    /// The host's network namespace (a tree that was started without a sandbox), or one that is reached through addresses
+    /// of the host (a container's with published ports).
     Host,
 }
 
@@ -109,11 +110,145 @@ pub struct SandboxSpec {
     pub hostname: String,
 }
 
+/// An OCI runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Runtime {
+    /// runc.
+    Runc,
+    /// crun.
+    Crun,
+}
+
+impl Runtime {
+    /// The name of its program.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+        }
+    }
+}
+
+impl std::str::FromStr for Runtime {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "runc" => Ok(Self::Runc),
+            "crun" => Ok(Self::Crun),
+            _ => Err(format!("{text:?} is no runtime that standin knows: runc or crun")),
+        }
+    }
+}
+
+impl std::fmt::Display for Runtime {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.program())
+    }
+}
+
+/// Who runs a container, and how the same one is made on the standby.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// An OCI runtime, used directly.
+    Oci {
+        /// Which.
+        runtime: Runtime,
+        /// The runtime's directory of containers (its `--root`), the same on both hosts; `None`: its default.
+        state: Option<PathBuf>,
+        /// The container's id.
+        id: String,
+        /// Its `config.json`, as the operator wrote it.
+        config: String,
+    },
+}
+
+impl Engine {
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Oci { runtime, .. } => runtime.program(),
+        }
+    }
+
+    /// What the engine calls the container.
+    pub fn container(&self) -> &str {
+        match self {
+            Self::Oci { id, .. } => id,
+        }
+    }
+}
+
+/// A part of a container's file system whose files belong to the workload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerTree {
+    /// Where it is inside.
+    pub inside: PathBuf,
+    /// What it is.
+    pub kind: ContainerTreeKind,
+}
+
+/// What is replicated of a container's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ContainerTreeKind {
+    /// The root file system.
+    Root,
+    /// A directory of the host, shown inside.
+    Mount,
+    /// A tmpfs of its own.
+    Memory,
+}
+
+/// A container: the engine's, the same on both hosts, its pid 1 an init that waits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerSpec {
+    /// The workload's name.
+    pub name: Name,
+    /// Whose it is.
+    pub engine: Engine,
+    /// Addresses on a device that standin makes inside; none: its network is the engine's or the host's.
+    pub ips: Vec<Cidr>,
+    /// Its replicated files, in the order of their records.
+    pub trees: Vec<ContainerTree>,
+}
+
+/// Where a workload runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PlaceSpec {
+    /// In a place made by us.
+    Sandbox(SandboxSpec),
+    /// In one made by an engine.
+    Container(ContainerSpec),
+}
+
+impl PlaceSpec {
+    /// The workload's name.
+    pub fn name(&self) -> &Name {
+        match self {
+            Self::Sandbox(spec) => &spec.name,
+            Self::Container(spec) => &spec.name,
+        }
+    }
+
+    /// How its sockets are reached.
+    pub fn net(&self) -> Net {
+        match self {
+            Self::Sandbox(spec) => spec.net.clone(),
+            Self::Container(spec) if spec.ips.is_empty() => Net::Host,
+            Self::Container(spec) => Net::Own { ips: spec.ips.clone() },
+        }
+    }
+}
+
 /// A protected workload as both agents know it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkloadSpec {
     /// Its place.
-    pub sandbox: SandboxSpec,
+    pub place: PlaceSpec,
     /// Addresses that follow the workload.
     pub vips: Vec<Vip>,
     /// When its epochs start.

@@ -90,6 +90,14 @@ pub(super) fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     Ok(own(fd as RawFd))
 }
 
+/// A copy of a descriptor of the process behind a pidfd.
+pub(super) fn pidfd_getfd(pidfd: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: takes no pointer; a non-negative answer is a new descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) };
+    check(fd as libc::c_int)?;
+    Ok(own(fd as RawFd))
+}
+
 fn check(answer: libc::c_int) -> io::Result<()> {
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

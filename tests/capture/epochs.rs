@@ -82,9 +82,8 @@ fn restore(home: &Home, dir: &Path) {
     let note = Note::read(dir).unwrap();
     let tasks = images::pstree(&images::read(dir, "pstree.img").unwrap()).unwrap();
     let highest = tasks.iter().flat_map(|task| &task.threads).copied().max().unwrap();
-    let stdio: Vec<_> = note.log_pipes.iter().map(|_| home.sandbox.fresh_stdio().unwrap()).collect();
-    let pipes = note.log_pipes.iter().zip(&stdio);
-    let inherit = pipes.map(|(inode, fd)| (format!("pipe:[{inode}]"), fd.as_fd())).collect();
+    let stdio: Vec<_> = note.outside.iter().map(|_| home.sandbox.fresh_stdio().unwrap()).collect();
+    let inherit = note.keys().into_iter().zip(&stdio).map(|(key, fd)| (key, fd.as_fd())).collect();
     let init = home.sandbox.keeper().pidfd().unwrap();
     let opened = File::open(dir).unwrap();
     let spawn = Spawn {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use standin::{
-    capture::{CaptureError, Captured, Capturer, Finish, Source, Tracking},
+    capture::{CaptureError, Captured, Capturer, Finish, Outside, Source, Tracking},
     criu::{Install, bridge::Bridge},
     memory::{AttachError, Vmas},
     model::{Epoch, EpochId, Name, Term},
@@ -214,7 +214,8 @@ fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
         tracking,
         install,
         work: ram.join("dump"),
-        log_pipes: home.sandbox.log_pipes().unwrap(),
+        outside: home.sandbox.log_pipes().unwrap().into_iter().map(Outside::pipe).collect(),
+        own_cgroup_namespace: false,
         trees: Vec::new(),
     }
 }

@@ -46,7 +46,7 @@ impl Plain {
             .unwrap();
         let plain = Self { unshare, dir };
         await_true("the namespaces", || plain.dir.path().join("ready").exists());
-        plain.criu(images_dir, &note.log_pipes);
+        plain.criu(images_dir, &note.keys());
         plain
     }
 
@@ -60,9 +60,9 @@ impl Plain {
     }
 
     /// `criu restore`; the program's output, which was a pipe, is a file now.
-    fn criu(&self, images_dir: &Path, pipes: &[u64]) {
+    fn criu(&self, images_dir: &Path, keys: &[String]) {
         let log = self.path("criu.log");
-        let inherited = pipes.iter().map(|inode| format!("--inherit-fd fd[0]:pipe:[{inode}]"));
+        let inherited = keys.iter().map(|key| format!("--inherit-fd fd[0]:{key}"));
         let line = format!(
             "exec nsenter -t {} -m -p -u -i {} restore -D {} -o {} -v2 --restore-detached {} 0>>{}",
             self.init(),

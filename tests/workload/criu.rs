@@ -74,7 +74,7 @@ fn a_connection_outlives_the_move_from_one_sandbox_to_another() {
     let (on_a, first, first_addresses) = place(&a, "criu-a", &path);
     let (on_b, second, second_addresses) = place(&b, "criu-b", &path);
     first_addresses.up(first.keeper()).unwrap();
-    gate::open(&first).unwrap();
+    gate::open(first.keeper(), first.gate()).unwrap();
     let script = format!(
         "exec redis-server --save '' --appendonly yes --port 6400 --bind {VIP} --protected-mode no --dir {}",
         path.display()
@@ -87,7 +87,7 @@ fn a_connection_outlives_the_move_from_one_sandbox_to_another() {
 
     // The old place is silent before anything in it ends.
     let pipes = first.log_pipes().unwrap();
-    gate::close(&first, &a.run(|| RouteSocket::open().unwrap())).unwrap();
+    gate::close(first.gate().unwrap(), &a.run(|| RouteSocket::open().unwrap())).unwrap();
     first_addresses.down().unwrap();
     let images = tempfile::tempdir().unwrap();
     let (dir, pid) = (images.path().display(), root.pid);
@@ -120,7 +120,7 @@ fn a_connection_outlives_the_move_from_one_sandbox_to_another() {
         &images.path().join("restore.log"),
     );
     second.track(pid).unwrap();
-    gate::open(&second).unwrap();
+    gate::open(second.keeper(), second.gate()).unwrap();
     second_addresses.announce().unwrap();
     assert_eq!(incr(&mut connection), ":2");
 

@@ -46,7 +46,7 @@ fn on_a_lan(test: impl FnOnce(&Place, &Sandbox, &Addresses, &Netns) + Send) {
         let addresses = Addresses::prepare(&place.spec.net, &vips).unwrap();
         addresses.guard(sandbox.keeper(), sandbox.gate()).unwrap();
         addresses.up(sandbox.keeper()).unwrap();
-        gate::open(&sandbox).unwrap();
+        gate::open(sandbox.keeper(), sandbox.gate()).unwrap();
         assert!(client.pings(VIP));
         test(&place, &sandbox, &addresses, &client);
     });
@@ -70,7 +70,10 @@ fn a_guard_that_is_not_extended_silences_the_workload() {
         assert_eq!(count(), before);
         // Nothing opens it again by accident.
         assert!(matches!(guard.extend(boot_time_ns() + 1000 * MS), Err(GuardError::Fired)));
-        assert!(matches!(gate::open(sandbox), Err(GateError::Control(ControlError::Fired))));
+        assert!(matches!(
+            gate::open(sandbox.keeper(), sandbox.gate()),
+            Err(GateError::Control(ControlError::Fired))
+        ));
         assert!(!client.pings(VIP));
     });
 }
@@ -81,7 +84,7 @@ fn a_guard_closes_the_gate_even_if_nobody_told_it_to() {
     let place = Place::new(&unique("guard"), own());
     host.run(|| {
         let sandbox = place.create();
-        gate::open(&sandbox).unwrap();
+        gate::open(sandbox.keeper(), sandbox.gate()).unwrap();
         assert!(host.pings(VIP));
         place.open().keeper().guard().fence_now(SECOND).unwrap();
         assert!(!host.pings(VIP));
@@ -117,13 +120,16 @@ fn an_unfenced_workload_runs_and_answers_until_the_new_deadline() {
         assert!(!client.pings(VIP));
         let before = count();
         let steps = addresses.up_steps();
-        assert!(gate::unfence(sandbox, 1, steps).is_err(), "a deadline in the past");
-        gate::unfence(sandbox, boot_time_ns() + 3000 * MS, steps).unwrap();
+        assert!(gate::unfence(sandbox.keeper(), sandbox.gate(), 1, steps).is_err(), "a deadline in the past");
+        gate::unfence(sandbox.keeper(), sandbox.gate(), boot_time_ns() + 3000 * MS, steps).unwrap();
         // The client has asked in vain, and would ask again only after a second.
         addresses.announce().unwrap();
         assert!(client.pings(VIP));
         await_true("the count", || count() > before);
-        assert!(gate::unfence(sandbox, boot_time_ns() + 3000 * MS, steps).is_err(), "not fenced");
+        assert!(
+            gate::unfence(sandbox.keeper(), sandbox.gate(), boot_time_ns() + 3000 * MS, steps).is_err(),
+            "not fenced"
+        );
         await_true("the guard to fire again", || keeper.guard().fired());
         assert!(!client.pings(VIP));
     });
@@ -149,7 +155,7 @@ fn a_gate_can_be_closed_without_the_init() {
         nix::sys::signal::kill(init, nix::sys::signal::Signal::SIGSTOP).unwrap();
         let error = sandbox.keeper().guard().fence_now(Duration::from_millis(50)).unwrap_err();
         assert!(matches!(error, GuardError::Unresponsive(_)));
-        gate::close(sandbox, &route).unwrap();
+        gate::close(sandbox.gate().unwrap(), &route).unwrap();
         addresses.down().unwrap();
         assert!(!client.pings(VIP));
         nix::sys::signal::kill(init, nix::sys::signal::Signal::SIGCONT).unwrap();

@@ -60,7 +60,7 @@ fn an_address_follows_the_workload_to_the_other_host() {
     // Warm on both: nobody answers.
     assert!(!client.pings(V4) && !client.pings(V6));
     a.run(|| first_addresses.up(first.keeper()).unwrap());
-    gate::open(&first).unwrap();
+    gate::open(first.keeper(), first.gate()).unwrap();
     assert!(client.pings(V4), "{}", a.output("ip route"));
     assert!(client.pings(V6), "{}", a.output("ip -6 route"));
     assert_eq!(neighbour(&client, V4), Some(hardware_address(&a)));
@@ -74,7 +74,7 @@ fn an_address_follows_the_workload_to_the_other_host() {
     first.keeper().guard().fence_now(Duration::from_secs(1)).unwrap();
     assert!(!client.pings(V4));
     b.run(|| second_addresses.up(second.keeper()).unwrap());
-    gate::open(&second).unwrap();
+    gate::open(second.keeper(), second.gate()).unwrap();
     assert_eq!(neighbour(&client, V4), Some(hardware_address(&a)), "not yet told");
     assert_eq!(SCHEDULE[0], Duration::ZERO);
     second_addresses.announce().unwrap();
@@ -95,13 +95,13 @@ fn a_gate_can_be_closed_and_opened_again_and_again() {
     let route = host.run(|| RouteSocket::open().unwrap());
     addresses.up(sandbox.keeper()).unwrap();
     for _ in 0..3 {
-        gate::open(&sandbox).unwrap();
-        gate::open(&sandbox).unwrap();
+        gate::open(sandbox.keeper(), sandbox.gate()).unwrap();
+        gate::open(sandbox.keeper(), sandbox.gate()).unwrap();
         // The client has asked in vain while the gate was closed, and would ask again only after a second.
         addresses.announce().unwrap();
         assert!(client.pings(V4) && client.pings(V6));
-        gate::close(&sandbox, &route).unwrap();
-        gate::close(&sandbox, &route).unwrap();
+        gate::close(sandbox.gate().unwrap(), &route).unwrap();
+        gate::close(sandbox.gate().unwrap(), &route).unwrap();
         assert!(!client.pings(V4) && !client.pings(V6));
     }
 }
@@ -129,11 +129,11 @@ fn the_actuators_of_a_takeover_are_measured() {
         println!("{what}: median {:?}, most {:?}", times[10], times[19]);
     };
     timed("address up", &|| addresses.up(sandbox.keeper()).unwrap());
-    timed("gate open (open already)", &|| gate::open(&sandbox).unwrap());
+    timed("gate open (open already)", &|| gate::open(sandbox.keeper(), sandbox.gate()).unwrap());
     timed("announce", &|| addresses.announce().unwrap());
     timed("gate close + open", &|| {
-        gate::close(&sandbox, &route).unwrap();
-        gate::open(&sandbox).unwrap();
+        gate::close(sandbox.gate().unwrap(), &route).unwrap();
+        gate::open(sandbox.keeper(), sandbox.gate()).unwrap();
     });
     timed("freeze + thaw", &|| {
         sandbox.keeper().cgroup().freeze(Duration::from_secs(1)).unwrap();

@@ -65,7 +65,7 @@ impl Capturer {
         figures.frozen_at_unix_ms = unix_ms();
         let note = Note {
             frozen_at_unix_ms: figures.frozen_at_unix_ms,
-            log_pipes: self.source.log_pipes.clone(),
+            outside: self.source.outside.clone(),
             root: self.source.root_inside,
             own_ipc: self.own_ipc,
         };

@@ -18,6 +18,7 @@ use std::{
 use super::{
     files::{Files, FilesError},
     frozen::{FreezeParts, Tracked},
+    images::Outside,
     ipc,
     tracking::{Dumped, Tracking},
 };
@@ -121,6 +122,8 @@ pub struct Source {
     pub root_inside: u32,
     /// Pid 1 of the sandbox in which CRIU shall run; `None` for a tree in the host's namespaces.
     pub init: Option<OwnedFd>,
+    /// It has a cgroup namespace of its own.
+    pub own_cgroup_namespace: bool,
     /// The CRIU.
     pub install: Install,
     /// The bridge for it; not used with soft-dirty bits, since it hides them.
@@ -131,8 +134,8 @@ pub struct Source {
     pub tracking: Tracking,
     /// A directory of our own on a tmpfs.
     pub work: PathBuf,
-    /// Inodes of the pipes to the workload's log, whose other end is outside the tree.
-    pub log_pipes: Vec<u64>,
+    /// What the tree has open and whose other end is not in it.
+    pub outside: Vec<Outside>,
     /// Directories that are replicated with each epoch, as this process sees them.
     pub trees: Vec<PathBuf>,
 }
@@ -338,7 +341,7 @@ impl Capturer {
         match &self.source.init {
             Some(init) => {
                 let ipc = (!self.own_ipc).then_some(self.root.as_fd());
-                Place::Inside { init: init.as_fd(), cgroup: false, ipc }
+                Place::Inside { init: init.as_fd(), cgroup: self.source.own_cgroup_namespace, ipc }
             }
             None => Place::Here,
         }

@@ -10,6 +10,7 @@
  *     kernel again: the mappings of a task and their pages, guard regions, which sockets there are;
  *   - tells the agent when all tasks stand and when it has left one;
  *   - has its memory at hand when it freezes the tree;
+ *   - joins the workload's mount namespace when it is loaded already (lists.c);
  *   - is forked from one that was started already (fork.c).
  *
  * The first of these changes nothing for a dump that does not ask for tracking, nor for a restore;
@@ -17,7 +18,7 @@
  *
  * Environment, read once: STANDIN_KERNDAT=DIR, where that cache goes; STANDIN_LISTS=DIR, where such
  * lists are; STANDIN_GATE=FD, the socket between the bridge and the agent; STANDIN_FORK=FD, where
- * orders to fork come.
+ * orders to fork come; STANDIN_MOUNTS=FD, a process whose mount namespace it joins.
  *
  * It is freestanding: no C library but the address of errno and what a fork takes, which come from
  * whichever C library the criu is linked with. CRIU is single-threaded where these functions matter.

@@ -319,12 +319,30 @@ static void have_memory_present(void)
 	sys3(SYS_CLOSE, fd, 0, 0);
 }
 
+/* What is in the workload's file system its makers chose: a library there, or an /etc/ld.so.preload, would run with CRIU's
+ * rights. So CRIU comes from ours, whole, before it joins the workload's. */
+static void join_mounts(void)
+{
+	static const char failed[] = "joining the workload's mount namespace failed\n";
+	int init = number_in("STANDIN_MOUNTS");
+
+	if (init < 0)
+		return;
+	if (sys3(SYS_SETNS, init, CLONE_NEWNS, 0)) {
+		sys3(SYS_WRITE, 2, failed, sizeof(failed) - 1);
+		sys3(SYS_EXIT_GROUP, 1, 0, 0);
+	}
+	sys3(SYS_CLOSE, init, 0, 0);
+}
+
+/* CRIU's first call of it is for its task, when it has come wholly to be (cr_service_work() in cr-service.c). */
 EXPORT long recv(int fd, void *buffer, u64 size, int flags)
 {
 	static int prepared, looked;
 
 	if (!looked) {
 		looked = 1;
+		join_mounts();
 		if (fd == number_in("STANDIN_FORK"))
 			serve_forks(fd);
 	}

@@ -57,13 +57,17 @@ pub(super) fn run(socket: &OwnedFd, path: PathBuf, bytes_max: u64) -> ! {
     let mut log = Log { path, bytes_max, file: None };
     let mut pipes: Vec<File> = Vec::new();
     let mut buffer = vec![0; 64 * 1024];
-    loop {
-        let mut fds = vec![PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-        fds.extend(pipes.iter().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)));
+    // Without the init, a guard that has left the tree, it goes on for what has its pipes.
+    let mut alone = false;
+    while !alone || !pipes.is_empty() {
+        let mut fds: Vec<PollFd<'_>> =
+            pipes.iter().map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::POLLIN)).collect();
+        fds.extend((!alone).then(|| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
         let _ = poll(&mut fds, PollTimeout::NONE);
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+        let told = ready.get(pipes.len()).copied().unwrap_or(false);
         // Backwards, so that removing one does not move those still to come.
-        for i in (0..pipes.len()).rev().filter(|i| ready[i + 1]) {
+        for i in (0..pipes.len()).rev().filter(|i| ready[*i]) {
             match pipes[i].read(&mut buffer) {
                 Ok(0) => {
                     let gone: OwnedFd = pipes.remove(i).into();
@@ -76,14 +80,15 @@ pub(super) fn run(socket: &OwnedFd, path: PathBuf, bytes_max: u64) -> ! {
                 Err(_) => drop(pipes.remove(i)),
             }
         }
-        if ready[0] {
+        if told {
             match control::recv::<()>(socket.as_fd()) {
                 Ok(Some(((), fds))) => pipes.extend(fds.into_iter().map(File::from)),
-                Ok(None) => std::process::exit(0),
+                Ok(None) => alone = true,
                 Err(_) => {}
             }
         }
     }
+    std::process::exit(0)
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! The hidden verbs `standin init` and `standin guard`: the process that holds a sandbox's namespaces as
-//! their pid 1, and the one that only guards a bare tree.
+//! their pid 1, and the one that only guards a bare tree or a container.
 //!
 //! ```text
 //! agent ── spawns ──► launcher ── unshare, fork ──► pid 1 of the sandbox (or the guard process)
@@ -50,8 +50,19 @@ pub(super) struct Setup {
     pub control: PathBuf,
     /// The tree's cgroup directory.
     pub work_cgroup: PathBuf,
-    /// Namespaces to make; none for a bare tree's guard.
+    /// Namespaces to make; none for a guard.
     pub place: Option<Place>,
+    /// Where the workload's output goes; none for a bare tree's guard, whose output is its own matter.
+    pub log: Option<Log>,
+}
+
+/// A log file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Log {
+    /// The file; the one before it has `.1` behind its name.
+    pub path: PathBuf,
+    /// Bytes at which it begins anew.
+    pub bytes_max: u64,
 }
 
 /// What a sandbox is made of.
@@ -67,10 +78,6 @@ pub(super) struct Place {
     pub shm: PathBuf,
     /// Directories to show inside: from, to.
     pub binds: Vec<(PathBuf, PathBuf)>,
-    /// File for the workload's output; the one before it has `.1` behind its name.
-    pub log: PathBuf,
-    /// Bytes at which the log begins anew.
-    pub log_bytes_max: u64,
 }
 
 impl Place {
@@ -190,8 +197,8 @@ fn run(setup: &Setup, hands: Hands) -> Result<(), String> {
     // As small as it is, the kernel might choose it for its killer; a sandbox ends with its init.
     let oom_score = fs::read_to_string(OOM_SCORE).unwrap_or_default();
     let _ = fs::write(OOM_SCORE, "-1000");
-    let log = setup.place.as_ref().map(|place| (place.log.clone(), place.log_bytes_max));
-    let mut server = serve::Server::new(hands, log, oom_score)?;
+    let guards = setup.place.is_none();
+    let mut server = serve::Server::new(hands, guards, setup.log.clone(), oom_score)?;
     report(&Report::Ready);
     leave_stdio().map_err(at("open /dev/null"))?;
     server.run()

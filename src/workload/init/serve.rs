@@ -4,7 +4,6 @@ use std::{
     fs::File,
     io::Write,
     os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
-    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -29,7 +28,7 @@ use super::{
         netlink::{self, NetError, NetStep},
         sys,
     },
-    Hands, at, logger, tree,
+    Hands, Log, at, logger, tree,
 };
 
 const CLIENTS_MAX: usize = 8;
@@ -54,7 +53,7 @@ struct Throttle {
 }
 
 struct Logger {
-    log: (PathBuf, u64),
+    log: Log,
     child: Option<(Pid, OwnedFd)>,
     started: Option<Instant>,
     /// Read ends of pipes with writers; see [`logger`].
@@ -63,6 +62,8 @@ struct Logger {
 
 pub(super) struct Server {
     hands: Hands,
+    /// It did not start the tree, and may leave it.
+    guards: bool,
     signals: SignalFd,
     timer: TimerFd,
     clients: Vec<OwnedFd>,
@@ -75,12 +76,18 @@ pub(super) struct Server {
 }
 
 impl Server {
-    pub(super) fn new(hands: Hands, log: Option<(PathBuf, u64)>, oom_score: String) -> Result<Self, String> {
+    pub(super) fn new(
+        hands: Hands,
+        guards: bool,
+        log: Option<Log>,
+        oom_score: String,
+    ) -> Result<Self, String> {
         let mut children = SigSet::empty();
         children.add(Signal::SIGCHLD);
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
         let mut server = Self {
             hands,
+            guards,
             signals: SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
                 .map_err(at("make a signalfd"))?,
             timer: TimerFd::new(ClockId::CLOCK_BOOTTIME, flags).map_err(at("make a timer"))?,
@@ -257,7 +264,7 @@ impl Server {
         match sys::fork() {
             Ok(None) => {
                 let _ = sys::close_from(3, theirs.as_fd());
-                let (path, bytes_max) = logger.log.clone();
+                let Log { path, bytes_max } = logger.log.clone();
                 logger::run(&theirs, path, bytes_max);
             }
             Ok(Some(child)) => {
@@ -293,7 +300,7 @@ impl Server {
             Err(Errno::EAGAIN | Errno::EINTR) => return true,
             Ok(None) | Err(_) => return false,
         };
-        let leaves = matches!(request, Request::Leave) && self.logger.is_none();
+        let leaves = matches!(request, Request::Leave) && self.guards;
         let (reply, fds) = self
             .answer(request, fds, client.as_raw_fd())
             .unwrap_or_else(|reason| (Reply::Refused(reason), Vec::new()));
@@ -322,6 +329,11 @@ impl Server {
                 Reply::Started { pid: self.start(&command, &failure)? }
             }
             Request::FreshStdio => return Ok((Reply::Stdio, vec![self.new_log_pipe()?])),
+            Request::KeepLog => {
+                let [pipe] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| "a log needs one descriptor")?;
+                self.keep_log(pipe)?;
+                Reply::Done
+            }
             Request::Status => Reply::Status {
                 root: self.root,
                 log_pipes: self.logger.iter().flat_map(|logger| &logger.pipes).map(|pipe| pipe.0).collect(),
@@ -344,7 +356,7 @@ impl Server {
             Request::Apply { steps } => self.apply(&steps)?,
             Request::Unfence { deadline_ns, steps } => self.unfence(deadline_ns, &steps)?,
             Request::Throttle { run_percent } => self.set_throttle(run_percent, client)?,
-            Request::Leave if self.logger.is_none() => Reply::Done,
+            Request::Leave if self.guards => Reply::Done,
             Request::Leave => {
                 return Err("the init of a sandbox cannot leave it; destroy the sandbox".to_owned());
             }
@@ -353,7 +365,7 @@ impl Server {
     }
 
     fn start(&mut self, command: &control::Command, failure: &OwnedFd) -> Result<u32, String> {
-        if self.logger.is_none() {
+        if self.guards {
             return Err("this process only guards a tree that it did not start".to_owned());
         }
         if let Some(root) = self.root.filter(|root| root.exit.is_none()) {
@@ -368,17 +380,23 @@ impl Server {
 
     /// A pipe whose read end goes to the log; returns the write end.
     fn new_log_pipe(&mut self) -> Result<OwnedFd, String> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(at("make a pipe"))?;
+        self.keep_log(read)?;
+        Ok(write)
+    }
+
+    /// What comes out of this pipe goes to the log.
+    fn keep_log(&mut self, read: OwnedFd) -> Result<(), String> {
         let logger = self.logger.as_mut().ok_or("this process keeps no log")?;
         if logger.pipes.len() >= LOG_PIPES_MAX {
             return Err(format!("{LOG_PIPES_MAX} log pipes are in use already"));
         }
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(at("make a pipe"))?;
         let inode = logger::inode(&read).map_err(at("read a pipe's inode"))?;
         if let Some((_, socket)) = &logger.child {
             control::send(socket.as_fd(), &(), &[read.as_fd()]).map_err(at("reach the logger"))?;
         }
         logger.pipes.push((inode, read));
-        Ok(write)
+        Ok(())
     }
 
     fn set_throttle(&mut self, run_percent: u8, client: RawFd) -> Result<Reply, String> {

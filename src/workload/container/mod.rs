@@ -1,0 +1,728 @@
+//! Containers: places that an engine makes, on the standby the same one with an init that waits.
+//!
+//! ```text
+//!   primary                                        standby
+//!   engine ─► pid 1: our init ─► the workload      engine (asked by us) ─► pid 1: our init, waiting
+//!             (adopted: moved to a cgroup of                 ▲
+//!              ours, guarded, its order: track)              └── restored beside it, tracked, guarded
+//! ```
+//!
+//! CRIU dumps and restores a container's tree from inside its namespaces, as that of a sandbox; the engine knows nothing of
+//! it, needs no support for checkpoints, and lists, limits, logs and stops the container as any other. What it takes is
+//! that pid 1 is not the application: see [`wrap`].
+//!
+//! It lives in the kernel, in its engine and in its guard process, not in the agent: [`Container`] is a handle, and
+//! [`Container::open`] makes another one after the agent's restart.
+//!
+//! Invariants: a container that was adopted is never ended by releasing it; one that was not made for the workload of that
+//! name is never ended at all; until it is released, starting it anew starts no second copy.
+
+mod oci;
+pub mod wrap;
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::{fcntl::OFlag, unistd::pipe2};
+use serde::{Deserialize, Serialize};
+
+pub use self::oci::OciError;
+use self::{
+    oci::{Config, Oci},
+    wrap::Order,
+};
+use super::{
+    bare::{self, BareError},
+    cgroup::{self, Cgroup, CgroupError},
+    control::Request,
+    init::{Log, Setup},
+    keeper::{
+        CONTAINER_RECORD, CONTROL, Keeper, KeeperError, ProcessId, Stat, boot_id, private_dir, read_record,
+        write_record,
+    },
+    network::{self, Gate, NetworkError},
+    spec::{Cidr, ContainerSpec, ContainerTree, ContainerTreeKind, Engine, Runtime},
+    sys,
+};
+use crate::model::Name;
+
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// Passes over a cgroup until it is empty.
+const SCANS_MAX: usize = 20;
+
+/// Where a container's things are on this host.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The executable whose verb `guard` becomes the guard process.
+    pub program: PathBuf,
+    /// Holds a directory a workload: [`RUN_DIR`](super::keeper::RUN_DIR).
+    pub run_dir: PathBuf,
+    /// Holds the directories of wrapped containers' inits.
+    pub wraps: PathBuf,
+    /// On a standby, the container's files: the directories `0`, `1`, … of its trees.
+    pub data_dir: PathBuf,
+    /// On a standby, its bundle.
+    pub bundle: PathBuf,
+    /// On a standby, the file for its output, made with mode 0600. Its directory must exist.
+    pub log: PathBuf,
+    /// Bytes at which the log begins anew; the one before is kept.
+    pub log_bytes_max: u64,
+}
+
+/// A container of an OCI runtime, as the operator names it.
+#[derive(Clone, Debug)]
+pub struct Named {
+    /// Whose; `None`: the first that knows it.
+    pub runtime: Option<Runtime>,
+    /// The runtime's directory of containers.
+    pub state: Option<PathBuf>,
+    /// The container's id.
+    pub id: String,
+}
+
+/// Why something could not be done to a container.
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerError {
+    /// Its engine.
+    #[error("container {id}: {source}")]
+    Engine {
+        /// Which.
+        id: String,
+        /// Cause.
+        source: OciError,
+    },
+    /// It does not fit.
+    #[error("container {id} cannot be protected: {reason}")]
+    Unfit {
+        /// Which.
+        id: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A name that is in use.
+    #[error("the name {0} is that of another workload's place; choose another, or unprotect that one first")]
+    Taken(Name),
+    /// It is none of ours.
+    #[error("no container is protected as {0}")]
+    Unknown(Name),
+    /// Its guard process or cgroup.
+    #[error("container {name}: {source}")]
+    Keeper {
+        /// Workload.
+        name: Name,
+        /// Cause.
+        source: KeeperError,
+    },
+    /// Its network.
+    #[error("container {name}: {source}")]
+    Network {
+        /// Workload.
+        name: Name,
+        /// Cause.
+        source: NetworkError,
+    },
+    /// Its processes.
+    #[error("container {name}: {source}")]
+    Tree {
+        /// Workload.
+        name: Name,
+        /// Cause.
+        source: BareError,
+    },
+    /// A file.
+    #[error("container {name}: cannot {what} {path}: {source}")]
+    File {
+        /// Workload.
+        name: Name,
+        /// Verb.
+        what: &'static str,
+        /// File.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+}
+
+/// What the run directory keeps of a container.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    spec: ContainerSpec,
+    boot_id: String,
+    /// Pid 1.
+    init: Option<ProcessId>,
+    guard: Option<ProcessId>,
+    /// The workload's root and its pid inside, once there is one.
+    root: Option<(ProcessId, u32)>,
+    /// The container's cgroup, if the tree's is in it.
+    cgroup: Option<PathBuf>,
+    /// The host's directory of the init.
+    wrap: PathBuf,
+    /// Where its trees are on this host, but for those in memory.
+    trees: Vec<PathBuf>,
+    /// It was made by us, for a workload to be restored into.
+    made: bool,
+    complete: bool,
+}
+
+/// A handle on a container.
+#[derive(Debug)]
+pub struct Container {
+    dir: PathBuf,
+    record: Record,
+    init: ProcessId,
+    keeper: Keeper,
+    gate: Option<Gate>,
+}
+
+impl Container {
+    /// Takes a container that runs under protection.
+    pub fn adopt(
+        name: &Name,
+        named: &Named,
+        ips: &[Cidr],
+        options: &Options,
+    ) -> Result<Self, ContainerError> {
+        let dir = options.run_dir.join(name.as_str());
+        match Self::open(&options.run_dir, name) {
+            Err(ContainerError::Unknown(_)) if !dir.exists() => {}
+            Ok(_) => return Err(ContainerError::Taken(name.clone())),
+            Err(_) => Self::release(&options.run_dir, name)?,
+        }
+        let found = find(name, named, ips)?;
+        Self::take(name, found, options, &dir).inspect_err(|_| {
+            // The first error counts; what this leaves, the next release removes.
+            let _ = Self::release(&options.run_dir, name);
+        })
+    }
+
+    fn take(name: &Name, found: Found, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
+        let Found { spec, init, root, wrap, trees } = found;
+        let record = Record {
+            cgroup: container_cgroup(name, init)?,
+            spec,
+            boot_id: boot_id().map_err(keeper_error(name))?,
+            init: Some(init),
+            guard: None,
+            root: Some(root),
+            wrap,
+            trees,
+            made: false,
+            complete: false,
+        };
+        private_dir(dir).map_err(keeper_error(name))?;
+        // Before anything else: should this host end now, it is not started again beside its standby.
+        tell(name, &record.wrap, Order::Wait)?;
+        let container = Self::guard(name, record, options, dir, None)?;
+        bare::move_tree(root.0.pid, container.keeper.cgroup())
+            .map_err(|source| ContainerError::Tree { name: name.clone(), source })?;
+        tell(name, &container.record.wrap, Order::Track(root.1))?;
+        Ok(container)
+    }
+
+    /// Makes the container that a specification tells of, waiting, silent.
+    pub fn create(spec: &ContainerSpec, options: &Options) -> Result<Self, ContainerError> {
+        let name = &spec.name;
+        let dir = options.run_dir.join(name.as_str());
+        match Self::open(&options.run_dir, name) {
+            Err(ContainerError::Unknown(_)) if !dir.exists() => {}
+            Ok(_) => return Err(ContainerError::Taken(name.clone())),
+            Err(_) => Self::destroy(&options.run_dir, name)?,
+        }
+        Self::build(spec, options, &dir).inspect_err(|_| {
+            // The first error counts; what this leaves, the next destroy removes.
+            let _ = Self::destroy(&options.run_dir, name);
+        })
+    }
+
+    fn build(spec: &ContainerSpec, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
+        let name = &spec.name;
+        let keeper_error = keeper_error(name);
+        let Engine::Oci { runtime, state, id, config } = &spec.engine;
+        let engine_error = engine_error(id);
+        let oci = Oci::find(*runtime, state.as_deref()).map_err(&engine_error)?;
+        clear_the_way(name, &oci, id)?;
+
+        private_dir(dir).map_err(&keeper_error)?;
+        let wrap = wrap::provide(&options.wraps, name).map_err(file_error(
+            name,
+            "make the init's directory in",
+            &options.wraps,
+        ))?;
+        let mut record = Record {
+            spec: spec.clone(),
+            boot_id: boot_id().map_err(&keeper_error)?,
+            init: None,
+            guard: None,
+            root: None,
+            cgroup: None,
+            wrap,
+            trees: (0..spec.trees.len()).map(|tree| options.data_dir.join(tree.to_string())).collect(),
+            made: true,
+            complete: false,
+        };
+        write_record(&dir.join(CONTAINER_RECORD), &record).map_err(&keeper_error)?;
+        tell(name, &record.wrap, Order::Wait)?;
+        let local = spec.trees.iter().cloned().zip(record.trees.iter().cloned());
+        let local: Vec<(ContainerTree, PathBuf)> = local.collect();
+        for (_, path) in local.iter().filter(|(tree, _)| tree.kind != ContainerTreeKind::Memory) {
+            let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(path);
+            made.map_err(file_error(name, "make", path))?;
+        }
+        let mut config =
+            Config::parse(config).map_err(|error| unfit(id, &format!("its config.json: {error}")))?;
+        config.check().and_then(|()| config.localise(&local, &record.wrap)).map_err(&engine_error)?;
+        write_bundle(name, &options.bundle, &config)?;
+
+        let (read, write) =
+            pipe2(OFlag::O_CLOEXEC).map_err(|errno| file_error(name, "make", dir)(errno.into()))?;
+        let pid = oci.run(id, &options.bundle, &write).map_err(&engine_error)?;
+        let init = ProcessId::of(pid).map_err(|_| unfit(id, "it ended at once; see its log"))?;
+        record.init = Some(init);
+        record.cgroup = container_cgroup(name, init)?;
+        Self::guard(name, record, options, dir, Some(read))
+    }
+
+    /// Starts the guard process and, where it is ours, the network. `output`: the read end of the container's output.
+    fn guard(
+        name: &Name,
+        mut record: Record,
+        options: &Options,
+        dir: &Path,
+        output: Option<OwnedFd>,
+    ) -> Result<Self, ContainerError> {
+        let keeper_error = keeper_error(name);
+        let path = dir.join(CONTAINER_RECORD);
+        let init = record.init.ok_or_else(|| ContainerError::Unknown(name.clone()))?;
+        write_record(&path, &record).map_err(&keeper_error)?;
+        let cgroup = Cgroup::within(name, record.cgroup.as_deref()).and_then(Cgroup::make);
+        let cgroup = cgroup.map_err(|error| keeper_error(error.into()))?;
+        let log = Log { path: options.log.clone(), bytes_max: options.log_bytes_max };
+        let setup =
+            Setup { control: dir.join(CONTROL), work_cgroup: cgroup.work(), place: None, log: Some(log) };
+        let keeper = Keeper::spawn(&options.program, "guard", &setup, cgroup, |id| {
+            record.guard = Some(id);
+            write_record(&path, &record)
+        })
+        .map_err(&keeper_error)?;
+        if let Some(output) = output {
+            let kept = keeper.client().ask(&Request::KeepLog, &[output.as_fd()]);
+            kept.map_err(|error| keeper_error(error.into()))?;
+        }
+        if !record.spec.ips.is_empty() && !has_device(name) {
+            let netns = netns(name, init)?;
+            network::create(name, init.pid, netns.as_fd(), &record.spec.ips).map_err(network_error(name))?;
+        }
+        record.complete = true;
+        write_record(&path, &record).map_err(&keeper_error)?;
+        let container = Self::with(dir.to_owned(), record, init, keeper)?;
+        if let Some(gate) = &container.gate {
+            let set = container.keeper.on_fence(&gate.close_steps());
+            set.map_err(|error| keeper_error(error.into()))?;
+        }
+        Ok(container)
+    }
+
+    /// Finds one that was adopted or created before, by this or an earlier agent.
+    pub fn open(run_dir: &Path, name: &Name) -> Result<Self, ContainerError> {
+        let keeper_error = keeper_error(name);
+        let dir = run_dir.join(name.as_str());
+        let record: Option<Record> = read_record(&dir.join(CONTAINER_RECORD)).map_err(&keeper_error)?;
+        let record = record
+            .filter(|record| record.complete && boot_id().is_ok_and(|id| id == record.boot_id))
+            .ok_or_else(|| ContainerError::Unknown(name.clone()))?;
+        let (Some(init), Some(guard)) = (record.init, record.guard) else {
+            return Err(ContainerError::Unknown(name.clone()));
+        };
+        if !init.is_alive() {
+            return Err(keeper_error(KeeperError::Dead(init.pid)));
+        }
+        let cgroup = Cgroup::within(name, record.cgroup.as_deref());
+        let cgroup = cgroup.map_err(|error| keeper_error(error.into()))?;
+        let keeper = Keeper::attach(&dir.join(CONTROL), guard, cgroup).map_err(keeper_error)?;
+        Self::with(dir, record, init, keeper)
+    }
+
+    fn with(dir: PathBuf, record: Record, init: ProcessId, keeper: Keeper) -> Result<Self, ContainerError> {
+        let name = &record.spec.name;
+        let gate = if record.spec.ips.is_empty() {
+            None
+        } else {
+            let netns = netns(name, init)?;
+            Some(Gate::of(name, &record.spec.ips, netns.as_fd()).map_err(network_error(name))?)
+        };
+        Ok(Self { dir, record, init, keeper, gate })
+    }
+
+    /// Whether there is, or was, one of that name in the run directory.
+    pub fn is_known(run_dir: &Path, name: &Name) -> bool {
+        run_dir.join(name.as_str()).join(CONTAINER_RECORD).exists()
+    }
+
+    /// Ends a container, and has its engine forget it; also one that is half made or dead. Its files and its log stay, and
+    /// so does the order that it starts nothing.
+    pub fn destroy(run_dir: &Path, name: &Name) -> Result<(), ContainerError> {
+        let keeper_error = keeper_error(name);
+        let dir = run_dir.join(name.as_str());
+        // The network first: dying processes send FIN and RST.
+        network::remove(name).map_err(network_error(name))?;
+        // A record that cannot be read must not keep the rest alive.
+        let record: Option<Record> = read_record(&dir.join(CONTAINER_RECORD)).unwrap_or(None);
+        let Some(record) = record else { return Ok(()) };
+        let Engine::Oci { runtime, state, id, .. } = &record.spec.engine;
+        tell(name, &record.wrap, Order::Wait)?;
+        let cgroup = Cgroup::within(name, record.cgroup.as_deref());
+        let cgroup = cgroup.map_err(|error| keeper_error(error.into()))?;
+        if cgroup.work().exists() {
+            cgroup.kill(KILL_LIMIT).map_err(|error| keeper_error(error.into()))?;
+        }
+        let forgotten = Oci::find(*runtime, state.as_deref()).and_then(|oci| oci.delete(id));
+        forgotten.map_err(engine_error(id))?;
+        cgroup.destroy(KILL_LIMIT).map_err(|error| keeper_error(error.into()))?;
+        remove_dir(name, &dir)
+    }
+
+    /// Ends the protection of a container that runs on. Idempotent.
+    pub fn release(run_dir: &Path, name: &Name) -> Result<(), ContainerError> {
+        let keeper_error = keeper_error(name);
+        let cgroup_error = |error: CgroupError| keeper_error(error.into());
+        let dir = run_dir.join(name.as_str());
+        let record: Option<Record> = read_record(&dir.join(CONTAINER_RECORD)).unwrap_or(None);
+        let Some(record) = record else { return Ok(()) };
+        if let Ok(container) = Self::open(run_dir, name) {
+            container.keeper.command(&Request::Leave).map_err(|error| keeper_error(error.into()))?;
+        }
+        let cgroup = Cgroup::within(name, record.cgroup.as_deref()).map_err(cgroup_error)?;
+        if cgroup.work().exists() {
+            cgroup.thaw(KILL_LIMIT).map_err(cgroup_error)?;
+            give_back(&record, &cgroup).map_err(cgroup_error)?;
+            cgroup.remove_if_empty();
+        }
+        tell(name, &record.wrap, Order::Run)?;
+        remove_dir(name, &dir)
+    }
+
+    /// What it is made from.
+    pub fn spec(&self) -> &ContainerSpec {
+        &self.record.spec
+    }
+
+    /// Its guard process: guard, cgroup.
+    pub fn keeper(&self) -> &Keeper {
+        &self.keeper
+    }
+
+    /// Its gate, if its network is ours.
+    pub fn gate(&self) -> Option<&Gate> {
+        self.gate.as_ref()
+    }
+
+    /// Whether pid 1 and the guard process live.
+    pub fn is_alive(&self) -> bool {
+        self.init.is_alive() && self.keeper.is_alive()
+    }
+
+    /// A descriptor of pid 1, by which its namespaces are entered.
+    pub fn init(&self) -> Result<OwnedFd, ContainerError> {
+        let dead = |_| self.keeper_error(KeeperError::Dead(self.init.pid));
+        self.init.pidfd().map_err(dead)
+    }
+
+    /// Whether it has a cgroup namespace of its own.
+    pub fn has_cgroup_namespace(&self) -> bool {
+        let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/cgroup")).ok();
+        of(&self.init.pid.to_string()) != of("self")
+    }
+
+    /// The directories of all cgroups that its processes are in, those of cgroup v1 included.
+    pub fn cgroups(&self) -> Result<Vec<PathBuf>, ContainerError> {
+        let v1 = cgroup::v1_of_process(self.init.pid).map_err(|error| self.keeper_error(error.into()))?;
+        Ok(v1.into_iter().chain([self.keeper.cgroup().work()]).collect())
+    }
+
+    /// The root's pid here and inside, while it runs.
+    pub fn workload_pid(&self) -> Option<(u32, u32)> {
+        self.record.root.filter(|(root, _)| root.is_alive()).map(|(root, inside)| (root.pid, inside))
+    }
+
+    /// After a restore: this is the tree's root (its pid inside).
+    pub fn track(&mut self, inside: u32) -> Result<(), ContainerError> {
+        let pids = self.keeper.cgroup().pids().map_err(|error| self.keeper_error(error.into()))?;
+        let root = pids.into_iter().find(|pid| super::inner_pid(*pid) == Some(inside));
+        let root = root.and_then(|pid| ProcessId::of(pid).ok());
+        let root =
+            root.ok_or_else(|| unfit(self.spec().engine.container(), "what was restored has ended"))?;
+        self.record.root = Some((root, inside));
+        let written = write_record(&self.dir.join(CONTAINER_RECORD), &self.record);
+        written.map_err(|error| self.keeper_error(error))?;
+        tell(&self.record.spec.name, &self.record.wrap, Order::Track(inside))
+    }
+
+    /// Whether pid 1 stays, and waits, when the tree's root ends.
+    pub fn outlives_its_tree(&self, outlives: bool) -> Result<(), ContainerError> {
+        let order = match self.record.root {
+            Some((_, inside)) if !outlives => Order::Track(inside),
+            _ => Order::Wait,
+        };
+        tell(&self.record.spec.name, &self.record.wrap, order)
+    }
+
+    /// Which of its pid 1's standard streams (0, 1, 2) are pipes, and what CRIU calls them; each pipe once.
+    pub fn streams(&self) -> Vec<(u8, String)> {
+        let mut streams: Vec<(u8, String)> = Vec::new();
+        for stream in 0..3 {
+            let link = fs::read_link(format!("/proc/{}/fd/{stream}", self.init.pid)).unwrap_or_default();
+            let key = link.to_string_lossy();
+            if key.starts_with("pipe:[") && !streams.iter().any(|(_, other)| *other == key) {
+                streams.push((stream, key.into_owned()));
+            }
+        }
+        streams
+    }
+
+    /// A copy of one of its pid 1's standard streams.
+    pub fn stream(&self, stream: u8) -> Result<OwnedFd, ContainerError> {
+        let path = PathBuf::from(format!("/proc/{}/fd/{stream}", self.init.pid));
+        let taken = sys::pidfd_getfd(self.init()?.as_fd(), stream.into());
+        taken.map_err(file_error(&self.record.spec.name, "take", &path))
+    }
+
+    /// Where its trees are on this host, in their order; those in memory are those of the container itself.
+    pub fn trees(&self) -> Vec<PathBuf> {
+        let inside = |tree: &ContainerTree| {
+            PathBuf::from(format!("/proc/{}/root{}", self.init.pid, tree.inside.display()))
+        };
+        let places = self.record.spec.trees.iter().zip(&self.record.trees);
+        places
+            .map(
+                |(tree, path)| {
+                    if tree.kind == ContainerTreeKind::Memory { inside(tree) } else { path.clone() }
+                },
+            )
+            .collect()
+    }
+
+    fn keeper_error(&self, source: KeeperError) -> ContainerError {
+        ContainerError::Keeper { name: self.record.spec.name.clone(), source }
+    }
+}
+
+/// A container that runs and can be protected.
+struct Found {
+    spec: ContainerSpec,
+    init: ProcessId,
+    root: (ProcessId, u32),
+    wrap: PathBuf,
+    trees: Vec<PathBuf>,
+}
+
+fn find(name: &Name, named: &Named, ips: &[Cidr]) -> Result<Found, ContainerError> {
+    let id = &named.id;
+    let engine_error = engine_error(id);
+    let (runtime, oci, state) = running(named)?;
+    match state.status.as_str() {
+        "running" => {}
+        "paused" => return Err(unfit(id, &format!("it is paused; `{runtime} resume {id}` first"))),
+        other => return Err(unfit(id, &format!("it is {other}, not running; start it first"))),
+    }
+    let (config, text) = Config::read(&state.bundle).map_err(&engine_error)?;
+    config.check().map_err(&engine_error)?;
+    let wrap = config.wrap().map_err(&engine_error)?;
+    let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    if wrapped_as != name.as_str() {
+        return Err(unfit(id, &format!("it was wrapped as {wrapped_as}; protect it under that name")));
+    }
+    if !ips.is_empty() && !config.has_own_net() {
+        return Err(unfit(id, "it is in the host's network, where --ip has no place; leave that out"));
+    }
+    let trees = config.trees(&state.bundle).map_err(&engine_error)?;
+    let init = ProcessId::of(state.pid).map_err(|_| oci.unknown(id)).map_err(&engine_error)?;
+    if let Some((number, what)) = stream_outside(init.pid) {
+        let stream = ["input", "output", "error"][usize::from(number)];
+        return Err(unfit(
+            id,
+            &format!(
+                "its standard {stream} is {what}, which the standby has not; start it with a pipe or /dev/null"
+            ),
+        ));
+    }
+    let root = root_of(init).ok_or_else(|| unfit(id, "no command runs below its init; see its output"))?;
+    let (trees, places) = trees.into_iter().unzip();
+    let engine = Engine::Oci { runtime, state: named.state.clone(), id: id.clone(), config: text };
+    let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees };
+    Ok(Found { spec, init, root, wrap, trees: places })
+}
+
+/// The runtime that knows the container, and how it is.
+fn running(named: &Named) -> Result<(Runtime, Oci, oci::State), ContainerError> {
+    let engine_error = engine_error(&named.id);
+    let candidates =
+        named.runtime.map_or_else(|| vec![Runtime::Runc, Runtime::Crun], |runtime| vec![runtime]);
+    let mut first = None;
+    for runtime in candidates {
+        let asked = Oci::find(runtime, named.state.as_deref()).and_then(|oci| {
+            oci.state(&named.id)?.map(|state| (runtime, state)).ok_or_else(|| oci.unknown(&named.id))
+        });
+        match asked {
+            Ok((runtime, state)) => {
+                let oci = Oci::find(runtime, named.state.as_deref()).map_err(&engine_error)?;
+                return Ok((runtime, oci, state));
+            }
+            Err(error) => first = first.or(Some(error)),
+        }
+    }
+    Err(engine_error(first.unwrap_or(OciError::Missing(Runtime::Runc))))
+}
+
+/// The init's first child that leads a session: what it started. Others came to be its children when theirs had ended.
+fn root_of(init: ProcessId) -> Option<(ProcessId, u32)> {
+    let entries = fs::read_dir("/proc").ok()?;
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let children = pids.filter_map(|pid| {
+        let stat = Stat::read(pid).ok()?;
+        let is_root = stat.parent == init.pid && stat.session == pid && !matches!(stat.state, 'Z' | 'X');
+        is_root.then_some(ProcessId { pid, started: stat.started })
+    });
+    let inside = children.filter_map(|id| Some((id, super::inner_pid(id.pid)?)));
+    inside.min_by_key(|(id, inside)| (id.started, *inside))
+}
+
+/// The container's own cgroup, if its engine limits it with cgroup v2. On a hybrid host nobody uses that for limits, and the
+/// tree may be in one of ours.
+fn container_cgroup(name: &Name, init: ProcessId) -> Result<Option<PathBuf>, ContainerError> {
+    let keeper_error = keeper_error(name);
+    let root = cgroup::v2_root().map_err(|error| keeper_error(error.into()))?;
+    let controllers = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+    let path = cgroup::of_process(init.pid).map_err(|error| keeper_error(error.into()))?;
+    let dir = root.join(path.strip_prefix("/").unwrap_or(&path));
+    Ok((!controllers.trim().is_empty() && dir != root && dir.exists()).then_some(dir))
+}
+
+/// Ends what an earlier agent left of the container that is to be made; one that is not the workload's is in the way.
+fn clear_the_way(name: &Name, oci: &Oci, id: &str) -> Result<(), ContainerError> {
+    let engine_error = engine_error(id);
+    let Some(state) = oci.state(id).map_err(&engine_error)? else { return Ok(()) };
+    let wrapped = Config::read(&state.bundle).and_then(|(config, _)| config.wrap());
+    let is_ours = wrapped.is_ok_and(|wrap| wrap.file_name() == Some(name.as_str().as_ref()));
+    if !is_ours {
+        return Err(unfit(id, "another container of that id is on the standby; remove or rename it there"));
+    }
+    oci.delete(id).map_err(engine_error)
+}
+
+/// Moves the tree to the cgroup that the container's init is in.
+fn give_back(record: &Record, cgroup: &Cgroup) -> Result<(), CgroupError> {
+    let root = cgroup::v2_root()?;
+    let home = record.cgroup.clone().unwrap_or_else(|| {
+        let path = record.init.and_then(|init| cgroup::of_process(init.pid).ok()).unwrap_or_default();
+        root.join(path.strip_prefix("/").unwrap_or(&path))
+    });
+    let procs = home.join("cgroup.procs");
+    for _ in 0..SCANS_MAX {
+        let pids = cgroup.pids()?;
+        if pids.is_empty() {
+            break;
+        }
+        let alive: HashSet<u32> = pids.into_iter().filter(|pid| Stat::read(*pid).is_ok()).collect();
+        for pid in alive {
+            match cgroup::write(&procs, &pid.to_string()) {
+                // It has ended meanwhile.
+                Err(_) if Stat::read(pid).is_err() => {}
+                other => other?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The name of one of its standard streams if it is neither a pipe nor a file of its own: CRIU cannot name that.
+fn stream_outside(pid: u32) -> Option<(u8, String)> {
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
+    (0..3).find_map(|number| {
+        let link = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?.to_str()?.to_owned();
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
+        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
+        let is_inside = mounts.lines().any(|line| line.split(' ').next() == Some(mount));
+        (!link.starts_with("pipe:[") && !is_inside).then_some((number, link))
+    })
+}
+
+/// What a container's makers may read and write is theirs; the bundle's file may name secrets.
+fn write_bundle(name: &Name, bundle: &Path, config: &Config) -> Result<(), ContainerError> {
+    private_dir(bundle).map_err(keeper_error(name))?;
+    let path = bundle.join("config.json");
+    let mut file = fs::OpenOptions::new();
+    let file = file.write(true).create(true).truncate(true).mode(0o600).open(&path);
+    file.and_then(|mut file| io::Write::write_all(&mut file, config.value().to_string().as_bytes()))
+        .map_err(file_error(name, "write", &path))
+}
+
+fn has_device(name: &Name) -> bool {
+    nix::net::if_::if_nametoindex(network::host_device(name).as_str()).is_ok()
+}
+
+fn netns(name: &Name, init: ProcessId) -> Result<OwnedFd, ContainerError> {
+    let path = PathBuf::from(format!("/proc/{}/ns/net", init.pid));
+    let file = fs::File::open(&path).map_err(file_error(name, "open", &path))?;
+    let ours = fs::metadata("/proc/self/ns/net").map_err(file_error(name, "open", &path))?;
+    if file.metadata().is_ok_and(|theirs| theirs.ino() == ours.ino()) {
+        let own = io::Error::other("it is the host's own network namespace, where standin makes no device");
+        return Err(file_error(name, "use", &path)(own));
+    }
+    Ok(file.into())
+}
+
+fn remove_dir(name: &Name, dir: &Path) -> Result<(), ContainerError> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file_error(name, "remove", dir)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn tell(name: &Name, wrap: &Path, order: Order) -> Result<(), ContainerError> {
+    wrap::tell(wrap, order).map_err(file_error(name, "write the init's order in", wrap))
+}
+
+fn unfit(id: &str, reason: &str) -> ContainerError {
+    ContainerError::Unfit { id: id.to_owned(), reason: reason.to_owned() }
+}
+
+fn engine_error(id: &str) -> impl Fn(OciError) -> ContainerError + use<'_> {
+    move |source| ContainerError::Engine { id: id.to_owned(), source }
+}
+
+fn keeper_error(name: &Name) -> impl Fn(KeeperError) -> ContainerError + use<'_> {
+    move |source| ContainerError::Keeper { name: name.clone(), source }
+}
+
+fn network_error(name: &Name) -> impl Fn(NetworkError) -> ContainerError + use<'_> {
+    move |source| ContainerError::Network { name: name.clone(), source }
+}
+
+fn file_error(
+    name: &Name,
+    what: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> ContainerError + use<> {
+    let (name, path) = (name.clone(), path.to_owned());
+    move |source| ContainerError::File { name, what, path, source }
+}
+
+/// Wraps a bundle: its container, when it is next started, has our init as pid 1.
+pub fn wrap_bundle(bundle: &Path, dir: &Path) -> Result<(), OciError> {
+    let (mut config, _) = Config::read(bundle)?;
+    config.check()?;
+    config.wrap_with(dir)?;
+    let path = bundle.join("config.json");
+    let next = bundle.join("config.json.next");
+    let text = serde_json::to_string_pretty(config.value()).map_err(io::Error::from);
+    let written = text.and_then(|text| fs::write(&next, text)).and_then(|()| fs::rename(&next, &path));
+    written.map_err(|source| OciError::Config { path, source })
+}
