@@ -7,6 +7,7 @@ use super::{Agent, trees};
 use crate::{
     capture,
     criu::bridge::Bridge,
+    files,
     model::Name,
     takeover::{self, address::Addresses},
     workload::{
@@ -178,7 +179,7 @@ impl Home {
             tracking: capture::Tracking::choose(&agent.kernel)?,
             work: agent.config.work_dir.join(format!("dump-{name}")),
             log_pipes,
-            trees,
+            trees: trees.into_iter().map(files::Source::plain).collect(),
         })
     }
 }

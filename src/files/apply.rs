@@ -24,6 +24,7 @@ use super::{
     BLOCK_SIZE, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX,
     scan::{ENTRIES_MAX, Phase, ScanError, Scanner, is_at_or_below, open_in},
     sys,
+    tree::{Source, Target},
     walk::{is_zero, names_of, xattrs_of},
 };
 use crate::wire::message::{FileKind, FileMeta, FileRecord};
@@ -87,9 +88,10 @@ pub enum VerifyError {
     Differs,
 }
 
-/// Compares copies with [`Scanner::digest`] of the scanner that sent them.
+/// Compares copies with [`Scanner::digest`] of the scanner that sent them. Only plain trees: what an overlay's upper
+/// directory holds depends on how it came about.
 pub fn verify(trees: Vec<PathBuf>, digest: &[u8; 32]) -> Result<(), VerifyError> {
-    let mut scanner = Scanner::new(trees);
+    let mut scanner = Scanner::new(trees.into_iter().map(Source::plain).collect());
     scanner.scan(Phase::Frozen, &std::collections::HashSet::new(), &mut |_, _| {})?;
     if scanner.digest().as_ref() == Some(digest) { Ok(()) } else { Err(VerifyError::Differs) }
 }
@@ -97,10 +99,18 @@ pub fn verify(trees: Vec<PathBuf>, digest: &[u8; 32]) -> Result<(), VerifyError>
 /// Applies one epoch's records to the copies.
 #[derive(Debug)]
 pub struct Receiver {
-    roots: Vec<OwnedFd>,
+    roots: Vec<Root>,
     /// Properties are set when all content is there and all entries are made: writing drops capabilities and
     /// set-id bits, and moves the mtimes of files and directories.
     properties: BTreeMap<(u32, Vec<u8>), FileMeta>,
+}
+
+/// A tree's copy, open.
+#[derive(Debug)]
+struct Root {
+    dir: OwnedFd,
+    /// Lower layers show in it.
+    overlay: bool,
 }
 
 /// Where an entry is: its directory, and its name there.
@@ -110,12 +120,14 @@ struct Place {
 }
 
 impl Receiver {
-    /// A receiver for copies at these paths, in the order of the scanner's trees.
-    pub fn open(trees: &[PathBuf]) -> Result<Self, ApplyError> {
+    /// A receiver for these copies, in the order of the scanner's trees. What an overlay must be like before a
+    /// whole tree is applied to it is said at [`Target::overlay`].
+    pub fn open(trees: &[Target]) -> Result<Self, ApplyError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let open_one = |path: &PathBuf| {
-            open(path, flags, Mode::empty())
-                .map_err(|errno| ApplyError::Root { path: path.clone(), source: errno.into() })
+        let open_one = |target: &Target| {
+            let dir = open(&target.path, flags, Mode::empty())
+                .map_err(|errno| ApplyError::Root { path: target.path.clone(), source: errno.into() })?;
+            Ok(Root { dir, overlay: target.overlay })
         };
         Ok(Self { roots: trees.iter().map(open_one).collect::<Result<_, _>>()?, properties: BTreeMap::new() })
     }
@@ -153,14 +165,14 @@ impl Receiver {
             ))?;
         }
         for (tree, root) in self.roots.iter().enumerate() {
-            syncfs(root).map_err(io::Error::from).map_err(io_error("sync", tree as u32, b""))?;
+            syncfs(&root.dir).map_err(io::Error::from).map_err(io_error("sync", tree as u32, b""))?;
         }
         Ok(())
     }
 
     fn root(&self, tree: u32, path: &[u8]) -> Result<BorrowedFd<'_>, ApplyError> {
         let root = self.roots.get(tree as usize);
-        root.map(AsFd::as_fd).ok_or_else(|| refused(path, "there is no such tree"))
+        root.map(|root| root.dir.as_fd()).ok_or_else(|| refused(path, "there is no such tree"))
     }
 
     fn place(&self, tree: u32, path: &[u8]) -> Result<Place, ApplyError> {
@@ -220,18 +232,22 @@ impl Receiver {
         self.properties.retain(|key, _| !gone(key));
         if path.is_empty() {
             let root = self.root(tree, path)?;
+            if self.roots[tree as usize].overlay {
+                // It would hide the lower layers: the caller has seen to it.
+                return Ok(());
+            }
             return clear(root, 0).map_err(io_error("empty", tree, path));
         }
         let place = match self.place(tree, path) {
-            // Its directory went before it.
-            Err(ApplyError::Io { source, .. }) if is_absent(&source) => return Ok(()),
+            // Its directory went before it, or something else is in that one's place.
+            Err(ApplyError::Io { source, .. }) if is_absent(&source) || is_link(&source) => return Ok(()),
             other => other?,
         };
         remove_all(place.dir.as_fd(), &place.name, 0).map_err(io_error("remove", tree, path))
     }
 
     fn set_properties(&self, tree: u32, path: &[u8], meta: &FileMeta) -> io::Result<()> {
-        let root = self.roots[tree as usize].as_fd();
+        let root = self.roots[tree as usize].dir.as_fd();
         let name = if path.is_empty() { b".".as_slice() } else { path };
         let handle = open_in(root, name, OFlag::O_PATH)?;
         fchownat(
@@ -261,6 +277,10 @@ fn io_error(what: &'static str, tree: u32, path: &[u8]) -> impl FnOnce(io::Error
 
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
+}
+
+fn is_link(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ELOOP)
 }
 
 fn check_path(path: &[u8]) -> Result<(), ApplyError> {

@@ -31,7 +31,7 @@ use crate::{
         swrk::{CriuError, Swrk},
     },
     delta::{Encoder, Known, LinkRate, ReadStamp},
-    extents,
+    extents, files,
     memory::{self, AttachError, Guards, Pages, ReadError, TrackError, Tracker, TreeError, Vmas},
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
     wire::message::{FrameHead, Manifest},
@@ -134,7 +134,7 @@ pub struct Source {
     /// Inodes of the pipes to the workload's log, whose other end is outside the tree.
     pub log_pipes: Vec<u64>,
     /// Directories that are replicated with each epoch, as this process sees them.
-    pub trees: Vec<PathBuf>,
+    pub trees: Vec<files::Source>,
 }
 
 /// What becomes of the tree at the end of the freeze.
