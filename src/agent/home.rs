@@ -7,6 +7,7 @@ use super::{Agent, durable, trees};
 use crate::{
     capture::{self, Note, Outside},
     criu::bridge::Bridge,
+    files,
     model::Name,
     restore::Site,
     takeover::{self, address::Addresses},
@@ -257,14 +258,15 @@ impl Home {
                 let durable = durable::Place::of(&agent.config.state_dir, name);
                 source.init = Some(sandbox.keeper().pidfd()?);
                 source.outside = sandbox.log_pipes()?.into_iter().map(Outside::pipe).collect();
-                source.trees = trees::of_standby(&agent.config, &durable, &spec.place);
+                let trees = trees::of_standby(&agent.config, &durable, &spec.place);
+                source.trees = trees.into_iter().map(files::Source::plain).collect();
             }
             Place::Container(container) => {
                 source.init = Some(container.init()?);
                 source.own_cgroup_namespace = container.has_cgroup_namespace();
                 let streams = container.streams().into_iter();
                 source.outside = streams.map(|(stream, key)| Outside { key, stream: Some(stream) }).collect();
-                source.trees = container.trees();
+                source.trees = container.trees().into_iter().map(files::Source::plain).collect();
             }
             Place::Bare(_) => {}
         }

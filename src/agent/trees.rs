@@ -22,7 +22,7 @@ use std::{
 use super::durable::Place;
 use crate::{
     config::Config,
-    files::{Phase, Receiver, Scanner},
+    files::{Phase, Receiver, Scanner, Source, Target},
     model::Name,
     store::FileChanges,
     wire::check::TREES_MAX,
@@ -100,7 +100,8 @@ pub(super) fn apply(config: &Config, place: &Place, changes: &FileChanges<'_>) -
         trees.iter().try_for_each(|tree| unmark(tree))?;
     }
     // The first records of trees that are sent whole empty them.
-    let mut receiver = Receiver::open(&trees).map_err(io::Error::other)?;
+    let targets: Vec<_> = trees.into_iter().map(Target::plain).collect();
+    let mut receiver = Receiver::open(&targets).map_err(io::Error::other)?;
     changes.for_each(|record, body| receiver.apply(record, body).map_err(io::Error::other))?;
     receiver.finish().map_err(io::Error::other)
 }
@@ -141,9 +142,9 @@ impl Seeds {
 
 /// Makes a tree what a directory is; what was there before goes.
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
-    let mut receiver = Receiver::open(&[to.to_owned()]).map_err(io::Error::other)?;
+    let mut receiver = Receiver::open(&[Target::plain(to)]).map_err(io::Error::other)?;
     let mut applied = Ok(());
-    Scanner::new(vec![from.to_owned()])
+    Scanner::new(vec![Source::plain(from)])
         .scan(Phase::Frozen, &HashSet::new(), &mut |record, body| {
             if applied.is_ok() {
                 applied = receiver.apply(&record, body);

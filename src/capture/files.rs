@@ -9,7 +9,7 @@ use std::{
 
 use super::engine::{CaptureError, Emit};
 use crate::{
-    files::{FileId, Phase, ScanError, Scanner},
+    files::{FileId, Phase, ScanError, Scanner, Source},
     memory::{self, TreeError},
     wire::message::{FileRecord, FrameHead},
 };
@@ -65,7 +65,7 @@ pub(super) struct Files {
 
 impl Files {
     /// None without directories, so that these cost nothing.
-    pub(super) fn new(root: i32, trees: &[PathBuf]) -> Option<Self> {
+    pub(super) fn new(root: i32, trees: &[Source]) -> Option<Self> {
         (!trees.is_empty()).then(|| Self {
             root,
             scanner: Scanner::new(trees.to_vec()),

@@ -24,6 +24,7 @@ use super::{
     BLOCK_SIZE, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX,
     scan::{ENTRIES_MAX, Phase, ScanError, Scanner, is_at_or_below, open_in},
     sys,
+    tree::{Source, Target},
     walk::{is_zero, names_of, xattrs_of},
 };
 use crate::wire::message::{FileKind, FileMeta, FileRecord};
@@ -87,9 +88,10 @@ pub enum VerifyError {
     Differs,
 }
 
-/// Compares copies with [`Scanner::digest`] of the scanner that sent them.
+/// Compares copies with [`Scanner::digest`] of the scanner that sent them. Only plain trees: what an overlay's upper
+/// directory holds depends on how it came about.
 pub fn verify(trees: Vec<PathBuf>, digest: &[u8; 32]) -> Result<(), VerifyError> {
-    let mut scanner = Scanner::new(trees);
+    let mut scanner = Scanner::new(trees.into_iter().map(Source::plain).collect());
     scanner.scan(Phase::Frozen, &std::collections::HashSet::new(), &mut |_, _| {})?;
     if scanner.digest().as_ref() == Some(digest) { Ok(()) } else { Err(VerifyError::Differs) }
 }
@@ -97,13 +99,21 @@ pub fn verify(trees: Vec<PathBuf>, digest: &[u8; 32]) -> Result<(), VerifyError>
 /// Applies one epoch's records to the copies.
 #[derive(Debug)]
 pub struct Receiver {
-    roots: Vec<OwnedFd>,
+    roots: Vec<Root>,
     /// Properties are set when all content is there and all entries are made: writing drops capabilities and
     /// set-id bits, and moves the mtimes of files and directories.
     properties: BTreeMap<(u32, Vec<u8>), FileMeta>,
     /// Trees that are sent whole, and what is in them. What else is there goes at the end, and what is in both stays the same
     /// object: a directory or file may be where another mount namespace has a file system mounted, which would go with it.
     whole: BTreeMap<u32, HashSet<Vec<u8>>>,
+}
+
+/// A tree's copy, open.
+#[derive(Debug)]
+struct Root {
+    dir: OwnedFd,
+    /// Lower layers show in it.
+    overlay: bool,
 }
 
 /// Where an entry is: its directory, and its name there.
@@ -113,12 +123,14 @@ struct Place {
 }
 
 impl Receiver {
-    /// A receiver for copies at these paths, in the order of the scanner's trees.
-    pub fn open(trees: &[PathBuf]) -> Result<Self, ApplyError> {
+    /// A receiver for these copies, in the order of the scanner's trees. What an overlay must be like before a
+    /// whole tree is applied to it is said at [`Target::overlay`].
+    pub fn open(trees: &[Target]) -> Result<Self, ApplyError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let open_one = |path: &PathBuf| {
-            open(path, flags, Mode::empty())
-                .map_err(|errno| ApplyError::Root { path: path.clone(), source: errno.into() })
+        let open_one = |target: &Target| {
+            let dir = open(&target.path, flags, Mode::empty())
+                .map_err(|errno| ApplyError::Root { path: target.path.clone(), source: errno.into() })?;
+            Ok(Root { dir, overlay: target.overlay })
         };
         let roots = trees.iter().map(open_one).collect::<Result<_, _>>()?;
         Ok(Self { roots, properties: BTreeMap::new(), whole: BTreeMap::new() })
@@ -161,14 +173,14 @@ impl Receiver {
             ))?;
         }
         for (tree, root) in self.roots.iter().enumerate() {
-            syncfs(root).map_err(io::Error::from).map_err(io_error("sync", tree as u32, b""))?;
+            syncfs(&root.dir).map_err(io::Error::from).map_err(io_error("sync", tree as u32, b""))?;
         }
         Ok(())
     }
 
     fn root(&self, tree: u32, path: &[u8]) -> Result<BorrowedFd<'_>, ApplyError> {
         let root = self.roots.get(tree as usize);
-        root.map(AsFd::as_fd).ok_or_else(|| refused(path, "there is no such tree"))
+        root.map(|root| root.dir.as_fd()).ok_or_else(|| refused(path, "there is no such tree"))
     }
 
     fn place(&self, tree: u32, path: &[u8]) -> Result<Place, ApplyError> {
@@ -242,22 +254,25 @@ impl Receiver {
         self.properties.retain(|key, _| !gone(key));
         if path.is_empty() {
             self.root(tree, path)?;
-            self.whole.insert(tree, HashSet::new());
+            // An overlay's lower layers are not in the records: the caller has seen to it.
+            if !self.roots[tree as usize].overlay {
+                self.whole.insert(tree, HashSet::new());
+            }
             return Ok(());
         }
         if let Some(named) = self.whole.get_mut(&tree) {
             named.retain(|other| !is_at_or_below(other, path));
         }
         let place = match self.place(tree, path) {
-            // Its directory went before it.
-            Err(ApplyError::Io { source, .. }) if is_absent(&source) => return Ok(()),
+            // Its directory went before it, or something else is in that one's place.
+            Err(ApplyError::Io { source, .. }) if is_absent(&source) || is_link(&source) => return Ok(()),
             other => other?,
         };
         remove_all(place.dir.as_fd(), &place.name, 0).map_err(io_error("remove", tree, path))
     }
 
     fn set_properties(&self, tree: u32, path: &[u8], meta: &FileMeta) -> io::Result<()> {
-        let root = self.roots[tree as usize].as_fd();
+        let root = self.roots[tree as usize].dir.as_fd();
         let name = if path.is_empty() { b".".as_slice() } else { path };
         let handle = open_in(root, name, OFlag::O_PATH)?;
         fchownat(
@@ -287,6 +302,10 @@ fn io_error(what: &'static str, tree: u32, path: &[u8]) -> impl FnOnce(io::Error
 
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
+}
+
+fn is_link(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ELOOP)
 }
 
 fn check_path(path: &[u8]) -> Result<(), ApplyError> {

@@ -1,4 +1,5 @@
-//! Replicated file trees, consistent with the epoch: the directories that a workload declares with `--path`.
+//! Replicated file trees, consistent with the epoch: the directories that a workload declares with `--path`, and the
+//! writable layer of a container (see [`Source::overlay`]).
 //!
 //! A [`Scanner`] on the primary compares the trees with what it sent last and emits the difference as
 //! [`FileRecord`](crate::wire::message::FileRecord)s; a [`Receiver`] on the standby applies them to its copy.
@@ -28,10 +29,12 @@
 mod apply;
 mod scan;
 mod sys;
+mod tree;
 mod walk;
 
 pub use apply::{ApplyError, Receiver, VerifyError, verify};
 pub use scan::{FileId, FilesStats, Phase, ScanError, Scanner};
+pub use tree::{Source, Target};
 
 /// Content is compared and sent in pieces of this many bytes.
 pub const BLOCK_SIZE: usize = 64 * 1024;

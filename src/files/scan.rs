@@ -1,7 +1,7 @@
 //! The primary's side: what changed since the last scan.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     ffi::OsStr,
     fs::File,
     io,
@@ -21,6 +21,7 @@ use nix::{
 use super::{
     BLOCK_SIZE, DEPTH_MAX,
     sys::{self, Stat},
+    tree::{Mark, Source},
     walk::{Walk, read_block, tag_of},
 };
 use crate::wire::message::{FileKind, FileMeta, FileRecord};
@@ -80,6 +81,17 @@ pub enum ScanError {
         /// Where.
         path: PathBuf,
     },
+    /// An overlay keeps something in another place than it shows it.
+    #[error(
+        "a container's writable layer cannot be replicated: {path:?} was changed with the overlay option {option}: turn \
+         it off (echo N > /sys/module/overlay/parameters/{option}) and make the container anew"
+    )]
+    Overlay {
+        /// What.
+        path: PathBuf,
+        /// How.
+        option: &'static str,
+    },
     /// Too many files.
     #[error("replicated directories hold more than {ENTRIES_MAX} entries: declare fewer or smaller ones")]
     TooMany,
@@ -92,13 +104,16 @@ pub(super) struct Node {
     pub(super) racy: bool,
     /// Taken over from the scan before as it was.
     pub(super) same: bool,
+    pub(super) mark: Mark,
+    /// What the tasks see as its number.
+    pub(super) seen_as: Option<FileId>,
     pub(super) meta: Arc<FileMeta>,
     pub(super) blocks: Arc<Vec<Tag>>,
 }
 
 #[derive(Debug)]
 struct Tree {
-    root: PathBuf,
+    source: Source,
     /// What the records make of the copy; `None`: nothing is known of it.
     sent: Option<BTreeMap<Vec<u8>, Node>>,
 }
@@ -114,8 +129,8 @@ type Emit<'a> = &'a mut dyn FnMut(FileRecord, &[u8]);
 impl Scanner {
     /// A scanner of trees as this process sees them (as `/proc/PID/root/srv/data`). The first scan sends
     /// everything.
-    pub fn new(trees: Vec<PathBuf>) -> Self {
-        Self { trees: trees.into_iter().map(|root| Tree { root, sent: None }).collect() }
+    pub fn new(trees: Vec<Source>) -> Self {
+        Self { trees: trees.into_iter().map(|source| Tree { source, sent: None }).collect() }
     }
 
     /// The next scan sends everything: what was emitted last did not become a commit, or a scan failed.
@@ -142,14 +157,17 @@ impl Scanner {
         let mut stats = FilesStats::default();
         for (index, tree) in self.trees.iter_mut().enumerate() {
             let sent = tree.sent.take();
-            let root = open_root(&tree.root)?;
-            let old = sent.as_ref();
-            let mut walk = Walk::new(&tree.root, root.as_fd(), phase, mapped, old, &mut stats);
+            let base = &tree.source.path;
+            let root = open_root(base)?;
+            let merged = tree.source.merged.as_deref().map(open_root).transpose()?;
+            let (over, old) = (merged.as_ref().map(AsFd::as_fd), sent.as_ref());
+            let mut walk = Walk::new(base, root.as_fd(), over, phase, mapped, old, &mut stats);
             walk.root()?;
             let mut found = walk.found;
             let mut diff = Diff {
                 tree: index as u32,
-                base: &tree.root,
+                base,
+                overlay: tree.source.is_overlay(),
                 root: root.as_fd(),
                 phase,
                 emit,
@@ -171,7 +189,7 @@ impl Scanner {
             for (path, node) in sent {
                 // `Debug` of the meta is unambiguous, and the digest never outlives one version of the
                 // program.
-                let head = format!("{path:?} {:?} {}", node.meta, node.blocks.len());
+                let head = format!("{path:?} {:?} {:?} {}", node.meta, node.mark, node.blocks.len());
                 hasher.update(&(head.len() as u64).to_le_bytes());
                 hasher.update(head.as_bytes());
                 node.blocks.iter().for_each(|tag| {
@@ -225,6 +243,7 @@ struct Diff<'a> {
     tree: u32,
     base: &'a Path,
     root: BorrowedFd<'a>,
+    overlay: bool,
     phase: Phase,
     emit: Emit<'a>,
     stats: &'a mut FilesStats,
@@ -248,24 +267,31 @@ impl Diff<'_> {
         // Making or removing an entry moves the mtime of its directory at the other end too.
         let mut touched = HashSet::new();
         let mut gone: Option<Vec<u8>> = None;
-        for (path, node) in sent {
-            let inside = gone.as_ref().is_some_and(|gone| is_at_or_below(path, gone));
-            let stays = found.get(path).is_some_and(|now| same_object(node, now));
-            if !inside && !stays {
-                touched.insert(parent_of(path).to_vec());
+        for path in self.replaced(sent, found) {
+            if !gone.as_ref().is_some_and(|gone| is_at_or_below(&path, gone)) {
+                touched.insert(parent_of(&path).to_vec());
                 self.remove(path.clone());
-                gone = Some(path.clone());
+                gone = Some(path);
             }
         }
-        let linked = still_linked(sent, found);
+        // What was in a directory that became opaque went with it, whatever is there now.
+        let emptied = made_opaque(sent, found);
+        let is_left = |path: &[u8]| !emptied.iter().any(|dir| is_at_or_below(path, dir));
+        let sent_before = |path: &Vec<u8>, now: &Node| {
+            sent.get(path).filter(|before| same_object(before, now) && is_left(path))
+        };
+        let mut linked = still_linked(sent, found);
+        linked.retain(|path| is_left(path));
         let made = found.iter().filter(|(path, now)| {
             let link = is_link(now) && !linked.contains(*path);
-            link || !now.same && sent.get(*path).is_none_or(|before| !same_object(before, now))
+            link || sent_before(path, now).is_none()
         });
         touched.extend(made.map(|(path, _)| parent_of(path).to_vec()));
-        let stays = |path: &Vec<u8>, node: &Node| node.same && !touched.contains(path);
+        let stays = |path: &Vec<u8>, node: &Node| {
+            node.mark == Mark::Whiteout || node.same && !touched.contains(path) && is_left(path)
+        };
         for (path, node) in found.iter_mut().filter(|(path, node)| !is_link(node) && !stays(path, node)) {
-            let before = sent.get(path).filter(|before| same_object(before, node));
+            let before = sent_before(path, node);
             let blocks = before.map_or(&[][..], |before| blocks_of(before, sent));
             let same_meta = before.is_some_and(|before| before.meta == node.meta) && !touched.contains(path);
             if !same_meta || blocks != node.blocks.as_slice() {
@@ -278,6 +304,18 @@ impl Diff<'_> {
             self.entry(path, node);
         }
         Ok(())
+    }
+
+    /// What must go before the new entries are made; also what is below something else that goes.
+    fn replaced(&self, sent: &BTreeMap<Vec<u8>, Node>, found: &BTreeMap<Vec<u8>, Node>) -> BTreeSet<Vec<u8>> {
+        let stays = |path: &Vec<u8>, before| found.get(path).is_some_and(|now| same_object(before, now));
+        let gone = sent.iter().filter(|(path, before)| !stays(path, before));
+        let mut replaced: BTreeSet<_> = gone.map(|(path, _)| path.clone()).collect();
+        if self.overlay {
+            let new = found.iter().filter(|(path, now)| !sent.contains_key(*path) && hides(now));
+            replaced.extend(new.map(|(path, _)| path.clone()));
+        }
+        replaced
     }
 
     fn entry(&mut self, path: &[u8], node: &Node) {
@@ -328,11 +366,24 @@ impl Diff<'_> {
     }
 }
 
-/// Whether the copy's object at this path can be turned into the new one: directories always, else the same
+/// Whether the copy's object at this path can be turned into the new one: directories mostly, else the same
 /// file.
 fn same_object(before: &Node, now: &Node) -> bool {
     let directories = [before, now].iter().all(|node| node.stat.format() == libc::S_IFDIR);
-    directories || now.stat.is_same_file(&before.stat)
+    let whiteouts = before.mark == Mark::Whiteout;
+    before.mark == now.mark && (directories || whiteouts || now.stat.is_same_file(&before.stat))
+}
+
+/// Whether an entry of an overlay that is new hides one of a lower layer, of which nothing may be kept.
+fn hides(now: &Node) -> bool {
+    now.mark != Mark::None || matches!(now.meta.kind, FileKind::Regular { .. })
+}
+
+/// The directories that are not what they were, though they stay directories.
+fn made_opaque(sent: &BTreeMap<Vec<u8>, Node>, found: &BTreeMap<Vec<u8>, Node>) -> Vec<Vec<u8>> {
+    let changed =
+        found.iter().filter(|(path, now)| sent.get(*path).is_some_and(|before| before.mark != now.mark));
+    changed.map(|(path, _)| path.clone()).collect()
 }
 
 fn is_link(node: &Node) -> bool {

@@ -28,6 +28,7 @@ use super::{
         raced,
     },
     sys::{self, Stat},
+    tree::{Inexpressible, Mark, hides_lower, take_mark, whiteout_meta},
 };
 use crate::wire::message::{FileKind, FileMeta};
 
@@ -37,8 +38,22 @@ const CTIME_TICK: Duration = Duration::from_millis(20);
 /// Attributes of the host's policy, not of the file.
 const XATTRS_OF_THE_HOST: [&CStr; 3] = [c"security.selinux", c"security.ima", c"security.evm"];
 
+/// Why an entry could not be read.
+enum ReadError {
+    Io(io::Error),
+    Inexpressible(Inexpressible),
+}
+
+impl From<io::Error> for ReadError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
 pub(super) struct Walk<'a> {
     base: &'a Path,
+    /// Of an overlay: where it is mounted.
+    merged: Option<BorrowedFd<'a>>,
     root: BorrowedFd<'a>,
     phase: Phase,
     mapped: &'a HashSet<FileId>,
@@ -55,6 +70,7 @@ impl<'a> Walk<'a> {
     pub(super) fn new(
         base: &'a Path,
         root: BorrowedFd<'a>,
+        merged: Option<BorrowedFd<'a>>,
         phase: Phase,
         mapped: &'a HashSet<FileId>,
         sent: Option<&'a BTreeMap<Vec<u8>, Node>>,
@@ -65,6 +81,7 @@ impl<'a> Walk<'a> {
         let racy_from = (from.as_secs() as i64, from.subsec_nanos());
         Self {
             base,
+            merged,
             root,
             phase,
             mapped,
@@ -121,6 +138,10 @@ impl<'a> Walk<'a> {
         if self.stats.entries > ENTRIES_MAX as u64 {
             return Err(ScanError::TooMany);
         }
+        if self.merged.is_some() && hides_lower(&stat) {
+            self.found.insert(path, whiteout(stat));
+            return Ok(true);
+        }
         if stat.format() == libc::S_IFSOCK {
             return Ok(false);
         }
@@ -130,11 +151,10 @@ impl<'a> Walk<'a> {
         let linked = stat.format() != libc::S_IFDIR && (stat.nlink > 1 || self.phase == Phase::Running);
         let key = (stat.id(), stat.format());
         let first = linked.then(|| self.names.get(&key).cloned()).flatten();
-        let mapped = self.mapped.contains(&stat.id());
         let known = self.sent.and_then(|sent| sent.get(&path)).filter(|node| node.stat == stat);
-        let same_content = known.filter(|node| !node.racy && !mapped);
+        let same_content = known.filter(|node| !node.racy && !self.is_mapped(node));
         let node = match (first, same_content) {
-            (Some(to), _) => self.linked(&path, stat, to).map(|meta| node_of(stat, racy, meta, Vec::new())),
+            (Some(to), _) => self.linked(&path, stat, racy, to),
             (None, Some(node)) if !matches!(node.meta.kind, FileKind::HardLink { .. }) => {
                 Ok(Node { same: true, ..node.clone() })
             }
@@ -148,40 +168,69 @@ impl<'a> Walk<'a> {
                 self.found.insert(path, node);
                 Ok(true)
             }
-            Err(error) if raced(self.phase, &error) => Ok(false),
-            Err(error) => Err(failed("read", self.base, &path)(error)),
+            Err(ReadError::Io(error)) if raced(self.phase, &error) => Ok(false),
+            Err(ReadError::Io(error)) => Err(failed("read", self.base, &path)(error)),
+            Err(ReadError::Inexpressible(what)) => {
+                Err(ScanError::Overlay { path: full(self.base, &path), option: what.option() })
+            }
+        }
+    }
+
+    /// Whether a task may write to it unseen.
+    fn is_mapped(&self, node: &Node) -> bool {
+        match node.seen_as {
+            Some(id) => self.mapped.contains(&id),
+            // Nobody knows under which name it would be mapped.
+            None => matches!(node.meta.kind, FileKind::Regular { .. }),
         }
     }
 
     /// Another name of a file already found: its properties are the file's.
-    fn linked(&self, path: &[u8], stat: Stat, to: Vec<u8>) -> io::Result<FileMeta> {
-        let first = self.found.get(&to).map(|node| node.meta.xattrs.clone());
-        let xattrs = first.ok_or_else(|| io::Error::other(format!("{path:?} lost its first name")))?;
-        Ok(meta_of(stat, FileKind::HardLink { to }, xattrs))
+    fn linked(&self, path: &[u8], stat: Stat, racy: bool, to: Vec<u8>) -> Result<Node, ReadError> {
+        let first = self.found.get(&to);
+        let first = first.ok_or_else(|| io::Error::other(format!("{path:?} lost its first name")))?;
+        let (seen_as, xattrs) = (first.seen_as, first.meta.xattrs.clone());
+        let meta = meta_of(stat, FileKind::HardLink { to }, xattrs);
+        Ok(Node { seen_as, ..node_of(stat, racy, meta, Vec::new()) })
     }
 
-    fn read(&mut self, path: &[u8], stat: Stat, racy: bool) -> io::Result<Node> {
+    fn read(&mut self, path: &[u8], stat: Stat, racy: bool) -> Result<Node, ReadError> {
         // The root's own path is empty, which `openat2` does not take.
         let name = if path.is_empty() { b".".as_slice() } else { path };
         let handle = open_handle(self.root, name, stat.mount_root)?;
         let now = sys::stat_at(handle.as_fd(), c"")?;
         if !now.is_same_file(&stat) {
-            return Err(io::Error::from_raw_os_error(libc::ESTALE));
+            return Err(io::Error::from_raw_os_error(libc::ESTALE).into());
         }
+        let mut xattrs = xattrs_of(handle.as_fd())?;
+        let mut mark = Mark::None;
+        if self.merged.is_some() {
+            let taken = take_mark(&mut xattrs).map_err(ReadError::Inexpressible)?;
+            // The root shows all layers whatever it says.
+            mark = if path.is_empty() { Mark::None } else { taken };
+        }
+        if mark == Mark::Whiteout {
+            return Ok(whiteout(stat));
+        }
+        let mut seen_as = Some(stat.id());
         let mut blocks = Vec::new();
         let kind = match stat.format() {
             libc::S_IFREG => {
+                if let Some(merged) = self.merged {
+                    seen_as = seen_in(merged, name)?;
+                }
                 let file = open_content(self.root, name, &stat)?;
                 blocks = self.compare(&file, stat.size)?;
                 FileKind::Regular { size: stat.size }
             }
             libc::S_IFDIR => FileKind::Directory,
-            libc::S_IFLNK => FileKind::Symlink { target: readlinkat(&handle, c"")?.into_vec() },
+            libc::S_IFLNK => {
+                FileKind::Symlink { target: readlinkat(&handle, c"").map_err(io::Error::from)?.into_vec() }
+            }
             libc::S_IFIFO => FileKind::Fifo,
             format => FileKind::Device { block: format == libc::S_IFBLK, rdev: stat.rdev },
         };
-        let xattrs = xattrs_of(handle.as_fd())?;
-        Ok(node_of(stat, racy, meta_of(stat, kind, xattrs), blocks))
+        Ok(Node { mark, seen_as, ..node_of(stat, racy, meta_of(stat, kind, xattrs), blocks) })
     }
 
     /// The tags of all blocks, reading only those that are not holes.
@@ -224,8 +273,35 @@ pub(super) fn names_of(dir: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
     Ok(names)
 }
 
+/// What `stat` says of a file of an overlay where it is mounted; `None` if it is out of reach there.
+fn seen_in(merged: BorrowedFd<'_>, path: &[u8]) -> io::Result<Option<FileId>> {
+    match open_handle(merged, path, false) {
+        Ok(handle) => Ok(Some(sys::stat_at(handle.as_fd(), c"")?.id())),
+        Err(error) if is_out_of_reach(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gone meanwhile, or something is mounted over it.
+fn is_out_of_reach(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::EXDEV))
+}
+
 fn node_of(stat: Stat, racy: bool, meta: FileMeta, blocks: Vec<Tag>) -> Node {
-    Node { stat, racy, same: false, meta: Arc::new(meta), blocks: Arc::new(blocks) }
+    let seen_as = Some(stat.id());
+    Node {
+        stat,
+        racy,
+        same: false,
+        mark: Mark::None,
+        seen_as,
+        meta: Arc::new(meta),
+        blocks: Arc::new(blocks),
+    }
+}
+
+fn whiteout(stat: Stat) -> Node {
+    Node { mark: Mark::Whiteout, ..node_of(stat, false, whiteout_meta(), Vec::new()) }
 }
 
 fn meta_of(stat: Stat, kind: FileKind, xattrs: Vec<(Vec<u8>, Vec<u8>)>) -> FileMeta {

@@ -1,6 +1,7 @@
 //! Replicated file trees on real directories: histories of random changes, hostile records, the scanner
 //! beside a running writer.
 
+mod overlay;
 mod sys;
 
 use std::{
@@ -21,7 +22,7 @@ use std::{
 };
 
 use standin::{
-    files::{BLOCK_SIZE, FileId, Phase, Receiver, Scanner, verify},
+    files::{BLOCK_SIZE, FileId, Phase, Receiver, Scanner, Source, Target, verify},
     wire::message::{FileKind, FileMeta, FileRecord},
 };
 use tempfile::TempDir;
@@ -51,7 +52,7 @@ struct Pair {
 impl Pair {
     fn new() -> Self {
         let source = TempDir::new().unwrap();
-        let scanner = Scanner::new(vec![source.path().to_owned()]);
+        let scanner = Scanner::new(vec![Source::plain(source.path())]);
         Self { source, copy: TempDir::new().unwrap(), scanner, mapped: HashSet::new() }
     }
 
@@ -67,7 +68,7 @@ impl Pair {
     }
 
     fn apply(&self, records: &[(FileRecord, Vec<u8>)], finish: bool) {
-        let mut receiver = Receiver::open(&[self.copy.path().to_owned()]).unwrap();
+        let mut receiver = Receiver::open(&[Target::plain(self.copy.path())]).unwrap();
         for (record, body) in records {
             receiver.apply(record, body).unwrap();
         }
@@ -515,7 +516,7 @@ fn entry(path: &[u8], kind: FileKind) -> FileRecord {
 #[test]
 fn paths_that_leave_the_tree_are_refused() {
     let copy = TempDir::new().unwrap();
-    let mut receiver = Receiver::open(&[copy.path().to_owned()]).unwrap();
+    let mut receiver = Receiver::open(&[Target::plain(copy.path())]).unwrap();
     let long = vec![b'x'; 256];
     for path in [&b".."[..], b"a/../../b", b"/etc/x", b"a//b", b"./a", b"a/", b"a\0b", &long] {
         let regular = entry(path, FileKind::Regular { size: 1 });
@@ -539,7 +540,7 @@ fn links_in_the_copy_are_never_followed() {
     fs::write(outside.path().join("file"), b"untouched").unwrap();
     let before = contents(outside.path());
     let copy = TempDir::new().unwrap();
-    let mut receiver = Receiver::open(&[copy.path().to_owned()]).unwrap();
+    let mut receiver = Receiver::open(&[Target::plain(copy.path())]).unwrap();
     let target = |path: &Path| FileKind::Symlink { target: path.as_os_str().as_encoded_bytes().to_vec() };
     receiver.apply(&entry(b"dir", target(outside.path())), b"").unwrap();
     receiver.apply(&entry(b"leaf", target(&outside.path().join("file"))), b"").unwrap();
@@ -563,7 +564,7 @@ fn links_in_the_copy_are_never_followed() {
 #[test]
 fn content_must_lie_in_the_file() {
     let copy = TempDir::new().unwrap();
-    let mut receiver = Receiver::open(&[copy.path().to_owned()]).unwrap();
+    let mut receiver = Receiver::open(&[Target::plain(copy.path())]).unwrap();
     receiver.apply(&entry(b"file", FileKind::Regular { size: 4 }), b"").unwrap();
     let data = |offset| FileRecord::Data { tree: 0, path: b"file".to_vec(), offset };
     receiver.apply(&data(0), b"good").unwrap();

@@ -32,7 +32,7 @@ use crate::{
         swrk::{CriuError, Swrk},
     },
     delta::{Encoder, Known, LinkRate, ReadStamp},
-    extents,
+    extents, files,
     memory::{self, AttachError, Guards, Pages, ReadError, TrackError, Tracker, TreeError, Vmas},
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
     wire::message::{FrameHead, Manifest},
@@ -137,7 +137,7 @@ pub struct Source {
     /// What the tree has open and whose other end is not in it.
     pub outside: Vec<Outside>,
     /// Directories that are replicated with each epoch, as this process sees them.
-    pub trees: Vec<PathBuf>,
+    pub trees: Vec<files::Source>,
 }
 
 /// What becomes of the tree at the end of the freeze.
