@@ -226,6 +226,11 @@ impl Config {
     pub fn control_socket(&self) -> PathBuf {
         self.run_dir.join("control.sock")
     }
+
+    /// Where workloads' run directories are.
+    pub fn sandboxes_dir(&self) -> PathBuf {
+        self.run_dir.join("sandboxes")
+    }
 }
 
 fn host_name() -> String {

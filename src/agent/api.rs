@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     capture::pace::StretchedBy,
     model::{EpochFigures, EpochId, Name, Term},
-    workload::spec::{Cidr, PaceSpec, Runtime, Vip},
+    workload::spec::{Cidr, Daemon, PaceSpec, Runtime, Vip},
 };
 
 /// Start a command in a sandbox.
@@ -109,6 +109,19 @@ pub struct OciContainer {
     pub ips: Vec<Cidr>,
 }
 
+/// A container of a daemon with Docker's API.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DockerContainer {
+    /// Which daemon.
+    pub daemon: Daemon,
+    /// The container's name or id.
+    pub container: String,
+    /// Addresses that standin gives it, on a device of its own; for one that has no network.
+    #[serde(default)]
+    pub ips: Vec<Cidr>,
+}
+
 /// What is to be protected.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -119,6 +132,8 @@ pub enum Source {
     Pid(i32),
     /// A wrapped container of an OCI runtime.
     Oci(OciContainer),
+    /// A wrapped container of a daemon with Docker's API.
+    Docker(DockerContainer),
 }
 
 /// Start continuous protection.

@@ -82,8 +82,8 @@ impl Home {
         Ok(Self { place: Place::open(agent, spec, bare)?, addresses: None })
     }
 
-    /// Makes a place: empty, silent.
-    pub(super) fn create(agent: &Agent, spec: &PlaceSpec) -> Result<Self> {
+    /// Makes a place: empty, silent. `fresh`: whatever an engine has of its files is not those of an epoch.
+    pub(super) fn create(agent: &Agent, spec: &PlaceSpec, fresh: bool) -> Result<Self> {
         let durable = durable::Place::of(&agent.config.state_dir, spec.name());
         durable.make()?;
         let place = match spec {
@@ -100,7 +100,7 @@ impl Home {
             }
             PlaceSpec::Container(spec) => {
                 let options = container_options(agent, &spec.name);
-                Place::Container(Box::new(Container::create(spec, &options)?))
+                Place::Container(Box::new(Container::create(spec, &options, fresh)?))
             }
         };
         Ok(Self { place, addresses: None })
@@ -119,13 +119,23 @@ impl Home {
         Ok(Self { place: Place::Container(Box::new(container)), addresses: None })
     }
 
-    /// Removes whatever place there is of that name, with everything in it.
+    /// Ends whatever place there is of that name, with everything that runs in it.
     pub(super) fn destroy(agent: &Agent, name: &Name) -> Result<()> {
         let dir = agent.sandboxes_dir();
         if Container::is_known(&dir, name) {
             return Ok(Container::destroy(&dir, name)?);
         }
         Ok(Sandbox::destroy(&dir, name)?)
+    }
+
+    /// The same for good: a container that was made here its engine forgets.
+    pub(super) fn remove(agent: &Agent, name: &Name) -> Result<()> {
+        let dir = agent.sandboxes_dir();
+        if Container::is_known(&dir, name) {
+            Ok(Container::remove(&dir, name)?)
+        } else {
+            Self::destroy(agent, name)
+        }
     }
 
     fn keeper_and_gate(&self) -> (&Keeper, Option<&Gate>) {
@@ -258,7 +268,7 @@ impl Home {
                 let durable = durable::Place::of(&agent.config.state_dir, name);
                 source.init = Some(sandbox.keeper().pidfd()?);
                 source.outside = sandbox.log_pipes()?.into_iter().map(Outside::pipe).collect();
-                let trees = trees::of_standby(&agent.config, &durable, &spec.place);
+                let trees = trees::of_sandbox(&agent.config, &durable, sandbox.spec());
                 source.trees = trees.into_iter().map(files::Source::plain).collect();
             }
             Place::Container(container) => {
@@ -266,7 +276,7 @@ impl Home {
                 source.own_cgroup_namespace = container.has_cgroup_namespace();
                 let streams = container.streams().into_iter();
                 source.outside = streams.map(|(stream, key)| Outside { key, stream: Some(stream) }).collect();
-                source.trees = container.trees().into_iter().map(files::Source::plain).collect();
+                source.trees = trees::of_container(container);
             }
             Place::Bare(_) => {}
         }

@@ -50,9 +50,9 @@ use tokio::{
 
 use self::{
     api::{
-        AgentStatus, ApiError, ErrorCode, HandoffReport, HandoffRequest, History, OciContainer, PairCode,
-        PairJoinRequest, PeerInfo, ProtectRequest, RunReply, RunRequest, Source, UnprotectRequest,
-        WorkloadStatus, WrapReply, WrapRequest,
+        AgentStatus, ApiError, DockerContainer, ErrorCode, HandoffReport, HandoffRequest, History,
+        OciContainer, PairCode, PairJoinRequest, PeerInfo, ProtectRequest, RunReply, RunRequest, Source,
+        UnprotectRequest, WorkloadStatus, WrapReply, WrapRequest,
     },
     durable::Durable,
     home::Home,
@@ -73,7 +73,7 @@ use crate::{
     workload::{
         container::{self, Named, wrap},
         control::{Command, User},
-        spec::{Net, PaceSpec, PlaceSpec, SandboxSpec, WorkloadSpec},
+        spec::{Cidr, Net, PaceSpec, PlaceSpec, SandboxSpec, WorkloadSpec},
     },
 };
 
@@ -139,7 +139,7 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
 
 impl Agent {
     pub(crate) fn sandboxes_dir(&self) -> PathBuf {
-        self.config.run_dir.join("sandboxes")
+        self.config.sandboxes_dir()
     }
 
     /// The directories that wrapped containers have their init from.
@@ -323,7 +323,8 @@ impl Agent {
         trees::clear_shm(&self.config, &name).map_err(unseeded)?;
         let seeds = trees::Seeds::find(&place, &spec).map_err(unseeded)?;
         let spec = PlaceSpec::Sandbox(spec);
-        let home = Home::create(self, &spec).map_err(|error| ApiError::refused(format!("{error:#}")))?;
+        let home =
+            Home::create(self, &spec, true).map_err(|error| ApiError::refused(format!("{error:#}")))?;
         let seeded = seeds.sow().map_err(unseeded);
         let started = seeded.and_then(|()| self.start_in(&home, request, user));
         let started = started.and_then(|pid| seeds.keep().map(|()| pid).map_err(unseeded));
@@ -379,23 +380,14 @@ impl Agent {
                     ))
                 })?;
             }
-            Source::Oci(container) => {
-                self.check_free(&name)?;
-                self.check_container(&container.id).await?;
-                let (agent, adopting, wanted) = (Arc::clone(self), name.clone(), container.clone());
-                let adopt = move || {
-                    let OciContainer { id, runtime, state, ips } = wanted;
-                    Home::adopt_container(&agent, &adopting, &Named { runtime, state, id }, &ips)
-                };
-                let home = tokio::task::spawn_blocking(adopt)
-                    .await
-                    .map_err(ApiError::failed)?
-                    .map_err(|error| ApiError::new(ErrorCode::Refused, format!("{error:#}")))?;
-                let adopted =
-                    home.container().ok_or_else(|| ApiError::failed("the place is no container"))?;
-                let place = PlaceSpec::Container(adopted.spec().clone());
-                let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace };
-                self.own(Durable { spec, peer: None, record: None, bare: false }, Some(home));
+            Source::Oci(OciContainer { id, runtime, state, ips }) => {
+                let (runtime, state) = (*runtime, state.clone());
+                let named = Named::Oci { runtime, state, id: id.clone() };
+                self.adopt_container(&request, named, ips.clone()).await?;
+            }
+            Source::Docker(DockerContainer { daemon, container, ips }) => {
+                let named = Named::Docker { daemon: *daemon, container: container.clone() };
+                self.adopt_container(&request, named, ips.clone()).await?;
             }
             Source::Pid(pid) => {
                 self.check_free(&name)?;
@@ -416,6 +408,27 @@ impl Agent {
             }
         }
         self.ask(&name, |answer| Msg::Protect { request: Box::new(request), answer }).await?
+    }
+
+    async fn adopt_container(
+        self: &Arc<Self>,
+        request: &ProtectRequest,
+        named: Named,
+        ips: Vec<Cidr>,
+    ) -> Result<(), ApiError> {
+        self.check_free(&request.name)?;
+        self.check_container(named.container()).await?;
+        let (agent, name) = (Arc::clone(self), request.name.clone());
+        let adopt = move || Home::adopt_container(&agent, &name, &named, &ips);
+        let home = tokio::task::spawn_blocking(adopt)
+            .await
+            .map_err(ApiError::failed)?
+            .map_err(|error| ApiError::new(ErrorCode::Refused, format!("{error:#}")))?;
+        let adopted = home.container().ok_or_else(|| ApiError::failed("the place is no container"))?;
+        let place = PlaceSpec::Container(adopted.spec().clone());
+        let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace };
+        self.own(Durable { spec, peer: None, record: None, bare: false }, Some(home));
+        Ok(())
     }
 
     fn check_free(&self, name: &Name) -> Result<(), ApiError> {

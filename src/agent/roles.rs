@@ -327,8 +327,8 @@ impl Owner {
                 return Err(format!("{} stands as {standing:?} there, under term {own}", self.name));
             }
         }
-        self.warm_place().map_err(|error| format!("its place cannot be made there: {error:#}"))?;
         self.open_standby().map_err(|error| format!("its image cannot be kept there: {error:#}"))?;
+        self.warm_place().map_err(|error| format!("its place cannot be made there: {error:#}"))?;
         let standby = self.standby.as_ref().ok_or("its image cannot be kept there")?;
         let held = standby.held();
         if held.is_none() {
@@ -377,9 +377,10 @@ impl Owner {
         }
         self.home = None;
         let (agent, spec) = (Arc::clone(&self.agent), self.durable.spec.clone());
+        let fresh = self.standby.as_ref().is_none_or(|standby| standby.held().is_none());
         let mut home = block_in_place(|| {
             Home::destroy(&agent, spec.place.name())?;
-            Home::create(&agent, &spec.place)
+            Home::create(&agent, &spec.place, fresh)
         })?;
         if let Err(error) = block_in_place(|| home.prepare(&spec.place, &spec.vips)) {
             // A takeover would restore it and could not be reached: better to be told now.
@@ -588,7 +589,12 @@ impl Owner {
         }
     }
 
+    /// For good.
     pub(super) fn destroy_home(&mut self) {
+        self.home = None;
+        if let Err(error) = block_in_place(|| Home::remove(&self.agent, &self.name)) {
+            tracing::error!(%error, name = %self.name, "taking the place down");
+        }
         self.kill_copy();
     }
 }

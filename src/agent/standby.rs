@@ -420,8 +420,7 @@ impl Standby {
         let note = Note::read(&dir)?;
         let criu = self.take_criu(agent, home, &dir, &note)?;
         if let Some(container) = home.container() {
-            let place = durable::Place::of(&agent.config.state_dir, &container.spec().name);
-            trees::fill(&agent.config, &place, container)?;
+            trees::fill(&agent.config, container)?;
         }
         phases.insert("prepare".to_owned(), began.elapsed().as_secs_f64() * 1e3);
         let asked = Instant::now();

@@ -27,8 +27,8 @@ use crate::{
     store::FileChanges,
     wire::check::TREES_MAX,
     workload::{
-        container::Container,
-        spec::{ContainerTreeKind, PlaceSpec, SandboxSpec},
+        container::{Container, TreeAt},
+        spec::{ContainerTree, ContainerTreeKind, PlaceSpec, SandboxSpec},
     },
 };
 
@@ -45,30 +45,50 @@ pub(super) fn clear_shm(config: &Config, name: &Name) -> io::Result<()> {
     }
 }
 
-/// Where a standby has what is replicated, in the order of the records. Of a sandbox: the declared paths, then /dev/shm, in
-/// the same place on a primary.
-pub(super) fn of_standby(config: &Config, place: &Place, spec: &PlaceSpec) -> Vec<PathBuf> {
-    let shm = shm_of(config, spec.name());
-    match spec {
-        PlaceSpec::Sandbox(spec) => of(place, spec).into_iter().chain([shm]).collect(),
-        PlaceSpec::Container(spec) => {
-            let kept = |(number, kind)| match kind {
-                ContainerTreeKind::Memory => shm.join(format!("{number}")),
-                ContainerTreeKind::Root | ContainerTreeKind::Mount => place.data().join(format!("{number}")),
-            };
-            spec.trees.iter().map(|tree| tree.kind).enumerate().map(kept).collect()
+/// All that is replicated of a sandbox: the declared paths, then /dev/shm, in the same place on either side.
+pub(super) fn of_sandbox(config: &Config, place: &Place, spec: &SandboxSpec) -> Vec<PathBuf> {
+    of(place, spec).into_iter().chain([shm_of(config, &spec.name)]).collect()
+}
+
+/// What is replicated of a container that runs here.
+pub(super) fn of_container(container: &Container) -> Vec<Source> {
+    let trees = container.spec().trees.iter().zip(container.trees());
+    let source = |(tree, at): (&ContainerTree, &TreeAt)| match at {
+        TreeAt::Plain(path) => Source::plain(path),
+        TreeAt::Overlay { upper, merged } => Source::overlay(upper, merged),
+        TreeAt::Memory => Source::plain(container.memory_at(&tree.inside)),
+    };
+    trees.map(source).collect()
+}
+
+/// Where a standby has what is replicated, in the order of the records.
+fn of_standby(config: &Config, place: &Place, spec: &PlaceSpec) -> io::Result<Vec<Target>> {
+    let spec = match spec {
+        PlaceSpec::Sandbox(spec) => {
+            return Ok(of_sandbox(config, place, spec).into_iter().map(Target::plain).collect());
         }
-    }
+        PlaceSpec::Container(spec) => spec,
+    };
+    let places = Container::trees_of(&config.sandboxes_dir(), &spec.name).map_err(io::Error::other)?;
+    let target = |(number, at)| match at {
+        TreeAt::Plain(path) => Target::plain(path),
+        TreeAt::Overlay { upper, merged } => Target::overlay(upper, merged),
+        TreeAt::Memory => Target::plain(kept_of(config, &spec.name, number)),
+    };
+    Ok(places.into_iter().enumerate().map(target).collect())
+}
+
+/// Where a standby has one of a container's file systems in memory.
+fn kept_of(config: &Config, name: &Name, number: usize) -> PathBuf {
+    shm_of(config, name).join(number.to_string())
 }
 
 /// Before a restore: a container's file systems in memory are what the epoch has of them.
-pub(super) fn fill(config: &Config, place: &Place, container: &Container) -> io::Result<()> {
+pub(super) fn fill(config: &Config, container: &Container) -> io::Result<()> {
     let spec = container.spec();
-    let kept = of_standby(config, place, &PlaceSpec::Container(spec.clone()));
-    let inside = container.trees();
-    for ((tree, from), to) in spec.trees.iter().zip(kept).zip(inside) {
+    for (number, tree) in spec.trees.iter().enumerate() {
         if tree.kind == ContainerTreeKind::Memory {
-            copy(&from, &to)?;
+            copy(&kept_of(config, &spec.name, number), &container.memory_at(&tree.inside))?;
         }
     }
     Ok(())
@@ -91,16 +111,14 @@ fn of(place: &Place, spec: &SandboxSpec) -> Vec<PathBuf> {
 
 /// Brings the standby's copy to an epoch; the records may be those of an epoch that was applied before.
 pub(super) fn apply(config: &Config, place: &Place, changes: &FileChanges<'_>) -> io::Result<()> {
-    let trees = of_standby(config, place, &place.read()?.spec.place);
-    for tree in &trees {
-        DirBuilder::new().recursive(true).mode(0o700).create(tree)?;
+    let targets = of_standby(config, place, &place.read()?.spec.place)?;
+    for target in &targets {
+        DirBuilder::new().recursive(true).mode(0o700).create(target.path())?;
     }
     if changes.full {
         // These are a workload's files from now on.
-        trees.iter().try_for_each(|tree| unmark(tree))?;
+        targets.iter().try_for_each(|target| unmark(target.path()))?;
     }
-    // The first records of trees that are sent whole empty them.
-    let targets: Vec<_> = trees.into_iter().map(Target::plain).collect();
     let mut receiver = Receiver::open(&targets).map_err(io::Error::other)?;
     changes.for_each(|record, body| receiver.apply(record, body).map_err(io::Error::other))?;
     receiver.finish().map_err(io::Error::other)

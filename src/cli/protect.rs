@@ -4,9 +4,12 @@ use std::path::{Path, PathBuf};
 
 use super::{Failure, Outcome, client, parse_ms, print_json};
 use crate::{
-    agent::api::{ErrorCode, OciContainer, ProtectRequest, Role, Source, UnprotectRequest, WorkloadStatus},
+    agent::api::{
+        DockerContainer, ErrorCode, OciContainer, ProtectRequest, Role, Source, UnprotectRequest,
+        WorkloadStatus,
+    },
     model::Name,
-    workload::spec::{Cidr, PaceMode, PaceSpec, Runtime, Vip},
+    workload::spec::{Cidr, Daemon, PaceMode, PaceSpec, Runtime, Vip},
 };
 
 #[derive(clap::Args)]
@@ -28,8 +31,14 @@ pub(super) struct Args {
     /// With --oci: the runtime's directory of containers, its own --root
     #[arg(long, value_name = "DIR", requires = "oci")]
     root: Option<PathBuf>,
-    /// With --oci: address on a device that standin makes inside; may be given several times
-    #[arg(long = "ip", value_name = "CIDR", requires = "oci")]
+    /// Protect the container that Docker knows by this name or id, and that was wrapped as NAME
+    #[arg(long, value_name = "CONTAINER", conflicts_with_all = ["pid", "run", "oci"])]
+    docker: Option<String>,
+    /// Protect the container that Podman's service knows by this name or id, and that was wrapped as NAME
+    #[arg(long, value_name = "CONTAINER", conflicts_with_all = ["pid", "run", "oci", "docker"])]
+    podman: Option<String>,
+    /// Of a container without a network: address on a device that standin makes inside; may be given several times
+    #[arg(long = "ip", value_name = "CIDR", conflicts_with_all = ["pid", "run"])]
     ips: Vec<Cidr>,
     /// The standby: a paired peer
     #[arg(long, value_name = "PEER")]
@@ -87,27 +96,12 @@ pub(super) struct UnprotectArgs {
 }
 
 pub(super) fn main(socket: &Path, args: Args) -> Outcome {
-    let source = match (args.pid, args.run) {
-        (Some(pid), _) => Source::Pid(pid),
-        _ if args.oci.is_some() => Source::Oci(OciContainer {
-            id: args.oci.unwrap_or_default(),
-            runtime: args.runtime,
-            state: args.root,
-            ips: args.ips,
-        }),
-        (None, Some(run)) if run != args.name => {
-            let message = format!(
-                "a sandbox is protected under its own name: standin protect {run} --to {}, or start it as {}",
-                args.to, args.name
-            );
-            return Err(Failure::new(ErrorCode::Invalid, message));
-        }
-        (None, _) => Source::Run(args.name.clone()),
-    };
     let pace = args.pace.spec();
-    let request = ProtectRequest { name: args.name, source, to: args.to, pace, vips: args.vips };
+    let (name, to, vips, json) = (args.name.clone(), args.to.clone(), args.vips.clone(), args.json);
+    let source = source(args)?;
+    let request = ProtectRequest { name, source, to, pace, vips };
     let status: WorkloadStatus = client::post(socket, "/v1/protect", &request)?;
-    if args.json {
+    if json {
         return print_json(&status);
     }
     println!(
@@ -133,4 +127,29 @@ pub(super) fn unprotect(socket: &Path, args: &UnprotectArgs) -> Outcome {
         println!("{} runs on alone; it is protected again when {peer} is back", status.name);
     }
     Ok(())
+}
+
+/// What is to be protected.
+fn source(args: Args) -> Result<Source, Failure> {
+    let Args { name, pid, run, oci, runtime, root, docker, podman, ips, to, .. } = args;
+    if let Some(pid) = pid {
+        return Ok(Source::Pid(pid));
+    }
+    if let Some(id) = oci {
+        return Ok(Source::Oci(OciContainer { id, runtime, state: root, ips }));
+    }
+    let docker = docker.map(|container| (Daemon::Docker, container));
+    if let Some((daemon, container)) = docker.or_else(|| podman.map(|container| (Daemon::Podman, container)))
+    {
+        return Ok(Source::Docker(DockerContainer { daemon, container, ips }));
+    }
+    match run {
+        Some(run) if run != name => Err(Failure::new(
+            ErrorCode::Invalid,
+            format!(
+                "a sandbox is protected under its own name: standin protect {run} --to {to}, or start it as {name}"
+            ),
+        )),
+        _ => Ok(Source::Run(name)),
+    }
 }

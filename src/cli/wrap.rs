@@ -36,6 +36,11 @@ pub(super) fn main(socket: &Path, args: Args) -> Outcome {
         return Ok(());
     }
     let (dir, inside, init) = (dir.display(), inside.display(), init.display());
+    println!("Docker, Podman: start it with its image's own entry point and command behind the init:");
+    println!("  docker run --entrypoint {init} -v {dir}:{inside}:ro … IMAGE ENTRYPOINT… COMMAND…");
+    println!("Compose:");
+    println!("  entrypoint: [{init}, ENTRYPOINT…, COMMAND…]");
+    println!("  volumes: [\"{dir}:{inside}:ro\"]");
     println!("OCI bundle: standin wrap {name} --bundle DIR changes its config.json; by hand:");
     println!("  put {init} in front of process.args, and {dir} as {inside}, read-only, into mounts");
     Ok(())

@@ -1,7 +1,7 @@
 //! The standby's side: records become a copy of the trees.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet},
     ffi::{CString, OsStr},
     fs::File,
     io,
@@ -24,7 +24,7 @@ use super::{
     BLOCK_SIZE, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX,
     scan::{ENTRIES_MAX, Phase, ScanError, Scanner, is_at_or_below, open_in},
     sys,
-    tree::{Source, Target},
+    tree::{Source, Target, hides_lower},
     walk::{is_zero, names_of, xattrs_of},
 };
 use crate::wire::message::{FileKind, FileMeta, FileRecord};
@@ -105,15 +105,15 @@ pub struct Receiver {
     properties: BTreeMap<(u32, Vec<u8>), FileMeta>,
     /// Trees that are sent whole, and what is in them. What else is there goes at the end, and what is in both stays the same
     /// object: a directory or file may be where another mount namespace has a file system mounted, which would go with it.
-    whole: BTreeMap<u32, HashSet<Vec<u8>>>,
+    whole: BTreeMap<u32, BTreeSet<Vec<u8>>>,
 }
 
 /// A tree's copy, open.
 #[derive(Debug)]
 struct Root {
     dir: OwnedFd,
-    /// Lower layers show in it.
-    overlay: bool,
+    /// Of an overlay: its upper directory, to be read only.
+    upper: Option<OwnedFd>,
 }
 
 /// Where an entry is: its directory, and its name there.
@@ -128,9 +128,11 @@ impl Receiver {
     pub fn open(trees: &[Target]) -> Result<Self, ApplyError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let open_one = |target: &Target| {
-            let dir = open(&target.path, flags, Mode::empty())
-                .map_err(|errno| ApplyError::Root { path: target.path.clone(), source: errno.into() })?;
-            Ok(Root { dir, overlay: target.overlay })
+            let open = |path: &PathBuf| {
+                open(path, flags, Mode::empty())
+                    .map_err(|errno| ApplyError::Root { path: path.clone(), source: errno.into() })
+            };
+            Ok(Root { dir: open(&target.path)?, upper: target.upper.as_ref().map(open).transpose()? })
         };
         let roots = trees.iter().map(open_one).collect::<Result<_, _>>()?;
         Ok(Self { roots, properties: BTreeMap::new(), whole: BTreeMap::new() })
@@ -162,7 +164,13 @@ impl Receiver {
     pub fn finish(mut self) -> Result<(), ApplyError> {
         for (tree, named) in std::mem::take(&mut self.whole) {
             let root = self.root(tree, b"")?;
-            prune(root, &mut Vec::new(), &named, 0).map_err(io_error("remove what is not in", tree, b""))?;
+            // An overlay's lower layers are not in the records.
+            let listed = self.roots[tree as usize].upper.as_ref().map_or(root, AsFd::as_fd);
+            prune(root, listed, &mut Vec::new(), &named, 0).map_err(io_error(
+                "remove what is not in",
+                tree,
+                b"",
+            ))?;
         }
         // Backwards: what is in a directory comes before it.
         for ((tree, path), meta) in std::mem::take(&mut self.properties).into_iter().rev() {
@@ -254,14 +262,11 @@ impl Receiver {
         self.properties.retain(|key, _| !gone(key));
         if path.is_empty() {
             self.root(tree, path)?;
-            // An overlay's lower layers are not in the records: the caller has seen to it.
-            if !self.roots[tree as usize].overlay {
-                self.whole.insert(tree, HashSet::new());
-            }
+            self.whole.insert(tree, BTreeSet::new());
             return Ok(());
         }
         if let Some(named) = self.whole.get_mut(&tree) {
-            named.retain(|other| !is_at_or_below(other, path));
+            unname(named, path);
         }
         let place = match self.place(tree, path) {
             // Its directory went before it, or something else is in that one's place.
@@ -423,6 +428,17 @@ fn remove_all(dir: BorrowedFd<'_>, name: &std::ffi::CStr, depth: usize) -> io::R
     Ok(unlinkat(dir, name, UnlinkatFlags::RemoveDir)?)
 }
 
+/// Takes a path and all below it out of a set.
+fn unname(named: &mut BTreeSet<Vec<u8>>, path: &[u8]) {
+    named.remove(path);
+    let mut first = path.to_vec();
+    first.push(b'/');
+    while let Some(below) = named.range(first.clone()..).next().filter(|other| is_at_or_below(other, path)) {
+        let below = below.clone();
+        named.remove(&below);
+    }
+}
+
 /// What is sent whole is made of nothing: content that is there is not what the records add to, and other names of it are not
 /// written through.
 fn make_as_new(place: &Place) -> io::Result<()> {
@@ -440,22 +456,32 @@ fn make_as_new(place: &Place) -> io::Result<()> {
     Ok(ftruncate(&file, 0)?)
 }
 
-/// Removes what is not named from the directory at `path` of a tree.
-fn prune(dir: BorrowedFd<'_>, path: &mut Vec<u8>, named: &HashSet<Vec<u8>>, depth: usize) -> io::Result<()> {
+/// Removes what is not named from the directory at `path` of a tree, where `listed` has it; a whiteout there is nothing.
+fn prune(
+    dir: BorrowedFd<'_>,
+    listed: BorrowedFd<'_>,
+    path: &mut Vec<u8>,
+    named: &BTreeSet<Vec<u8>>,
+    depth: usize,
+) -> io::Result<()> {
     if depth > DEPTH_MAX + 1 {
         return Err(io::Error::other("directories nest too deep"));
     }
-    for name in names_of(dir)? {
+    for name in names_of(listed)? {
         let end = path.len();
         if !path.is_empty() {
             path.push(b'/');
         }
         path.extend_from_slice(name.to_bytes());
+        let stat = sys::stat_at(listed, &name)?;
         if !named.contains(path.as_slice()) {
-            remove_all(dir, &name, depth)?;
-        } else if sys::stat_at(dir, &name)?.format() == libc::S_IFDIR {
-            let inner = open_in(dir, name.to_bytes(), OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-            prune(inner.as_fd(), path, named, depth + 1)?;
+            if !hides_lower(&stat) {
+                remove_all(dir, &name, depth)?;
+            }
+        } else if stat.format() == libc::S_IFDIR {
+            let open = |dir| open_in(dir, name.to_bytes(), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
+            let (inner, inner_listed) = (open(dir)?, open(listed)?);
+            prune(inner.as_fd(), inner_listed.as_fd(), path, named, depth + 1)?;
         }
         path.truncate(end);
     }

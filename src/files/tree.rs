@@ -57,23 +57,31 @@ impl Source {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     pub(super) path: PathBuf,
-    pub(super) overlay: bool,
+    /// Of an overlay: its upper directory.
+    pub(super) upper: Option<PathBuf>,
 }
 
 impl Target {
     /// The copy of a [`Source::plain`].
     pub fn plain(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), overlay: false }
+        Self { path: path.into(), upper: None }
     }
 
     /// The copy of a [`Source::overlay`]: the mount point of an overlay over the same lower layers, and with an upper
     /// directory of its own.
     ///
-    /// A tree that is sent whole does not empty an overlay, as that would hide the lower layers: before the first record
-    /// of such an epoch is applied for the first time, the caller sees to it that the upper directory is empty but for
-    /// what the primary's was made with (a container made anew). Applying the epoch again needs no other.
-    pub fn overlay(merged: impl Into<PathBuf>) -> Self {
-        Self { path: merged.into(), overlay: true }
+    /// A tree that is sent whole does not empty an overlay, as that would hide the lower layers. What its upper directory
+    /// holds beyond the records goes, but what it hides or has changed of the lower layers stays so: it must be new, or that
+    /// of an earlier epoch of the same overlay. In that one nothing that was changed ever becomes again what it was.
+    pub fn overlay(upper: impl Into<PathBuf>, merged: impl Into<PathBuf>) -> Self {
+        Self { path: merged.into(), upper: Some(upper.into()) }
+    }
+}
+
+impl Target {
+    /// Where it is written to.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 }
 

@@ -120,13 +120,16 @@ fn sandbox(spec: &SandboxSpec) -> Result<(), Illegal> {
 }
 
 fn container(spec: &ContainerSpec) -> Result<(), Illegal> {
-    let Engine::Oci { state, id, config, .. } = &spec.engine;
+    let (id, config) = match &spec.engine {
+        Engine::Oci { id, config, .. } => (id, config),
+        Engine::Docker { name, config, .. } => (name, config),
+    };
     let id_fits = (1..=CONTAINER_ID_LEN_MAX).contains(&id.len())
         && !matches!(id.as_str(), "." | "..")
         && id.starts_with(|c: char| c.is_ascii_alphanumeric())
         && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_+-.".contains(&b));
     require(id_fits, || format!("{id:?} is no container's id"))?;
-    if let Some(state) = state {
+    if let Engine::Oci { state: Some(state), .. } = &spec.engine {
         require(is_plain_absolute(state), || format!("{} is no plain absolute path", state.display()))?;
     }
     let fits = config.len() <= CONTAINER_CONFIG_LEN_MAX;

@@ -1,4 +1,4 @@
-//! The network of a sandbox: a veth pair, routed, without a bridge.
+//! The network of a sandbox, or of a container that has none of its engine: a veth pair, routed, without a bridge.
 //!
 //! ```text
 //!  inside                       host
@@ -162,6 +162,20 @@ pub fn enable_forwarding(device: &str, has_v6: bool) -> Result<(), NetworkError>
     sysctl("ipv6/conf/all/forwarding", "1")
 }
 
+/// The veth devices of the calling thread's namespace whose other end is in its maker's: their index, and that of the other end.
+fn veth_pairs() -> Result<Vec<(u32, u32)>, NetworkError> {
+    let error = |reason: String| NetworkError::Ip { device: "of the container".to_owned(), reason };
+    let output = Command::new("ip").args(["-d", "-j", "link", "show"]).stdin(Stdio::null()).output();
+    let output = output.map_err(|source| error(source.to_string()))?;
+    let links: serde_json::Value =
+        serde_json::from_slice(&output.stdout).map_err(|source| error(source.to_string()))?;
+    let pair = |link: &serde_json::Value| {
+        let is_veth = link["linkinfo"]["info_kind"] == "veth" && link["link_netnsid"].is_u64();
+        is_veth.then(|| Some((link["ifindex"].as_u64()? as u32, link["link_index"].as_u64()? as u32)))?
+    };
+    Ok(links.as_array().into_iter().flatten().filter_map(pair).collect())
+}
+
 fn sysctl_value(key: &str) -> Option<String> {
     let text = fs::read_to_string(Path::new("/proc/sys/net").join(key)).ok()?;
     Some(text.trim().to_owned())
@@ -198,13 +212,15 @@ pub(super) fn remove(name: &Name) -> Result<(), NetworkError> {
     }
 }
 
-/// The gate of a sandbox, seen from both of its sides.
+/// The gate of a workload, seen from both of its sides: that of our pair, or those that an engine has made.
 #[derive(Debug)]
 pub struct Gate {
-    index: u32,
+    /// The host's ends.
+    outside: Vec<u32>,
+    /// What this host routes to them.
     ips: Vec<IpAddr>,
-    /// eth0, and a socket in its namespace.
-    inside: (RouteSocket, u32),
+    /// The other ends, and a socket in their namespace.
+    inside: (RouteSocket, Vec<u32>),
 }
 
 impl Gate {
@@ -216,25 +232,37 @@ impl Gate {
         let inside = within(netns, || Ok((RouteSocket::open()?, if_nametoindex("eth0"))));
         let (socket, inner) = inside.map_err(NetworkError::Enter)?.map_err(NetworkError::Net)?;
         let inner = inner.map_err(|errno| missing("eth0".to_owned(), errno))?;
-        Ok(Self { index, ips: ips.iter().map(|cidr| cidr.addr).collect(), inside: (socket, inner) })
+        let ips = ips.iter().map(|cidr| cidr.addr).collect();
+        Ok(Self { outside: vec![index], ips, inside: (socket, vec![inner]) })
+    }
+
+    /// That of a container whose engine has made its devices: all veth pairs that end on this host. `None` if it has none.
+    pub(super) fn of_engine(netns: BorrowedFd<'_>) -> Result<Option<Self>, NetworkError> {
+        let found = within(netns, || Ok::<_, NetworkError>((RouteSocket::open()?, veth_pairs()?)));
+        let (socket, pairs) = found.map_err(NetworkError::Enter)??;
+        let (inside, outside): (Vec<u32>, Vec<u32>) = pairs.into_iter().unzip();
+        Ok((!outside.is_empty()).then_some(Self { outside, ips: Vec::new(), inside: (socket, inside) }))
     }
 
     /// Waits until packets pass after the gate was opened; false if they do not within the limit.
     pub fn await_running(&self, limit: Duration) -> Result<bool, NetError> {
         let until = Instant::now() + limit;
-        while !self.inside.0.is_running(self.inside.1)? {
-            if Instant::now() >= until {
-                return Ok(false);
+        let (socket, devices) = &self.inside;
+        for device in devices {
+            while !socket.is_running(*device)? {
+                if Instant::now() >= until {
+                    return Ok(false);
+                }
+                std::thread::sleep(Duration::from_micros(500));
             }
-            std::thread::sleep(Duration::from_micros(500));
         }
         Ok(true)
     }
 
     /// Link up, then what the kernel had dropped with the link.
     pub fn open_steps(&self) -> Vec<NetStep> {
-        let index = self.index;
-        let mut steps = vec![NetStep::LinkUp { index }];
+        let mut steps: Vec<_> = self.outside.iter().map(|index| NetStep::LinkUp { index: *index }).collect();
+        let Some(&index) = self.outside.first() else { return steps };
         if self.ips.iter().any(IpAddr::is_ipv6) {
             let cidr = Cidr { addr: GATEWAY_V6.into(), prefix: 64 };
             steps.push(NetStep::AddAddress { index, cidr });
@@ -245,7 +273,7 @@ impl Gate {
 
     /// Link down.
     pub fn close_steps(&self) -> Vec<NetStep> {
-        vec![NetStep::LinkDown { index: self.index }]
+        self.outside.iter().map(|index| NetStep::LinkDown { index: *index }).collect()
     }
 }
 

@@ -163,6 +163,35 @@ pub enum Engine {
         /// Its `config.json`, as the operator wrote it.
         config: String,
     },
+    /// A daemon with Docker's API.
+    Docker {
+        /// Which.
+        daemon: Daemon,
+        /// The container's name.
+        name: String,
+        /// What it is made from: see [`super::container`].
+        config: String,
+    },
+}
+
+/// A daemon that speaks Docker's API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Daemon {
+    /// dockerd.
+    Docker,
+    /// `podman system service`.
+    Podman,
+}
+
+impl Daemon {
+    /// The name of its command.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Docker => "docker",
+            Self::Podman => "podman",
+        }
+    }
 }
 
 impl Engine {
@@ -170,6 +199,7 @@ impl Engine {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Oci { runtime, .. } => runtime.program(),
+            Self::Docker { daemon, .. } => daemon.program(),
         }
     }
 
@@ -177,6 +207,7 @@ impl Engine {
     pub fn container(&self) -> &str {
         match self {
             Self::Oci { id, .. } => id,
+            Self::Docker { name, .. } => name,
         }
     }
 }

@@ -116,7 +116,7 @@ impl Pair {
     }
 
     fn apply(&self, records: &[(FileRecord, Vec<u8>)], finish: bool) {
-        let mut receiver = Receiver::open(&[Target::overlay(self.copy.merged())]).unwrap();
+        let mut receiver = Receiver::open(&[Target::overlay(self.copy.upper(), self.copy.merged())]).unwrap();
         for (record, body) in records {
             receiver.apply(record, body).unwrap_or_else(|error| panic!("{error}: {record:?}"));
         }
@@ -268,6 +268,18 @@ fn an_overlay_is_sent_whole_to_a_container_made_anew() {
 }
 
 #[test]
+fn an_overlay_is_sent_whole_to_a_container_that_holds_an_earlier_epoch() {
+    with_own_mounts(|| {
+        let mut pair = Pair::new(image);
+        for (what, step) in STEPS {
+            step(&pair.source.merged());
+            pair.scanner.reset();
+            pair.replicate(what);
+        }
+    });
+}
+
+#[test]
 fn overlays_are_equal_after_any_history() {
     with_own_mounts(|| {
         for seed in 0..seeds(25) {
@@ -291,9 +303,13 @@ fn overlays_are_equal_after_any_history() {
                 if some(&pair, 20) == 0 {
                     pair.scan(Phase::Running, &mut records);
                 }
-                if some(&pair, 10) == 0 {
-                    pair.anew();
-                    records.clear();
+                match some(&pair, 10) {
+                    0 => {
+                        pair.anew();
+                        records.clear();
+                    }
+                    1 => pair.scanner.reset(),
+                    _ => {}
                 }
                 pair.scan(Phase::Frozen, &mut records);
                 if some(&pair, 1) == 0 {

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod containers;
+mod docker;
 mod failover;
 mod handoff;
 mod lab;

@@ -17,6 +17,9 @@
 //! Invariants: a container that was adopted is never ended by releasing it; one that was not made for the workload of that
 //! name is never ended at all; until it is released, starting it anew starts no second copy.
 
+mod config;
+mod docker;
+mod engine;
 mod oci;
 pub mod wrap;
 
@@ -25,18 +28,20 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+        unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use nix::{fcntl::OFlag, unistd::pipe2};
 use serde::{Deserialize, Serialize};
 
-pub use self::oci::OciError;
+pub use self::{
+    engine::{EngineError, Named, TreeAt},
+    oci::wrap_bundle,
+};
 use self::{
-    oci::{Config, Oci},
+    engine::{Found, Local, Network},
     wrap::Order,
 };
 use super::{
@@ -48,8 +53,9 @@ use super::{
         CONTAINER_RECORD, CONTROL, Keeper, KeeperError, ProcessId, Stat, boot_id, private_dir, read_record,
         write_record,
     },
+    netlink::RouteSocket,
     network::{self, Gate, NetworkError},
-    spec::{Cidr, ContainerSpec, ContainerTree, ContainerTreeKind, Engine, Runtime},
+    spec::{Cidr, ContainerSpec},
     sys,
 };
 use crate::model::Name;
@@ -77,17 +83,6 @@ pub struct Options {
     pub log_bytes_max: u64,
 }
 
-/// A container of an OCI runtime, as the operator names it.
-#[derive(Clone, Debug)]
-pub struct Named {
-    /// Whose; `None`: the first that knows it.
-    pub runtime: Option<Runtime>,
-    /// The runtime's directory of containers.
-    pub state: Option<PathBuf>,
-    /// The container's id.
-    pub id: String,
-}
-
 /// Why something could not be done to a container.
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
@@ -97,7 +92,7 @@ pub enum ContainerError {
         /// Which.
         id: String,
         /// Cause.
-        source: OciError,
+        source: EngineError,
     },
     /// It does not fit.
     #[error("container {id} cannot be protected: {reason}")]
@@ -165,8 +160,10 @@ struct Record {
     cgroup: Option<PathBuf>,
     /// The host's directory of the init.
     wrap: PathBuf,
-    /// Where its trees are on this host, but for those in memory.
-    trees: Vec<PathBuf>,
+    /// Its sockets are in a network namespace of its own, whose devices are the engine's.
+    engine_net: bool,
+    /// Where its trees are on this host, in their order.
+    trees: Vec<TreeAt>,
     /// It was made by us, for a workload to be restored into.
     made: bool,
     complete: bool,
@@ -196,18 +193,19 @@ impl Container {
             Ok(_) => return Err(ContainerError::Taken(name.clone())),
             Err(_) => Self::release(&options.run_dir, name)?,
         }
-        let found = find(name, named, ips)?;
+        let found = Candidate::find(name, named, ips)?;
         Self::take(name, found, options, &dir).inspect_err(|_| {
             // The first error counts; what this leaves, the next release removes.
             let _ = Self::release(&options.run_dir, name);
         })
     }
 
-    fn take(name: &Name, found: Found, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
-        let Found { spec, init, root, wrap, trees } = found;
+    fn take(name: &Name, found: Candidate, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
+        let Candidate { spec, init, root, wrap, trees, engine_net } = found;
         let record = Record {
             cgroup: container_cgroup(name, init)?,
             spec,
+            engine_net,
             boot_id: boot_id().map_err(keeper_error(name))?,
             init: Some(init),
             guard: None,
@@ -227,8 +225,9 @@ impl Container {
         Ok(container)
     }
 
-    /// Makes the container that a specification tells of, waiting, silent.
-    pub fn create(spec: &ContainerSpec, options: &Options) -> Result<Self, ContainerError> {
+    /// Makes the container that a specification tells of, waiting, silent. `fresh`: nothing is known of its files, which are
+    /// to be those of its image; otherwise they are what they were when it was here last.
+    pub fn create(spec: &ContainerSpec, options: &Options, fresh: bool) -> Result<Self, ContainerError> {
         let name = &spec.name;
         let dir = options.run_dir.join(name.as_str());
         match Self::open(&options.run_dir, name) {
@@ -236,20 +235,21 @@ impl Container {
             Ok(_) => return Err(ContainerError::Taken(name.clone())),
             Err(_) => Self::destroy(&options.run_dir, name)?,
         }
-        Self::build(spec, options, &dir).inspect_err(|_| {
+        Self::build(spec, options, &dir, fresh).inspect_err(|_| {
             // The first error counts; what this leaves, the next destroy removes.
             let _ = Self::destroy(&options.run_dir, name);
         })
     }
 
-    fn build(spec: &ContainerSpec, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
+    fn build(
+        spec: &ContainerSpec,
+        options: &Options,
+        dir: &Path,
+        fresh: bool,
+    ) -> Result<Self, ContainerError> {
         let name = &spec.name;
         let keeper_error = keeper_error(name);
-        let Engine::Oci { runtime, state, id, config } = &spec.engine;
-        let engine_error = engine_error(id);
-        let oci = Oci::find(*runtime, state.as_deref()).map_err(&engine_error)?;
-        clear_the_way(name, &oci, id)?;
-
+        let id = spec.engine.container();
         private_dir(dir).map_err(&keeper_error)?;
         let wrap = wrap::provide(&options.wraps, name).map_err(file_error(
             name,
@@ -264,30 +264,27 @@ impl Container {
             root: None,
             cgroup: None,
             wrap,
-            trees: (0..spec.trees.len()).map(|tree| options.data_dir.join(tree.to_string())).collect(),
+            engine_net: false,
+            trees: Vec::new(),
             made: true,
             complete: false,
         };
         write_record(&dir.join(CONTAINER_RECORD), &record).map_err(&keeper_error)?;
         tell(name, &record.wrap, Order::Wait)?;
-        let local = spec.trees.iter().cloned().zip(record.trees.iter().cloned());
-        let local: Vec<(ContainerTree, PathBuf)> = local.collect();
-        for (_, path) in local.iter().filter(|(tree, _)| tree.kind != ContainerTreeKind::Memory) {
-            let made = fs::DirBuilder::new().recursive(true).mode(0o755).create(path);
-            made.map_err(file_error(name, "make", path))?;
-        }
-        let mut config =
-            Config::parse(config).map_err(|error| unfit(id, &format!("its config.json: {error}")))?;
-        config.check().and_then(|()| config.localise(&local, &record.wrap)).map_err(&engine_error)?;
-        write_bundle(name, &options.bundle, &config)?;
-
-        let (read, write) =
-            pipe2(OFlag::O_CLOEXEC).map_err(|errno| file_error(name, "make", dir)(errno.into()))?;
-        let pid = oci.run(id, &options.bundle, &write).map_err(&engine_error)?;
-        let init = ProcessId::of(pid).map_err(|_| unfit(id, "it ended at once; see its log"))?;
+        let (data_dir, bundle) = (&options.data_dir, &options.bundle);
+        let local = Local { wrap: &record.wrap, data_dir, bundle, fresh };
+        let made = engine::make(spec, &local).map_err(engine_error(id))?;
+        let init = ProcessId::of(made.pid).map_err(|_| unfit(id, "it ended at once; see its output"))?;
         record.init = Some(init);
+        record.trees = made.trees;
+        record.engine_net = spec.ips.is_empty() && has_own_net(init);
         record.cgroup = container_cgroup(name, init)?;
-        Self::guard(name, record, options, dir, Some(read))
+        let container = Self::guard(name, record, options, dir, made.output)?;
+        if let Some(gate) = &container.gate {
+            let closed = RouteSocket::open().and_then(|route| route.apply(&gate.close_steps()));
+            closed.map_err(|error| network_error(name)(error.into()))?;
+        }
+        Ok(container)
     }
 
     /// Starts the guard process and, where it is ours, the network. `output`: the read end of the container's output.
@@ -352,7 +349,9 @@ impl Container {
 
     fn with(dir: PathBuf, record: Record, init: ProcessId, keeper: Keeper) -> Result<Self, ContainerError> {
         let name = &record.spec.name;
-        let gate = if record.spec.ips.is_empty() {
+        let gate = if record.engine_net {
+            Gate::of_engine(netns(name, init)?.as_fd()).map_err(network_error(name))?
+        } else if record.spec.ips.is_empty() {
             None
         } else {
             let netns = netns(name, init)?;
@@ -366,9 +365,18 @@ impl Container {
         run_dir.join(name.as_str()).join(CONTAINER_RECORD).exists()
     }
 
-    /// Ends a container, and has its engine forget it; also one that is half made or dead. Its files and its log stay, and
-    /// so does the order that it starts nothing.
+    /// Ends a container; also one that is half made or dead. Its files and its log stay, and so does the order that it starts
+    /// nothing.
     pub fn destroy(run_dir: &Path, name: &Name) -> Result<(), ContainerError> {
+        Self::end(run_dir, name, false)
+    }
+
+    /// The same for good: what was made for a workload that this host no longer stands by for, its engine forgets.
+    pub fn remove(run_dir: &Path, name: &Name) -> Result<(), ContainerError> {
+        Self::end(run_dir, name, true)
+    }
+
+    fn end(run_dir: &Path, name: &Name, for_good: bool) -> Result<(), ContainerError> {
         let keeper_error = keeper_error(name);
         let dir = run_dir.join(name.as_str());
         // The network first: dying processes send FIN and RST.
@@ -376,15 +384,15 @@ impl Container {
         // A record that cannot be read must not keep the rest alive.
         let record: Option<Record> = read_record(&dir.join(CONTAINER_RECORD)).unwrap_or(None);
         let Some(record) = record else { return Ok(()) };
-        let Engine::Oci { runtime, state, id, .. } = &record.spec.engine;
+        close_engine_net(&record);
         tell(name, &record.wrap, Order::Wait)?;
         let cgroup = Cgroup::within(name, record.cgroup.as_deref());
         let cgroup = cgroup.map_err(|error| keeper_error(error.into()))?;
         if cgroup.work().exists() {
             cgroup.kill(KILL_LIMIT).map_err(|error| keeper_error(error.into()))?;
         }
-        let forgotten = Oci::find(*runtime, state.as_deref()).and_then(|oci| oci.delete(id));
-        forgotten.map_err(engine_error(id))?;
+        let engine = &record.spec.engine;
+        engine::end(engine, for_good && record.made).map_err(engine_error(engine.container()))?;
         cgroup.destroy(KILL_LIMIT).map_err(|error| keeper_error(error.into()))?;
         remove_dir(name, &dir)
     }
@@ -494,19 +502,22 @@ impl Container {
         taken.map_err(file_error(&self.record.spec.name, "take", &path))
     }
 
-    /// Where its trees are on this host, in their order; those in memory are those of the container itself.
-    pub fn trees(&self) -> Vec<PathBuf> {
-        let inside = |tree: &ContainerTree| {
-            PathBuf::from(format!("/proc/{}/root{}", self.init.pid, tree.inside.display()))
-        };
-        let places = self.record.spec.trees.iter().zip(&self.record.trees);
-        places
-            .map(
-                |(tree, path)| {
-                    if tree.kind == ContainerTreeKind::Memory { inside(tree) } else { path.clone() }
-                },
-            )
-            .collect()
+    /// Where its trees are on this host, in their order.
+    pub fn trees(&self) -> &[TreeAt] {
+        &self.record.trees
+    }
+
+    /// The same of a container of which there is no handle.
+    pub fn trees_of(run_dir: &Path, name: &Name) -> Result<Vec<TreeAt>, ContainerError> {
+        let record: Option<Record> =
+            read_record(&run_dir.join(name.as_str()).join(CONTAINER_RECORD)).map_err(keeper_error(name))?;
+        let record = record.filter(|record| record.complete);
+        record.map(|record| record.trees).ok_or_else(|| ContainerError::Unknown(name.clone()))
+    }
+
+    /// Where this host sees what the container has in its memory at a place.
+    pub fn memory_at(&self, inside: &Path) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{}", self.init.pid, inside.display()))
     }
 
     fn keeper_error(&self, source: KeeperError) -> ContainerError {
@@ -514,71 +525,47 @@ impl Container {
     }
 }
 
-/// A container that runs and can be protected.
-struct Found {
+/// A container that is to be adopted.
+struct Candidate {
     spec: ContainerSpec,
     init: ProcessId,
     root: (ProcessId, u32),
     wrap: PathBuf,
-    trees: Vec<PathBuf>,
+    trees: Vec<TreeAt>,
+    engine_net: bool,
 }
 
-fn find(name: &Name, named: &Named, ips: &[Cidr]) -> Result<Found, ContainerError> {
-    let id = &named.id;
-    let engine_error = engine_error(id);
-    let (runtime, oci, state) = running(named)?;
-    match state.status.as_str() {
-        "running" => {}
-        "paused" => return Err(unfit(id, &format!("it is paused; `{runtime} resume {id}` first"))),
-        other => return Err(unfit(id, &format!("it is {other}, not running; start it first"))),
-    }
-    let (config, text) = Config::read(&state.bundle).map_err(&engine_error)?;
-    config.check().map_err(&engine_error)?;
-    let wrap = config.wrap().map_err(&engine_error)?;
-    let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    if wrapped_as != name.as_str() {
-        return Err(unfit(id, &format!("it was wrapped as {wrapped_as}; protect it under that name")));
-    }
-    if !ips.is_empty() && !config.has_own_net() {
-        return Err(unfit(id, "it is in the host's network, where --ip has no place; leave that out"));
-    }
-    let trees = config.trees(&state.bundle).map_err(&engine_error)?;
-    let init = ProcessId::of(state.pid).map_err(|_| oci.unknown(id)).map_err(&engine_error)?;
-    if let Some((number, what)) = stream_outside(init.pid) {
-        let stream = ["input", "output", "error"][usize::from(number)];
-        return Err(unfit(
-            id,
-            &format!(
-                "its standard {stream} is {what}, which the standby has not; start it with a pipe or /dev/null"
-            ),
-        ));
-    }
-    let root = root_of(init).ok_or_else(|| unfit(id, "no command runs below its init; see its output"))?;
-    let (trees, places) = trees.into_iter().unzip();
-    let engine = Engine::Oci { runtime, state: named.state.clone(), id: id.clone(), config: text };
-    let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees };
-    Ok(Found { spec, init, root, wrap, trees: places })
-}
-
-/// The runtime that knows the container, and how it is.
-fn running(named: &Named) -> Result<(Runtime, Oci, oci::State), ContainerError> {
-    let engine_error = engine_error(&named.id);
-    let candidates =
-        named.runtime.map_or_else(|| vec![Runtime::Runc, Runtime::Crun], |runtime| vec![runtime]);
-    let mut first = None;
-    for runtime in candidates {
-        let asked = Oci::find(runtime, named.state.as_deref()).and_then(|oci| {
-            oci.state(&named.id)?.map(|state| (runtime, state)).ok_or_else(|| oci.unknown(&named.id))
-        });
-        match asked {
-            Ok((runtime, state)) => {
-                let oci = Oci::find(runtime, named.state.as_deref()).map_err(&engine_error)?;
-                return Ok((runtime, oci, state));
-            }
-            Err(error) => first = first.or(Some(error)),
+impl Candidate {
+    fn find(name: &Name, named: &Named, ips: &[Cidr]) -> Result<Self, ContainerError> {
+        let id = named.container();
+        let Found { engine, pid, wrap, trees, network } = engine::find(named).map_err(engine_error(id))?;
+        let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if wrapped_as != name.as_str() {
+            return Err(unfit(id, &format!("it was wrapped as {wrapped_as}; protect it under that name")));
         }
+        if !ips.is_empty() && network == Network::Host {
+            return Err(unfit(id, "it is in the host's network, where --ip has no place; leave that out"));
+        }
+        let init = ProcessId::of(pid).map_err(|_| unfit(id, "it has just ended"))?;
+        let user = |who: &str| fs::read_link(format!("/proc/{who}/ns/user")).ok();
+        if user(&pid.to_string()) != user("self") {
+            let reason = "it has a user namespace, in which CRIU could not restore it; start it without one";
+            return Err(unfit(id, reason));
+        }
+        if let Some((number, what)) = stream_outside(pid) {
+            let stream = ["input", "output", "error"][usize::from(number)];
+            let reason = format!(
+                "its standard {stream} is {what}, which the standby has not; start it with a pipe or /dev/null"
+            );
+            return Err(unfit(id, &reason));
+        }
+        let root =
+            root_of(init).ok_or_else(|| unfit(id, "no command runs below its init; see its output"))?;
+        let (trees, places) = trees.into_iter().unzip();
+        let engine_net = ips.is_empty() && network == Network::Own;
+        let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees };
+        Ok(Self { spec, init, root, wrap, trees: places, engine_net })
     }
-    Err(engine_error(first.unwrap_or(OciError::Missing(Runtime::Runc))))
 }
 
 /// The init's first child that leads a session: what it started. Others came to be its children when theirs had ended.
@@ -594,27 +581,15 @@ fn root_of(init: ProcessId) -> Option<(ProcessId, u32)> {
     inside.min_by_key(|(id, inside)| (id.started, *inside))
 }
 
-/// The container's own cgroup, if its engine limits it with cgroup v2. On a hybrid host nobody uses that for limits, and the
-/// tree may be in one of ours.
+/// The container's own cgroup, if its engine uses cgroup v2. Where it uses v1 its limits are there, and the tree's v2 cgroup
+/// may be one of ours.
 fn container_cgroup(name: &Name, init: ProcessId) -> Result<Option<PathBuf>, ContainerError> {
     let keeper_error = keeper_error(name);
     let root = cgroup::v2_root().map_err(|error| keeper_error(error.into()))?;
-    let controllers = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+    let v1 = cgroup::v1_of_process(init.pid).map_err(|error| keeper_error(error.into()))?;
     let path = cgroup::of_process(init.pid).map_err(|error| keeper_error(error.into()))?;
     let dir = root.join(path.strip_prefix("/").unwrap_or(&path));
-    Ok((!controllers.trim().is_empty() && dir != root && dir.exists()).then_some(dir))
-}
-
-/// Ends what an earlier agent left of the container that is to be made; one that is not the workload's is in the way.
-fn clear_the_way(name: &Name, oci: &Oci, id: &str) -> Result<(), ContainerError> {
-    let engine_error = engine_error(id);
-    let Some(state) = oci.state(id).map_err(&engine_error)? else { return Ok(()) };
-    let wrapped = Config::read(&state.bundle).and_then(|(config, _)| config.wrap());
-    let is_ours = wrapped.is_ok_and(|wrap| wrap.file_name() == Some(name.as_str().as_ref()));
-    if !is_ours {
-        return Err(unfit(id, "another container of that id is on the standby; remove or rename it there"));
-    }
-    oci.delete(id).map_err(engine_error)
+    Ok((v1.is_empty() && dir != root && dir.exists()).then_some(dir))
 }
 
 /// Moves the tree to the cgroup that the container's init is in.
@@ -654,18 +629,27 @@ fn stream_outside(pid: u32) -> Option<(u8, String)> {
     })
 }
 
-/// What a container's makers may read and write is theirs; the bundle's file may name secrets.
-fn write_bundle(name: &Name, bundle: &Path, config: &Config) -> Result<(), ContainerError> {
-    private_dir(bundle).map_err(keeper_error(name))?;
-    let path = bundle.join("config.json");
-    let mut file = fs::OpenOptions::new();
-    let file = file.write(true).create(true).truncate(true).mode(0o600).open(&path);
-    file.and_then(|mut file| io::Write::write_all(&mut file, config.value().to_string().as_bytes()))
-        .map_err(file_error(name, "write", &path))
-}
-
 fn has_device(name: &Name) -> bool {
     nix::net::if_::if_nametoindex(network::host_device(name).as_str()).is_ok()
+}
+
+/// Before a container of an engine's network is ended: what is left of it to say goes nowhere. It may be half made.
+fn close_engine_net(record: &Record) {
+    let (Some(init), true) = (record.init.filter(|init| init.is_alive()), record.engine_net) else { return };
+    let closed = netns(&record.spec.name, init).and_then(|netns| {
+        let error = network_error(&record.spec.name);
+        let gate = Gate::of_engine(netns.as_fd()).map_err(&error)?;
+        let steps = gate.as_ref().map(Gate::close_steps).unwrap_or_default();
+        RouteSocket::open().and_then(|route| route.apply(&steps)).map_err(|source| error(source.into()))
+    });
+    if let Err(error) = closed {
+        tracing::warn!(%error, "the container's network could not be closed");
+    }
+}
+
+fn has_own_net(init: ProcessId) -> bool {
+    let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/net")).ok();
+    of(&init.pid.to_string()) != of("self")
 }
 
 fn netns(name: &Name, init: ProcessId) -> Result<OwnedFd, ContainerError> {
@@ -694,7 +678,7 @@ fn unfit(id: &str, reason: &str) -> ContainerError {
     ContainerError::Unfit { id: id.to_owned(), reason: reason.to_owned() }
 }
 
-fn engine_error(id: &str) -> impl Fn(OciError) -> ContainerError + use<'_> {
+fn engine_error(id: &str) -> impl Fn(EngineError) -> ContainerError + use<'_> {
     move |source| ContainerError::Engine { id: id.to_owned(), source }
 }
 
@@ -713,16 +697,4 @@ fn file_error(
 ) -> impl FnOnce(io::Error) -> ContainerError + use<> {
     let (name, path) = (name.clone(), path.to_owned());
     move |source| ContainerError::File { name, what, path, source }
-}
-
-/// Wraps a bundle: its container, when it is next started, has our init as pid 1.
-pub fn wrap_bundle(bundle: &Path, dir: &Path) -> Result<(), OciError> {
-    let (mut config, _) = Config::read(bundle)?;
-    config.check()?;
-    config.wrap_with(dir)?;
-    let path = bundle.join("config.json");
-    let next = bundle.join("config.json.next");
-    let text = serde_json::to_string_pretty(config.value()).map_err(io::Error::from);
-    let written = text.and_then(|text| fs::write(&next, text)).and_then(|()| fs::rename(&next, &path));
-    written.map_err(|source| OciError::Config { path, source })
 }

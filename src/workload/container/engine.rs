@@ -1,0 +1,212 @@
+//! What is asked of every engine, and how its answers look: find a container that runs, make the same one, end it.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    super::spec::{ContainerSpec, ContainerTree, Daemon, Engine, Runtime},
+    docker::Docker,
+    oci::Oci,
+};
+use crate::model::Name;
+
+/// A container as the operator names it.
+#[derive(Clone, Debug)]
+pub enum Named {
+    /// Of an OCI runtime.
+    Oci {
+        /// Whose; `None`: the first that knows it.
+        runtime: Option<Runtime>,
+        /// The runtime's directory of containers.
+        state: Option<PathBuf>,
+        /// The container's id.
+        id: String,
+    },
+    /// Of a daemon with Docker's API.
+    Docker {
+        /// Which.
+        daemon: Daemon,
+        /// The container's name or id.
+        container: String,
+    },
+}
+
+impl Named {
+    /// What the operator calls it.
+    pub fn container(&self) -> &str {
+        match self {
+            Self::Oci { id, .. } => id,
+            Self::Docker { container, .. } => container,
+        }
+    }
+}
+
+/// Where one of a container's trees is on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TreeAt {
+    /// A directory.
+    Plain(PathBuf),
+    /// The writable layer of an overlay.
+    Overlay {
+        /// Its directory.
+        upper: PathBuf,
+        /// Where the host sees the overlay.
+        merged: PathBuf,
+    },
+    /// In the container's memory.
+    Memory,
+}
+
+/// Where a container's sockets are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Network {
+    /// In the host's namespace.
+    Host,
+    /// In one of its own.
+    Own,
+}
+
+/// A container that runs and can be protected.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) engine: Engine,
+    pub(super) pid: u32,
+    /// The host's directory of the init.
+    pub(super) wrap: PathBuf,
+    pub(super) trees: Vec<(ContainerTree, TreeAt)>,
+    pub(super) network: Network,
+}
+
+/// What this host lends a container that is made here.
+#[derive(Debug)]
+pub(super) struct Local<'a> {
+    pub(super) wrap: &'a Path,
+    pub(super) data_dir: &'a Path,
+    pub(super) bundle: &'a Path,
+    /// Its files are to be those of its image.
+    pub(super) fresh: bool,
+}
+
+/// A container that was made here, and waits.
+#[derive(Debug)]
+pub(super) struct Made {
+    pub(super) pid: u32,
+    pub(super) trees: Vec<TreeAt>,
+    /// The read end of its output, if that is ours to keep.
+    pub(super) output: Option<OwnedFd>,
+}
+
+/// Why an engine did not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// It is not installed.
+    #[error("there is no {program} in {places}; install it: apt install {program}")]
+    Missing {
+        /// Its program.
+        program: &'static str,
+        /// Where it was looked for.
+        places: String,
+    },
+    /// It could not be executed.
+    #[error("cannot run {program}: {source}")]
+    Run {
+        /// Its program.
+        program: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// Its daemon does not answer.
+    #[error("cannot ask {daemon} on {socket}: {source}; is its daemon running?")]
+    Daemon {
+        /// Which.
+        daemon: &'static str,
+        /// Its socket.
+        socket: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// It said no.
+    #[error("`{verb}` failed: {said}")]
+    Failed {
+        /// What was asked.
+        verb: String,
+        /// Its words.
+        said: String,
+    },
+    /// It does not end.
+    #[error("`{verb}` did not end within {limit_s} s")]
+    Slow {
+        /// What was asked.
+        verb: String,
+        /// How long it was waited for.
+        limit_s: u64,
+    },
+    /// No such container.
+    #[error("{engine} knows no container {id}{hint}; see `{engine} {list}`")]
+    Unknown {
+        /// Which engine.
+        engine: &'static str,
+        /// The container.
+        id: String,
+        /// Where was looked.
+        hint: String,
+        /// The verb that lists them.
+        list: &'static str,
+    },
+    /// The bundle.
+    #[error("cannot read {path}: {source}")]
+    Config {
+        /// File.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// What it asks for is not supported.
+    #[error("{0}")]
+    Unfit(String),
+}
+
+/// Finds one that runs.
+pub(super) fn find(named: &Named) -> Result<Found, EngineError> {
+    match named {
+        Named::Oci { runtime, state, id } => Oci::find_container(*runtime, state.as_deref(), id),
+        Named::Docker { daemon, container } => Docker::of(*daemon).find_container(container),
+    }
+}
+
+/// Makes one that waits. What an earlier agent left of it is ended; one that is not the workload's is in the way.
+pub(super) fn make(spec: &ContainerSpec, local: &Local<'_>) -> Result<Made, EngineError> {
+    match &spec.engine {
+        Engine::Oci { runtime, state, id, config } => {
+            Oci::find(*runtime, state.as_deref())?.make(&spec.name, &spec.trees, id, config, local)
+        }
+        Engine::Docker { daemon, name, config } => {
+            Docker::of(*daemon).make(&spec.name, &spec.trees, name, config, local)
+        }
+    }
+}
+
+/// Ends one; that there is none is fine. `forgotten`: it was made for a workload that this host no longer stands by for.
+pub(super) fn end(engine: &Engine, forgotten: bool) -> Result<(), EngineError> {
+    match engine {
+        Engine::Oci { runtime, state, id, .. } => Oci::find(*runtime, state.as_deref())?.delete(id),
+        Engine::Docker { daemon, name, .. } if forgotten => Docker::of(*daemon).remove(name),
+        Engine::Docker { daemon, name, .. } => Docker::of(*daemon).kill(name),
+    }
+}
+
+/// Refuses to touch what is somebody else's: `wrap` is the host's directory of its init, if it has one.
+pub(super) fn check_is_ours(name: &Name, id: &str, wrap: Option<&Path>) -> Result<(), EngineError> {
+    if wrap.and_then(Path::file_name) == Some(name.as_str().as_ref()) {
+        return Ok(());
+    }
+    Err(EngineError::Unfit(format!(
+        "another container named {id} is on the standby, which is not this workload's; remove or rename it there"
+    )))
+}

@@ -1,0 +1,183 @@
+//! Docker's containers, protected from inside: dockerd knows them after every takeover, with what they wrote.
+
+use std::{process::Stdio, time::Duration};
+
+use super::{
+    cluster::{Cluster, wait_for},
+    lab::Host,
+    redis::{VIP, rolled_back},
+};
+
+const ROOTFS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/rootfs");
+/// As by hand: nothing is configured, not even experimental features.
+const DAEMON: &str = "mkdir -p /var/lib/docker; \
+    setsid dockerd --storage-driver overlay2 --exec-opt native.cgroupdriver=cgroupfs > /srv/dockerd.log 2>&1 < /dev/null & \
+    for i in $(seq 200); do docker info > /dev/null 2>&1 && exit 0; sleep 0.1; done; cat /srv/dockerd.log; exit 1";
+
+struct Docker {
+    cluster: Cluster,
+}
+
+impl Docker {
+    /// A daemon on each host, with the same image; a network on A.
+    fn up(hint: &str) -> Self {
+        let docker = Self { cluster: Cluster::up(hint) };
+        docker.start_daemon(Host::A);
+        docker.start_daemon(Host::B);
+        let import = format!(
+            "{ROOTFS} /srv/rootfs redis-server redis-cli && tar -C /srv/rootfs -c . | docker import - lab && \
+             docker network create --subnet 172.30.0.0/24 app"
+        );
+        docker.cluster.lab.ok(Host::A, &["sh", "-c", &import]);
+        docker.cluster.standin(Host::A, &["wrap", "redis"]);
+        docker
+    }
+
+    fn start_daemon(&self, host: Host) {
+        self.cluster.lab.ok(host, &["sh", "-c", DAEMON]);
+    }
+
+    /// What an operator does who has no registry.
+    fn ship_image(&self) {
+        let lab = &self.cluster.lab;
+        let mut save =
+            lab.command(Host::A, &["docker", "save", "lab"]).stdout(Stdio::piped()).spawn().unwrap();
+        let image = save.stdout.take().unwrap();
+        let load =
+            lab.command(Host::B, &["docker", "load"]).stdin(image).stdout(Stdio::null()).status().unwrap();
+        assert!(load.success() && save.wait().unwrap().success());
+    }
+
+    /// `docker run` of a wrapped container.
+    fn run(&self, flags: &[&str], command: &[&str]) {
+        let fixed = [
+            ["docker", "run", "-d", "--name", "redis", "--entrypoint", "/.standin/init"].as_slice(),
+            &["-v", "/var/lib/standin/wrap/redis:/.standin:ro"],
+        ];
+        self.cluster.lab.ok(Host::A, &[&fixed.concat(), flags, &["lab"], command].concat());
+    }
+
+    fn protect(&self) {
+        self.cluster.standin(
+            Host::A,
+            &[
+                "protect",
+                "redis",
+                "--docker",
+                "redis",
+                "--to",
+                "b",
+                "--every",
+                "100ms",
+                "--vip",
+                &format!("{VIP}/24@eth0"),
+            ],
+        );
+        self.cluster.wait_state(Host::A, "primary", "protected");
+    }
+
+    fn docker(&self, host: Host, args: &[&str]) -> String {
+        self.cluster.lab.ok(host, &[&["docker"], args].concat()).trim().to_owned()
+    }
+
+    fn inside(&self, host: Host, script: &str) -> String {
+        self.docker(host, &["exec", "redis", "sh", "-c", script])
+    }
+
+    /// What the daemon says of the container; nothing if it knows none.
+    fn state(&self, host: Host) -> String {
+        let output = self.cluster.lab.on(host, &["docker", "inspect", "-f", "{{.State.Status}}", "redis"]);
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+}
+
+#[test]
+fn a_redis_in_docker_goes_round_three_times_and_more() {
+    let mut docker = Docker::up("docker-redis");
+    docker.run(
+        &["--network", "app", "-v", "data:/data", "-p", "6379:6379", "--memory", "1g", "--restart", "always"],
+        &[
+            "redis-server",
+            "--save",
+            "",
+            "--protected-mode",
+            "no",
+            "--enable-debug-command",
+            "yes",
+            "--dir",
+            "/data",
+            "--appendonly",
+            "yes",
+        ],
+    );
+    let refused = docker.cluster.refused(Host::A, &["protect", "redis", "--docker", "redis", "--to", "b"]).1;
+    assert!(refused.contains("docker save lab"), "{refused}");
+    assert_eq!(docker.state(Host::A), "running");
+    docker.ship_image();
+    docker.protect();
+    assert_eq!(docker.cluster.ask_redis(&["DEBUG", "POPULATE", "20000", "key", "100"]), "OK");
+    let address =
+        "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.MacAddress}}{{end}} {{.HostConfig.Memory}}";
+    let address_of = |docker: &Docker, host| docker.docker(host, &["inspect", "-f", address, "redis"]);
+    let before = address_of(&docker, Host::A);
+    let mut at = (Host::A, Host::B);
+    for round in 0..4_u32 {
+        let (primary, standby) = at;
+        docker.cluster.wait_state(primary, "primary", "protected");
+        docker.cluster.wait_state(standby, "standby", "ready");
+        let digest = docker.cluster.digest();
+        for file in ["/etc/round", "/dev/shm/round", "/data/round"] {
+            docker.inside(primary, &format!("echo {round} > {file}; ln -f {file} {file}-too"));
+        }
+        // Of the image: one file goes, one changes, and in a second life a directory is another.
+        docker.inside(
+            primary,
+            &format!(
+                "rm -f /usr/bin/touch; echo {round} >> /etc/nsswitch.conf; rm -rf /var/lib; \
+                                          mkdir -p /var/lib/{round}"
+            ),
+        );
+        let written = docker.inside(primary, "cat /etc/nsswitch.conf");
+        let counter = docker.cluster.count();
+        std::thread::sleep(Duration::from_millis(700));
+        if round % 2 == 0 {
+            docker.cluster.lab.kill(primary);
+            docker.cluster.wait_state(standby, "primary", "alone");
+        } else {
+            docker.cluster.json(primary, &["handoff", "redis", "--max-downtime", "2s"]);
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        let acks = counter.stop();
+        if round % 2 == 1 {
+            assert_eq!(rolled_back(&acks), 0, "a handoff loses nothing");
+        }
+        assert_eq!(docker.cluster.digest(), digest);
+        assert_eq!(docker.state(standby), "running");
+        assert_eq!(address_of(&docker, standby), before);
+        for file in ["/etc/round", "/dev/shm/round", "/data/round"] {
+            assert_eq!(docker.inside(standby, &format!("cat {file}-too")), round.to_string(), "{file}");
+        }
+        assert_eq!(docker.inside(standby, "cat /etc/nsswitch.conf"), written);
+        assert_eq!(
+            docker.inside(standby, "ls /usr/bin/touch /var/lib 2>/dev/null || true"),
+            format!("/var/lib:\n{round}")
+        );
+        assert!(docker.inside(standby, "cat /data/appendonlydir/*.incr.aof").contains("counter"));
+        assert!(docker.docker(standby, &["top", "redis"]).contains("redis-server"));
+        if round % 2 == 0 {
+            docker.cluster.lab.boot(primary);
+            docker.start_daemon(primary);
+            // `--restart always`: the daemon starts it, and nothing in it starts the workload a second time.
+            wait_for("the daemon's restart", || docker.state(primary) == "running");
+            assert!(!docker.docker(primary, &["top", "redis"]).contains("redis-server *:6379"));
+            docker.cluster.start_agent(primary);
+        }
+        at = (standby, primary);
+    }
+    let (primary, standby) = at;
+    docker.cluster.wait_state(primary, "primary", "protected");
+    docker.cluster.standin(primary, &["unprotect", "redis"]);
+    assert_eq!(docker.state(primary), "running");
+    wait_for("the standby's container to go", || docker.state(standby).is_empty());
+    assert!(docker.inside(primary, "redis-cli dbsize").starts_with("2000"));
+}
