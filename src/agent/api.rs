@@ -226,7 +226,8 @@ pub struct WorkloadStatus {
     pub name: Name,
     /// Role on this host.
     pub role: Role,
-    /// The role's state in one or two words: `protected`, `syncing`, `alone`, `ready`, …
+    /// The role's state in one or two words: `protected`, `paused` (by its engine: no epochs meanwhile), `syncing`, `alone`,
+    /// `ready`, …
     pub state: String,
     /// Term.
     pub term: Term,

@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 use super::{
     api::{ApiError, HandoffReport, HandoffRequest},
     fencing::FENCE_LIMIT,
+    home::Home,
     owner::{Answer, Msg, Owner},
     session::{HandoffDone, HandoffOrder, Order, SessionError},
 };
@@ -49,6 +50,9 @@ impl Owner {
             (Some(Standing::Primary), Some(_)) => match (&request.to, &self.durable.peer) {
                 (Some(to), Some(peer)) if to != peer => {
                     Some(format!("{} cannot go to {to}: its standby is {peer}", self.name))
+                }
+                _ if self.home.as_ref().is_some_and(Home::is_paused) => {
+                    Some(format!("{} is paused by its engine; unpause it first", self.name))
                 }
                 _ => None,
             },

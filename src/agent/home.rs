@@ -180,6 +180,11 @@ impl Home {
         Ok(found.map(|(host, inside)| Root { host, inside }))
     }
 
+    /// Whether its engine has stopped it.
+    pub(super) fn is_paused(&self) -> bool {
+        self.container().is_some_and(Container::is_paused)
+    }
+
     /// After a restore: this is the tree's root (its pid inside).
     pub(super) fn track(&mut self, inside: u32) -> Result<()> {
         match &mut self.place {

@@ -199,7 +199,9 @@ impl Owner {
         let term = self.durable.record.map_or(Term(0), |record| record.term);
         let primary = self.standing() == Some(Standing::Primary) && self.stopping.is_none();
         let first_epoch = self.core.as_ref().map_or(Epoch(1), Core::first_epoch);
-        let permit = Permit { may_capture: primary && !self.holding, first_epoch };
+        // CRIU cannot reach tasks that a cgroup has stopped.
+        let stopped = self.holding || self.home.as_ref().is_some_and(Home::is_paused);
+        let permit = Permit { may_capture: primary && !stopped, first_epoch };
         self.permit_epochs.send_if_modified(|current| std::mem::replace(current, permit) != permit);
         if let Some(session) = &self.session {
             if session.task.is_finished() {

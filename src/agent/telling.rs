@@ -7,6 +7,7 @@ use std::{
 
 use super::{
     api::{ContainerStatus, Event, PaceStatus, Role, WorkloadStatus},
+    home::Home,
     owner::Owner,
 };
 use crate::{
@@ -35,6 +36,7 @@ impl Owner {
             None if self.home.as_ref().is_some_and(|home| matches!(home.root(), Ok(None))) => "ended",
             None => "running",
             Some(Standing::Primary) if self.handoff.is_some() => "handing-off",
+            Some(Standing::Primary) if self.home.as_ref().is_some_and(Home::is_paused) => "paused",
             Some(Standing::Primary) if self.last_committed.is_some() && self.error.is_none() => "protected",
             Some(Standing::Primary) if self.last_committed.is_some() => "lagging",
             Some(Standing::Primary) if connected => "syncing",

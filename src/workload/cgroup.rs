@@ -231,6 +231,14 @@ pub(super) fn of_process(pid: u32) -> Result<PathBuf, CgroupError> {
     text.lines().find_map(|line| line.strip_prefix("0::")).map(PathBuf::from).ok_or(CgroupError::NoV2)
 }
 
+/// Whether an engine has stopped all tasks of a container's cgroup: that of v2, or the directories of v1.
+pub(super) fn is_paused(v2: Option<&Path>, v1: &[PathBuf]) -> bool {
+    let reads =
+        |file: PathBuf, wanted: &str| fs::read_to_string(file).is_ok_and(|text| text.trim() == wanted);
+    v2.is_some_and(|dir| reads(dir.join("cgroup.freeze"), "1"))
+        || v1.iter().any(|dir| reads(dir.join("freezer.self_freezing"), "1"))
+}
+
 /// The directories of the v1 cgroups of a process; none on a host without cgroup v1.
 pub(super) fn v1_of_process(pid: u32) -> Result<Vec<PathBuf>, CgroupError> {
     let path = PathBuf::from(format!("/proc/{pid}/cgroup"));

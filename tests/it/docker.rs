@@ -58,21 +58,12 @@ impl Docker {
     }
 
     fn protect(&self) {
-        self.cluster.standin(
-            Host::A,
-            &[
-                "protect",
-                "redis",
-                "--docker",
-                "redis",
-                "--to",
-                "b",
-                "--every",
-                "100ms",
-                "--vip",
-                &format!("{VIP}/24@eth0"),
-            ],
-        );
+        self.protect_as(&["--vip", &format!("{VIP}/24@eth0")]);
+    }
+
+    fn protect_as(&self, more: &[&str]) {
+        let args = ["protect", "redis", "--docker", "redis", "--to", "b", "--every", "100ms"];
+        self.cluster.standin(Host::A, &[&args, more].concat());
         self.cluster.wait_state(Host::A, "primary", "protected");
     }
 
@@ -89,6 +80,63 @@ impl Docker {
         let output = self.cluster.lab.on(host, &["docker", "inspect", "-f", "{{.State.Status}}", "redis"]);
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
+}
+
+const COUNTS: &str =
+    "trap 'echo bye; exit 7' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 0.05; done";
+
+/// What an operator does to a protected container, each with a defined outcome.
+#[test]
+fn docker_pauses_restarts_logs_and_stops_a_protected_container() {
+    let docker = Docker::up("docker-counts");
+    docker.ship_image();
+    docker.run(&[], &["sh", "-c", COUNTS]);
+    docker.protect_as(&[]);
+
+    // Paused: no epoch, no alarm; what the standby holds is the last one.
+    docker.docker(Host::A, &["pause", "redis"]);
+    docker.cluster.wait_state(Host::A, "primary", "paused");
+    let epoch = docker.cluster.status(Host::B, "redis")["epoch"].clone();
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(docker.cluster.status(Host::B, "redis")["epoch"], epoch);
+    assert!(docker.cluster.refused(Host::A, &["handoff", "redis"]).1.contains("unpause"));
+    docker.docker(Host::A, &["unpause", "redis"]);
+    docker.cluster.wait_state(Host::A, "primary", "protected");
+    wait_for("new epochs", || docker.cluster.status(Host::B, "redis")["epoch"] != epoch);
+
+    // What is executed beside the workload stays behind.
+    docker.docker(Host::A, &["exec", "-d", "redis", "sleep", "1234"]);
+    assert!(docker.docker(Host::A, &["top", "redis"]).contains("sleep 1234"));
+    docker.cluster.json(Host::A, &["handoff", "redis", "--max-downtime", "2s"]);
+    assert!(!docker.docker(Host::B, &["top", "redis"]).contains("sleep 1234"));
+
+    // Its output goes on where it was, into the daemon's log.
+    wait_for("output", || docker.docker(Host::B, &["logs", "redis"]).lines().count() > 5);
+    let log = docker.docker(Host::B, &["logs", "redis"]);
+    let numbers: Vec<u64> =
+        log.lines().map(|line| line.strip_prefix("line ").unwrap().parse().unwrap()).collect();
+    assert!(numbers[0] > 10 && numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "{numbers:?}");
+    docker.cluster.wait_state(Host::B, "primary", "protected");
+
+    // A restart ends the workload, and so its protection; the container runs its command anew.
+    docker.docker(Host::B, &["restart", "-t", "5", "redis"]);
+    wait_for("the end of its protection", || docker.cluster.status(Host::B, "redis").is_null());
+    let first = || docker.docker(Host::B, &["logs", "--tail", "1", "redis"]);
+    wait_for("the command to run anew", || first().strip_prefix("line ").is_some_and(|n| n.len() < 3));
+    wait_for("the standby to forget it", || docker.state(Host::A).is_empty());
+
+    // The same when it stops, and its exit code is the daemon's.
+    docker
+        .cluster
+        .standin(Host::B, &["protect", "redis", "--docker", "redis", "--to", "a", "--every", "100ms"]);
+    docker.cluster.wait_state(Host::B, "primary", "protected");
+    docker.cluster.json(Host::B, &["handoff", "redis", "--max-downtime", "2s"]);
+    docker.cluster.wait_state(Host::A, "primary", "protected");
+    docker.docker(Host::A, &["stop", "redis"]);
+    assert_eq!(docker.docker(Host::A, &["inspect", "-f", "{{.State.ExitCode}}", "redis"]), "7");
+    assert!(docker.docker(Host::A, &["logs", "redis"]).ends_with("bye"));
+    wait_for("the standby to forget it", || docker.state(Host::B).is_empty());
+    assert!(docker.cluster.status(Host::A, "redis").is_null());
 }
 
 #[test]

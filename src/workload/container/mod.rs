@@ -16,6 +16,9 @@
 //!
 //! Invariants: a container that was adopted is never ended by releasing it; one that was not made for the workload of that
 //! name is never ended at all; until it is released, starting it anew starts no second copy.
+//!
+//! Part of the workload is what the container's command has started. What an engine starts in it beside (`exec`) is not: it
+//! stays behind.
 
 mod config;
 mod docker;
@@ -453,6 +456,15 @@ impl Container {
     pub fn cgroups(&self) -> Result<Vec<PathBuf>, ContainerError> {
         let v1 = cgroup::v1_of_process(self.init.pid).map_err(|error| self.keeper_error(error.into()))?;
         Ok(v1.into_iter().chain([self.keeper.cgroup().work()]).collect())
+    }
+
+    /// Whether its engine has stopped it (`docker pause`, `runc pause`).
+    pub fn is_paused(&self) -> bool {
+        let v1 = match self.record.cgroup {
+            Some(_) => Vec::new(),
+            None => cgroup::v1_of_process(self.init.pid).unwrap_or_default(),
+        };
+        cgroup::is_paused(self.record.cgroup.as_deref(), &v1)
     }
 
     /// The root's pid here and inside, while it runs.
