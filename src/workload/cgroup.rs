@@ -167,11 +167,13 @@ impl Cgroup {
         self.remove()
     }
 
-    /// Removes those directories that are empty of processes.
-    pub(super) fn remove_if_empty(&self) {
-        // Whoever is in one of them, the logger of a guard that has left, ends by itself.
-        let _ = fs::remove_dir(&self.work);
-        let _ = self.remove();
+    /// Removes the directories if they become empty of processes within the limit. Who stays in one of them, the logger of a
+    /// guard that has left, ends by itself.
+    pub(super) fn remove_if_empty(&self, limit: Duration) {
+        let until = Instant::now() + limit;
+        while self.remove().is_err() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Removes the directories, which must be empty of processes.

@@ -64,6 +64,8 @@ use super::{
 use crate::model::Name;
 
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guard that leaves may take to be gone, unless its logger stays.
+const LEAVE_LIMIT: Duration = Duration::from_millis(200);
 /// Passes over a cgroup until it is empty.
 const SCANS_MAX: usize = 20;
 
@@ -407,15 +409,17 @@ impl Container {
         let dir = run_dir.join(name.as_str());
         let record: Option<Record> = read_record(&dir.join(CONTAINER_RECORD)).unwrap_or(None);
         let Some(record) = record else { return Ok(()) };
-        if let Ok(container) = Self::open(run_dir, name) {
-            container.keeper.command(&Request::Leave).map_err(|error| keeper_error(error.into()))?;
-        }
         let cgroup = Cgroup::within(name, record.cgroup.as_deref()).map_err(cgroup_error)?;
+        // Also when the container has ended, or is another by now.
+        let keeper = record.guard.map(|guard| Keeper::attach(&dir.join(CONTROL), guard, cgroup.clone()));
+        if let Some(Ok(keeper)) = keeper {
+            keeper.command(&Request::Leave).map_err(|error| keeper_error(error.into()))?;
+        }
         if cgroup.work().exists() {
             cgroup.thaw(KILL_LIMIT).map_err(cgroup_error)?;
             give_back(&record, &cgroup).map_err(cgroup_error)?;
-            cgroup.remove_if_empty();
         }
+        cgroup.remove_if_empty(LEAVE_LIMIT);
         tell(name, &record.wrap, Order::Run)?;
         remove_dir(name, &dir)
     }
