@@ -12,7 +12,6 @@
 //! to its end is made anew.
 
 use std::{
-    collections::HashSet,
     fs::{self, DirBuilder, File},
     io,
     os::unix::fs::DirBuilderExt,
@@ -22,7 +21,7 @@ use std::{
 use super::durable::Place;
 use crate::{
     config::Config,
-    files::{Phase, Receiver, Scanner, Source, Target},
+    files::{InUse, Phase, Receiver, Scanner, Source, Target},
     model::Name,
     store::FileChanges,
     wire::check::TREES_MAX,
@@ -162,8 +161,8 @@ impl Seeds {
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let mut receiver = Receiver::open(&[Target::plain(to)]).map_err(io::Error::other)?;
     let mut applied = Ok(());
-    Scanner::new(vec![Source::plain(from)])
-        .scan(Phase::Frozen, &HashSet::new(), &mut |record, body| {
+    Scanner::untracked(vec![Source::plain(from)])
+        .scan(Phase::Frozen, &InUse::default(), &mut |record, body| {
             if applied.is_ok() {
                 applied = receiver.apply(&record, body);
             }

@@ -9,7 +9,7 @@ use std::{
 
 use super::engine::{CaptureError, Emit};
 use crate::{
-    files::{FileId, Phase, ScanError, Scanner, Source},
+    files::{FileId, InUse, Phase, ScanError, Scanner, Source},
     memory::{self, TreeError},
     wire::message::{FileRecord, FrameHead},
 };
@@ -23,6 +23,9 @@ const FROZEN_BYTES_MAX: u64 = 256 << 20;
 /// What a record takes beside its path and its body, about.
 const RECORD_BYTES: u64 = 256;
 
+/// How `maps` ends the line of the ring of an `io_setup`: without one, a task has no writes that raise no event.
+const AIO_RING: &[u8] = b"/[aio] (deleted)";
+
 /// A change and its body.
 pub(super) type Change = (FileRecord, Vec<u8>);
 
@@ -35,8 +38,8 @@ pub enum FilesError {
     /// The tasks that may have mapped files could not be listed.
     #[error(transparent)]
     Tree(#[from] TreeError),
-    /// A task's mappings could not be read.
-    #[error("the files that process {pid} has mapped cannot be told: {path}: {source}")]
+    /// A task's mappings or open files could not be read.
+    #[error("the files that process {pid} has mapped or open cannot be told: {path}: {source}")]
     Mapped {
         /// Which, on the host.
         pid: i32,
@@ -82,9 +85,9 @@ impl Files {
     pub(super) fn send_ahead(&mut self, emit: &mut Emit<'_>) -> Result<(), CaptureError> {
         let mut before = u64::MAX;
         for _ in 0..ROUNDS_MAX {
-            let mapped = self.look_at_mappings()?;
+            let in_use = self.look_at_tasks()?;
             let mut sent = Ok(());
-            let scanned = self.scanner.scan(Phase::Running, &mapped, &mut |record, body| {
+            let scanned = self.scanner.scan(Phase::Running, &in_use, &mut |record, body| {
                 if sent.is_ok() {
                     sent = emit(FrameHead::File(record), body.to_vec());
                 }
@@ -102,10 +105,10 @@ impl Files {
 
     /// What has changed since, of the frozen tree: to be sent after the thaw.
     pub(super) fn frozen(&mut self) -> Result<Vec<Change>, FilesError> {
-        let mapped = self.look_at_mappings()?;
+        let in_use = self.look_at_tasks()?;
         let mut changes = Vec::new();
         let mut bytes = 0;
-        self.scanner.scan(Phase::Frozen, &mapped, &mut |record, body| {
+        self.scanner.scan(Phase::Frozen, &in_use, &mut |record, body| {
             bytes += RECORD_BYTES + path_of(&record).len() as u64 + body.len() as u64;
             if bytes <= FROZEN_BYTES_MAX {
                 changes.push((record, body.to_vec()));
@@ -114,18 +117,21 @@ impl Files {
         if bytes <= FROZEN_BYTES_MAX { Ok(changes) } else { Err(FilesError::TooMuch) }
     }
 
-    /// The files that some task maps shared and writable, or did at the look before.
-    fn look_at_mappings(&mut self) -> Result<HashSet<FileId>, FilesError> {
+    /// The files that some task maps shared and writable, or did at the look before, and those that it may write to by
+    /// `io_submit`.
+    fn look_at_tasks(&mut self) -> Result<InUse, FilesError> {
+        let mut in_use = InUse::default();
         if !self.scanner.has_content() {
             // What is new is read in any case.
-            return Ok(std::mem::take(&mut self.mapped));
+            in_use.mapped = std::mem::take(&mut self.mapped);
+            return Ok(in_use);
         }
-        let mut now = HashSet::new();
         for task in memory::tasks_of(self.root)? {
-            mapped_by(task.pid, &mut now)?;
+            used_by(task.pid, &mut in_use)?;
         }
-        let before = std::mem::replace(&mut self.mapped, now);
-        Ok(self.mapped.union(&before).copied().collect())
+        let before = std::mem::replace(&mut self.mapped, in_use.mapped.clone());
+        in_use.mapped.extend(before);
+        Ok(in_use)
     }
 }
 
@@ -137,8 +143,8 @@ fn path_of(record: &FileRecord) -> &[u8] {
     }
 }
 
-/// Adds the files behind a task's shared writable mappings.
-fn mapped_by(pid: i32, files: &mut HashSet<FileId>) -> Result<(), FilesError> {
+/// Adds the files behind a task's shared writable mappings, and what it has open if it uses `io_submit`.
+fn used_by(pid: i32, files: &mut InUse) -> Result<(), FilesError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| FilesError::Mapped { pid, path, source }
@@ -152,6 +158,20 @@ fn mapped_by(pid: i32, files: &mut HashSet<FileId>) -> Result<(), FilesError> {
         let link = dir.join("map_files").join(range);
         // Gone: the task runs, or it was CRIU's own in a frozen one.
         if let Some(meta) = unless_gone(fs::metadata(&link)).map_err(failed(&link))? {
+            files.mapped.insert((meta.dev(), meta.ino()));
+        }
+    }
+    let submits = text.split(|byte| *byte == b'\n').any(|line| line.ends_with(AIO_RING));
+    if submits { opened_by(&dir.join("fd"), &mut files.submitted).map_err(failed(&dir)) } else { Ok(()) }
+}
+
+/// Adds the files that a task has open for writing.
+fn opened_by(dir: &Path, files: &mut HashSet<FileId>) -> io::Result<()> {
+    for entry in unless_gone(fs::read_dir(dir))?.into_iter().flatten() {
+        let Some(entry) = unless_gone(entry)? else { continue };
+        // The link's own mode is that of the descriptor.
+        let writes = unless_gone(entry.metadata())?.is_some_and(|link| link.mode() & 0o200 != 0);
+        if writes && let Some(meta) = unless_gone(fs::metadata(entry.path()))?.filter(fs::Metadata::is_file) {
             files.insert((meta.dev(), meta.ino()));
         }
     }

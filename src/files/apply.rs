@@ -22,10 +22,11 @@ use nix::{
 
 use super::{
     BLOCK_SIZE, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX,
-    scan::{ENTRIES_MAX, Phase, ScanError, Scanner, is_at_or_below, open_in},
+    look::{is_zero, xattrs_of},
+    scan::{ENTRIES_MAX, InUse, Phase, ScanError, Scanner, open_in},
     sys,
     tree::{Source, Target, hides_lower},
-    walk::{is_zero, names_of, xattrs_of},
+    walk::names_of,
 };
 use crate::wire::message::{FileKind, FileMeta, FileRecord};
 
@@ -91,8 +92,8 @@ pub enum VerifyError {
 /// Compares copies with [`Scanner::digest`] of the scanner that sent them. Only plain trees: what an overlay's upper
 /// directory holds depends on how it came about.
 pub fn verify(trees: Vec<PathBuf>, digest: &[u8; 32]) -> Result<(), VerifyError> {
-    let mut scanner = Scanner::new(trees.into_iter().map(Source::plain).collect());
-    scanner.scan(Phase::Frozen, &std::collections::HashSet::new(), &mut |_, _| {})?;
+    let mut scanner = Scanner::untracked(trees.into_iter().map(Source::plain).collect());
+    scanner.scan(Phase::Frozen, &InUse::default(), &mut |_, _| {})?;
     if scanner.digest().as_ref() == Some(digest) { Ok(()) } else { Err(VerifyError::Differs) }
 }
 
@@ -303,6 +304,12 @@ fn refused(path: &[u8], why: &'static str) -> ApplyError {
 fn io_error(what: &'static str, tree: u32, path: &[u8]) -> impl FnOnce(io::Error) -> ApplyError {
     let path = String::from_utf8_lossy(path).into_owned();
     move |source| ApplyError::Io { what, tree, path, source }
+}
+
+fn is_at_or_below(path: &[u8], ancestor: &[u8]) -> bool {
+    path == ancestor
+        || ancestor.is_empty()
+        || (path.starts_with(ancestor) && path.get(ancestor.len()) == Some(&b'/'))
 }
 
 fn is_absent(error: &io::Error) -> bool {

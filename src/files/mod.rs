@@ -27,13 +27,18 @@
 //! are mapped so), and writes within the clock tick of the last ctime seen. A renamed file is sent anew.
 
 mod apply;
+mod diff;
+mod look;
 mod scan;
+mod state;
 mod sys;
 mod tree;
 mod walk;
+mod watch;
 
 pub use apply::{ApplyError, Receiver, VerifyError, verify};
-pub use scan::{FileId, FilesStats, Phase, ScanError, Scanner};
+pub use scan::{FilesStats, InUse, Phase, ScanError, Scanner};
+pub use state::FileId;
 pub use tree::{Source, Target};
 
 /// Content is compared and sent in pieces of this many bytes.

@@ -1,5 +1,5 @@
-//! The system calls that `nix` does not cover: `statx` with mount points, extended attributes of any kind of
-//! file.
+//! The system calls that `nix` does not cover: `statx` with mount points, file handles, extended attributes of any
+//! kind of file.
 
 use std::{
     ffi::{CStr, CString},
@@ -8,7 +8,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-use super::{XATTR_LEN_MAX, scan::FileId};
+use super::{XATTR_LEN_MAX, state::FileId};
 
 /// Everything that tells whether a file is another one, or was changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +67,67 @@ pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Stat> {
         ctime: (stx.stx_ctime.tv_sec, stx.stx_ctime.tv_nsec),
         mount_root: stx.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0,
     })
+}
+
+/// Which mount a descriptor was opened through, as `mountinfo` numbers it.
+pub(super) fn mount_id(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut buf = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the path is an empty C string; `buf` as in `stat_at`.
+    let stx = unsafe {
+        let mask = libc::STATX_MNT_ID;
+        if libc::statx(fd.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, mask, buf.as_mut_ptr()) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        buf.assume_init()
+    };
+    let known = stx.stx_mask & libc::STATX_MNT_ID != 0;
+    if known { Ok(stx.stx_mnt_id) } else { Err(io::Error::from_raw_os_error(libc::ENOSYS)) }
+}
+
+/// Longest file handle that is kept: those of the file systems that report events have 8 to 20 bytes.
+const HANDLE_LEN_MAX: usize = 24;
+
+/// What a file system calls one of its files, whatever names that has; never another one's later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Handle {
+    kind: u8,
+    len: u8,
+    bytes: [u8; HANDLE_LEN_MAX],
+}
+
+impl Handle {
+    /// `None`: of a kind that is not kept.
+    pub(super) fn new(kind: i32, handle: &[u8]) -> Option<Self> {
+        let mut bytes = [0; HANDLE_LEN_MAX];
+        bytes.get_mut(..handle.len())?.copy_from_slice(handle);
+        Some(Self { kind: u8::try_from(kind).ok()?, len: handle.len() as u8, bytes })
+    }
+}
+
+#[repr(C)]
+struct HandleBuf {
+    head: libc::file_handle,
+    bytes: [u8; HANDLE_LEN_MAX],
+}
+
+/// The handle of what a descriptor stands for; `EOVERFLOW` if it is of a kind that is not kept.
+pub(super) fn handle_of(fd: BorrowedFd<'_>) -> io::Result<Handle> {
+    // SAFETY: zeros are a valid value of its integers.
+    let mut buf: HandleBuf = unsafe { MaybeUninit::zeroed().assume_init() };
+    buf.head.handle_bytes = HANDLE_LEN_MAX as u32;
+    let mut mount = 0;
+    // SAFETY: the path is an empty C string, and the kernel writes no more handle bytes than `handle_bytes` says there
+    // is room for behind the head.
+    let rc = unsafe {
+        let head = (&raw mut buf).cast::<libc::file_handle>();
+        libc::name_to_handle_at(fd.as_raw_fd(), c"".as_ptr(), head, &raw mut mount, libc::AT_EMPTY_PATH)
+    };
+    if rc < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let handle = buf.bytes.get(..buf.head.handle_bytes as usize);
+    let handle = handle.and_then(|bytes| Handle::new(buf.head.handle_type, bytes));
+    handle.ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))
 }
 
 /// An `O_PATH` descriptor reaches the attributes of links and devices only by its name in /proc.

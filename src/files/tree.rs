@@ -47,10 +47,6 @@ impl Source {
     pub fn path(&self) -> &Path {
         &self.path
     }
-
-    pub(super) fn is_overlay(&self) -> bool {
-        self.merged.is_some()
-    }
 }
 
 /// A tree's copy on the standby.
@@ -121,9 +117,10 @@ impl Inexpressible {
     }
 }
 
-/// Takes overlayfs' own attributes out, and leaves those that show in the merged directory, as they show there.
-pub(super) fn take_mark(xattrs: &mut Vec<(Vec<u8>, Vec<u8>)>) -> Result<Mark, Inexpressible> {
-    let mut mark = Mark::None;
+/// Takes overlayfs' own attributes out, and leaves those that show in the merged directory, as they show there. Also
+/// whether the entry was copied up.
+pub(super) fn take_mark(xattrs: &mut Vec<(Vec<u8>, Vec<u8>)>) -> Result<(Mark, bool), Inexpressible> {
+    let (mut mark, mut copied_up) = (Mark::None, false);
     let mut inexpressible = None;
     xattrs.retain_mut(|(name, value)| {
         if let Some(inner) = name.strip_prefix(ESCAPED_PREFIX) {
@@ -136,13 +133,14 @@ pub(super) fn take_mark(xattrs: &mut Vec<(Vec<u8>, Vec<u8>)>) -> Result<Mark, In
             b"opaque" if value == b"y" => mark = Mark::Opaque,
             // On a file (kernel 6.7).
             b"whiteout" => mark = Mark::Whiteout,
+            b"origin" => copied_up = true,
             b"redirect" => inexpressible = Some(Inexpressible::Redirect),
             b"metacopy" => inexpressible = Some(Inexpressible::Metacopy),
             _ => {}
         }
         false
     });
-    inexpressible.map_or(Ok(mark), Err)
+    inexpressible.map_or(Ok((mark, copied_up)), Err)
 }
 
 /// Whether the `stat` alone says that the name is gone from the merged directory, or holds what is not replicated.
@@ -174,7 +172,7 @@ mod tests {
             attribute("trusted.overlay.overlay.redirect", "of one inside"),
             attribute("user.note", "n"),
         ];
-        assert_eq!(take_mark(&mut xattrs), Ok(Mark::Opaque));
+        assert_eq!(take_mark(&mut xattrs), Ok((Mark::Opaque, true)));
         let left = ["security.capability", "trusted.overlay.redirect", "user.note"];
         assert!(xattrs.iter().map(|(name, _)| name.as_slice()).eq(left.map(str::as_bytes)));
         let mut redirected = vec![attribute("trusted.overlay.redirect", "/elsewhere")];

@@ -3,6 +3,7 @@
 
 mod overlay;
 mod sys;
+mod tracking;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -22,7 +23,7 @@ use std::{
 };
 
 use standin::{
-    files::{BLOCK_SIZE, FileId, Phase, Receiver, Scanner, Source, Target, verify},
+    files::{BLOCK_SIZE, InUse, Phase, Receiver, Scanner, Source, Target, verify},
     wire::message::{FileKind, FileMeta, FileRecord},
 };
 use tempfile::TempDir;
@@ -46,19 +47,19 @@ struct Pair {
     source: TempDir,
     copy: TempDir,
     scanner: Scanner,
-    mapped: HashSet<FileId>,
+    in_use: InUse,
 }
 
 impl Pair {
     fn new() -> Self {
         let source = TempDir::new().unwrap();
         let scanner = Scanner::new(vec![Source::plain(source.path())]);
-        Self { source, copy: TempDir::new().unwrap(), scanner, mapped: HashSet::new() }
+        Self { source, copy: TempDir::new().unwrap(), scanner, in_use: InUse::default() }
     }
 
     fn scan(&mut self, phase: Phase, records: &mut Records) {
         let emit = &mut |record, body: &[u8]| records.push((record, body.to_vec()));
-        self.scanner.scan(phase, &self.mapped, emit).unwrap();
+        self.scanner.scan(phase, &self.in_use, emit).unwrap();
     }
 
     fn scanned(&mut self) -> Records {
@@ -334,7 +335,7 @@ fn content_that_changes_between_reading_and_sending_is_remembered_as_sent() {
         }
         records.push((record, body.to_vec()));
     };
-    pair.scanner.scan(Phase::Running, &HashSet::new(), emit).unwrap();
+    pair.scanner.scan(Phase::Running, &InUse::default(), emit).unwrap();
     fs::write(&path, b"first").unwrap();
     pair.scan(Phase::Frozen, &mut records);
     pair.apply(&records, true);
@@ -441,7 +442,7 @@ fn a_store_through_a_shared_mapping_is_seen_if_the_file_is_named() {
     map[BLOCK_SIZE + 1] = 3;
     map[1] = 9;
     let meta = fs::metadata(&path).unwrap();
-    pair.mapped.insert((meta.dev(), meta.ino()));
+    pair.in_use.mapped.insert((meta.dev(), meta.ino()));
     let records = pair.replicate();
     assert_eq!(records.iter().filter(|(record, _)| matches!(record, FileRecord::Data { .. })).count(), 2);
 }

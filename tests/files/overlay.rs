@@ -18,15 +18,15 @@ use nix::{
     unistd::mkfifo,
 };
 use standin::{
-    files::{BLOCK_SIZE, FileId, Phase, Receiver, ScanError, Scanner, Source, Target},
+    files::{BLOCK_SIZE, InUse, Phase, Receiver, ScanError, Scanner, Source, Target},
     wire::message::FileRecord,
 };
 use tempfile::TempDir;
 
-use super::{Records, Rng, change, contents, seeds, swap, sys};
+use super::{Records, Rng, change, contents, seeds, swap, sys, tracking::Twins};
 
 /// Runs in a mount namespace of its own, which goes with its thread however it ends.
-fn with_own_mounts(run: impl FnOnce() + Send) {
+pub(crate) fn with_own_mounts(run: impl FnOnce() + Send) {
     let run = || {
         unshare(CloneFlags::CLONE_NEWNS).unwrap();
         let none = None::<&Path>;
@@ -84,8 +84,8 @@ struct Pair {
     layers: TempDir,
     source: Overlay,
     copy: Overlay,
-    scanner: Scanner,
-    mapped: HashSet<FileId>,
+    twins: Twins,
+    in_use: InUse,
 }
 
 impl Pair {
@@ -100,19 +100,18 @@ impl Pair {
             fs::rename(filling, layers.path().join(layer)).unwrap();
         }
         let [source, copy] = [(); 2].map(|()| Overlay::new(&layers_in(layers.path()), ""));
-        let scanner = Scanner::new(vec![Source::overlay(source.upper(), source.merged())]);
-        Self { layers, source, copy, scanner, mapped: HashSet::new() }
+        let twins = Twins::new(&Source::overlay(source.upper(), source.merged()));
+        Self { layers, source, copy, twins, in_use: InUse::default() }
     }
 
     /// The standby's container is made anew, and everything will be sent.
     fn anew(&mut self) {
         self.copy = Overlay::new(&layers_in(self.layers.path()), "");
-        self.scanner.reset();
+        self.twins.reset();
     }
 
     fn scan(&mut self, phase: Phase, records: &mut Records) {
-        let emit = &mut |record, body: &[u8]| records.push((record, body.to_vec()));
-        self.scanner.scan(phase, &self.mapped, emit).unwrap();
+        records.extend(self.twins.scan(phase, &self.in_use, "overlay").0);
     }
 
     fn apply(&self, records: &[(FileRecord, Vec<u8>)], finish: bool) {
@@ -273,7 +272,7 @@ fn an_overlay_is_sent_whole_to_a_container_that_holds_an_earlier_epoch() {
         let mut pair = Pair::new(image);
         for (what, step) in STEPS {
             step(&pair.source.merged());
-            pair.scanner.reset();
+            pair.twins.reset();
             pair.replicate(what);
         }
     });
@@ -308,7 +307,7 @@ fn overlays_are_equal_after_any_history() {
                         pair.anew();
                         records.clear();
                     }
-                    1 => pair.scanner.reset(),
+                    1 => pair.twins.reset(),
                     _ => {}
                 }
                 pair.scan(Phase::Frozen, &mut records);
@@ -338,7 +337,7 @@ fn a_store_through_a_mapping_of_an_overlays_file_is_seen() {
         let range = format!("{start:x}-{:x}", start + map.len());
         // As the capture finds it.
         let meta = fs::metadata(Path::new("/proc/self/map_files").join(range)).unwrap();
-        pair.mapped.insert((meta.dev(), meta.ino()));
+        pair.in_use.mapped.insert((meta.dev(), meta.ino()));
         let records = pair.replicate("stored to");
         let data = records.iter().filter(|(record, _)| matches!(record, FileRecord::Data { .. }));
         assert_eq!(data.count(), 1);
@@ -367,7 +366,7 @@ fn an_overlay_that_moved_something_by_a_redirect_is_refused() {
         let overlay = Overlay::new(&[layer.path().to_owned()], ",redirect_dir=on");
         fs::rename(overlay.merged().join("etc"), overlay.merged().join("moved")).unwrap();
         let mut scanner = Scanner::new(vec![Source::overlay(overlay.upper(), overlay.merged())]);
-        let refused = scanner.scan(Phase::Frozen, &HashSet::new(), &mut |_, _| {});
+        let refused = scanner.scan(Phase::Frozen, &InUse::default(), &mut |_, _| {});
         assert!(
             matches!(&refused, Err(ScanError::Overlay { path, option: "redirect_dir" }) if path.ends_with("moved")),
             "{refused:?}"

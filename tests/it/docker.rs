@@ -139,8 +139,7 @@ fn docker_pauses_restarts_logs_and_stops_a_protected_container() {
     assert!(docker.cluster.status(Host::A, "redis").is_null());
     for host in [Host::A, Host::B] {
         // Neither guards nor their cgroups are left.
-        let left =
-            "ls /sys/fs/cgroup/standin /run/standin/sandboxes 2>/dev/null; pgrep -f '[s]tandin guard' || true";
+        let left = "ls /sys/fs/cgroup/standin /run/standin/sandboxes 2>/dev/null; pgrep -f '[s]tandin guard' || true";
         let left = docker.cluster.lab.ok(host, &["sh", "-c", left]);
         assert_eq!(left.trim(), "/run/standin/sandboxes:", "on {host}");
     }

@@ -1,0 +1,221 @@
+//! What turns what was sent into what was found: the second half of a scan. Its cost is that of the changes.
+//!
+//! Removals first, then entries in the order of the walk, each followed by its content, then further names of files.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    io,
+};
+
+use super::{
+    BLOCK_SIZE,
+    look::{View, read_block, tag_of},
+    scan::{Emit, FilesStats, ScanError, failed, open_content, raced},
+    state::{Key, Node, State, Tag, ZEROS, is_at_or_below, key_of, parent_of, path_of},
+    tree::Mark,
+};
+use crate::wire::message::{FileKind, FileMeta, FileRecord};
+
+/// A tag that no block has.
+const UNKNOWN: Tag = [0xff; 32];
+
+type Changes = BTreeMap<Key, Option<Node>>;
+
+pub(super) struct Diff<'a> {
+    pub(super) tree: u32,
+    pub(super) view: View<'a>,
+    pub(super) emit: Emit<'a>,
+    pub(super) stats: &'a mut FilesStats,
+    /// Entries whose content is not what was found, to be looked at in the next scan.
+    pub(super) again: &'a mut BTreeSet<Key>,
+}
+
+impl Diff<'_> {
+    /// Emits what `changes` make of what was sent. Content is remembered in them as it was really emitted.
+    pub(super) fn run(&mut self, changes: &mut Changes) -> Result<(), ScanError> {
+        // Making or removing an entry moves the mtime of its directory at the other end too.
+        let mut touched = BTreeSet::new();
+        let mut gone: Option<Key> = None;
+        for key in self.replaced(changes) {
+            if !gone.as_ref().is_some_and(|gone| is_at_or_below(&key, gone)) {
+                touched.insert(Key::from(parent_of(&key)));
+                self.remove(&key);
+                gone = Some(key);
+            }
+        }
+        let emptied = self.emptied(changes);
+        for directory in &emptied {
+            for (key, node) in self.view.sent.below(directory) {
+                changes.entry(key.clone()).or_insert_with(|| Some(node.clone()));
+            }
+        }
+        let linked = self.still_linked(changes, &emptied);
+        for (key, change) in &*changes {
+            let made = change.as_ref().is_some_and(|now| {
+                let link = now.is_link() && !linked.contains(key);
+                link || self.before(key, now, &emptied).is_none()
+            });
+            if made {
+                touched.insert(parent_of(key).into());
+            }
+        }
+        self.entries(changes, &touched, &emptied)?;
+        // Last, so that the first names are there.
+        for (key, change) in &*changes {
+            if let Some(now) = change.as_ref().filter(|now| now.is_link() && !linked.contains(key)) {
+                self.entry(key, &now.meta);
+            }
+        }
+        Ok(())
+    }
+
+    /// What must go before the new entries are made; also what is below something else that goes.
+    fn replaced(&self, changes: &Changes) -> Vec<Key> {
+        let overlay = self.view.merged.is_some();
+        let goes = |key: &Key, now: Option<&Node>| match (self.view.sent.get(key), now) {
+            (Some(before), now) => now.is_none_or(|now| !same_object(before, now)),
+            (None, now) => overlay && now.is_some_and(hides),
+        };
+        changes.iter().filter(|(key, now)| goes(key, now.as_ref())).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// The directories that stay directories but show other layers: what was in them is gone, whatever is there now.
+    fn emptied(&self, changes: &Changes) -> Vec<Key> {
+        if self.view.merged.is_none() {
+            return Vec::new();
+        }
+        let differs =
+            |key: &Key, now: &Node| self.view.sent.get(key).is_some_and(|before| before.mark != now.mark);
+        let nodes = changes.iter().filter_map(|(key, now)| Some((key, now.as_ref()?)));
+        nodes.filter(|(key, now)| differs(key, now)).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// What the copy has at a path, if it can be turned into the new entry.
+    fn before(&self, key: &Key, now: &Node, emptied: &[Key]) -> Option<&Node> {
+        let before = self.view.sent.get(key).filter(|before| same_object(before, now));
+        before.filter(|_| !emptied.iter().any(|directory| is_at_or_below(key, directory)))
+    }
+
+    /// The further names that are linked to their first name at the other end already.
+    fn still_linked(&self, changes: &Changes, emptied: &[Key]) -> HashSet<Key> {
+        let sent = self.view.sent;
+        let stays = |key: &Key, now: &Node| self.before(key, now, emptied).is_some();
+        let first_stays = |to: &Key| match changes.get(to) {
+            Some(change) => change.as_ref().is_some_and(|now| stays(to, now)),
+            None => sent.get(to).is_some(),
+        };
+        let links = changes.iter().filter_map(|(key, now)| Some((key, now.as_ref()?)));
+        let linked = links.filter(|(key, now)| {
+            let FileKind::HardLink { to } = &now.meta.kind else { return false };
+            stays(key, now) && first_stays(&key_of(to).into())
+        });
+        linked.map(|(key, _)| key.clone()).collect()
+    }
+
+    /// The entries that are no links: what changed, and the directories in which something did.
+    fn entries(
+        &mut self,
+        changes: &mut Changes,
+        touched: &BTreeSet<Key>,
+        emptied: &[Key],
+    ) -> Result<(), ScanError> {
+        let sent = self.view.sent;
+        let unchanged: Vec<_> = touched.iter().filter(|key| !changes.contains_key(*key)).collect();
+        let mut unchanged = unchanged.into_iter().peekable();
+        for (key, change) in changes {
+            while let Some(directory) = unchanged.next_if(|directory| *directory < key) {
+                self.directory(directory);
+            }
+            let Some(now) = change.as_mut().filter(|now| !now.is_link() && now.mark != Mark::Whiteout) else {
+                continue;
+            };
+            let before = sent.get(key).filter(|before| same_object(before, now));
+            let before = before.filter(|_| !emptied.iter().any(|directory| is_at_or_below(key, directory)));
+            let blocks = before.map_or(&[][..], |before| blocks_of(before, sent));
+            let same_meta = before.is_some_and(|before| before.meta == now.meta) && !touched.contains(key);
+            if !same_meta || blocks != now.blocks.as_slice() {
+                self.entry(key, &now.meta);
+                self.content(key, now, blocks)?;
+            }
+        }
+        unchanged.for_each(|directory| self.directory(directory));
+        Ok(())
+    }
+
+    /// A directory that did not change, but its copy did.
+    fn directory(&mut self, key: &Key) {
+        if let Some(node) = self.view.sent.get(key).filter(|node| node.is_directory()) {
+            self.entry(key, &node.meta);
+        }
+    }
+
+    fn entry(&mut self, key: &[u8], meta: &FileMeta) {
+        let path = path_of(key);
+        (self.emit)(FileRecord::Entry { tree: self.tree, path, meta: meta.clone() }, &[]);
+        self.stats.changed += 1;
+    }
+
+    pub(super) fn remove(&mut self, key: &[u8]) {
+        (self.emit)(FileRecord::Remove { tree: self.tree, path: path_of(key) }, &[]);
+        self.stats.removed += 1;
+    }
+
+    /// Emits the blocks that differ, and remembers what was really emitted: a running workload may have
+    /// written since.
+    fn content(&mut self, key: &Key, node: &mut Node, before: &[Tag]) -> Result<(), ScanError> {
+        let FileKind::Regular { size } = node.meta.kind else { return Ok(()) };
+        let differs = |block: usize, tag: &Tag| before.get(block).unwrap_or(&ZEROS) != tag;
+        if !node.blocks.iter().enumerate().any(|(block, tag)| differs(block, tag)) {
+            return Ok(());
+        }
+        let path = path_of(key);
+        let file = match open_content(self.view.root, &path, &node.stat) {
+            Ok(file) => file,
+            Err(error) if raced(self.view.phase, &error) => {
+                node.blocks.fill(UNKNOWN);
+                node.racy = true;
+                self.again.insert(key.clone());
+                return Ok(());
+            }
+            Err(error) => return Err(failed("open", self.view.base, &path)(error)),
+        };
+        let mut buf = vec![0; BLOCK_SIZE.min(size as usize)];
+        for (block, tag) in node.blocks.iter_mut().enumerate() {
+            if !differs(block, tag) {
+                continue;
+            }
+            let read = |error: io::Error| failed("read", self.view.base, &path)(error);
+            let len = read_block(&file, block, size, &mut buf).map_err(read)?;
+            // Beyond the end of a file that was cut meanwhile: as zeros, which it would read as if it grew
+            // again.
+            let want = (size - block as u64 * BLOCK_SIZE as u64).min(BLOCK_SIZE as u64) as usize;
+            buf[len..want].fill(0);
+            *tag = tag_of(&buf[..want]);
+            let offset = block as u64 * BLOCK_SIZE as u64;
+            (self.emit)(FileRecord::Data { tree: self.tree, path: path.clone(), offset }, &buf[..want]);
+            self.stats.data_bytes += want as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Whether the copy's object at this path can be turned into the new one: directories mostly, else the same
+/// file.
+fn same_object(before: &Node, now: &Node) -> bool {
+    let directories = before.is_directory() && now.is_directory();
+    let whiteouts = before.mark == Mark::Whiteout;
+    before.mark == now.mark && (directories || whiteouts || now.stat.is_same_file(&before.stat))
+}
+
+/// Whether an entry of an overlay that is new hides one of a lower layer, of which nothing may be kept.
+fn hides(now: &Node) -> bool {
+    now.mark != Mark::None || matches!(now.meta.kind, FileKind::Regular { .. })
+}
+
+/// The content that a name stood for at the other end, also if it was a further name.
+fn blocks_of<'a>(node: &'a Node, sent: &'a State) -> &'a [Tag] {
+    match &node.meta.kind {
+        FileKind::HardLink { to } => sent.get(&key_of(to)).map_or(&[], |first| &first.blocks),
+        _ => &node.blocks,
+    }
+}
