@@ -7,12 +7,14 @@
 //! | `criu` | CRIU, its version, a dump and restore of a process that holds a TCP connection |
 //! | `network` | iproute2, a veth pair, nftables, the agent's port |
 //! | `space` | cgroups, directories and their room |
+//! | `engines` | the engines whose containers can be protected |
 //! | `render` | the report for people |
 //!
 //! Invariant: nothing is left behind, however the doctor ends. What it makes lies in namespaces that end with
 //! it, in files without a name, or (one cgroup directory) is made and removed while signals wait.
 
 mod criu;
+mod engines;
 mod host;
 mod kernel;
 mod network;
@@ -52,6 +54,8 @@ pub enum Group {
     Network,
     /// Cgroups, directories, room.
     Space,
+    /// Engines of containers.
+    Engines,
 }
 
 /// One prerequisite.
@@ -130,6 +134,7 @@ pub fn examine(config: &Config, launcher: &Path) -> Report {
     checks.extend(network);
     checks.push(cgroup);
     checks.extend(space::directories(config));
+    checks.extend(engines::check());
     Report::new(tracker, criu_version, checks)
 }
 

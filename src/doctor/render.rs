@@ -59,6 +59,7 @@ fn title(group: Group) -> &'static str {
         Group::Criu => "CRIU",
         Group::Network => "Network",
         Group::Space => "Space",
+        Group::Engines => "Containers",
     }
 }
 

@@ -217,7 +217,7 @@ fn containers_that_cannot_be_protected_are_refused_with_the_reason() {
     );
     oci.cluster.lab.ok(Host::B, &["sh", "-c", &foreign]);
     let reason = refused(&["--oci", "counts"]);
-    assert!(reason.contains("another container of that id"), "{reason}");
+    assert!(reason.contains("another container named counts"), "{reason}");
     assert_eq!(oci.state(Host::B)["status"], "running");
     assert_eq!(oci.state(Host::A)["status"], "running");
     oci.cluster.lab.ok(Host::B, &["runc", "delete", "--force", "counts"]);

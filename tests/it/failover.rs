@@ -188,8 +188,8 @@ fn whatever_dies_on_the_standby_while_it_restores_the_workload_comes_whole() {
         );
         let mut killer = cluster.lab.command(Host::B, &["sh", "-c", &script]).spawn().unwrap();
         cluster.lab.kill(Host::A);
-        // After a while it may have done its work.
-        assert!(killer.wait().unwrap().success() || wait != "0", "no {victim} was killed");
+        // A pager may have done its work before the signal comes.
+        assert!(killer.wait().unwrap().success() || victim.contains("page"), "no {victim} was killed");
         if victim.contains("agent") {
             cluster.reap_agent(Host::B);
             cluster.start_agent(Host::B);

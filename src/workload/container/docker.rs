@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::{
     super::spec::{ContainerTree, ContainerTreeKind, Daemon, Engine},
-    engine::{EngineError, Found, Local, Made, Network, TreeAt, check_is_ours},
+    engine::{EngineError, Found, Local, Made, Network, Survey, TreeAt, check_is_ours, is_ours},
     wrap,
 };
 use crate::{model::Name, unix_http};
@@ -67,6 +67,28 @@ impl Docker {
             Daemon::Podman => "/run/podman/podman.sock",
         };
         Self { daemon, socket: socket.into() }
+    }
+
+    /// See [`super::engine::survey`].
+    pub(super) fn survey(&self) -> Survey {
+        let engine = self.daemon.program();
+        let info = match self.get("/info") {
+            Ok(info) => info.unwrap_or_default(),
+            Err(_) if !self.socket.exists() => {
+                let found = format!("no daemon at {}", self.socket.display());
+                return Survey { engine, found, trouble: None };
+            }
+            Err(error) => {
+                let trouble = Some("start its daemon, or remove its socket".to_owned());
+                return Survey { engine, found: error.to_string(), trouble };
+            }
+        };
+        let driver = text(&info["Driver"]);
+        let found = format!("{engine} {}, storage driver {driver}", text(&info["ServerVersion"]));
+        let fits = OVERLAY_DRIVERS.contains(&driver);
+        let trouble =
+            (!fits).then(|| "its containers cannot be protected: use overlay2 as storage driver".to_owned());
+        Survey { engine, found, trouble }
     }
 
     /// A container that runs and can be protected.
@@ -166,6 +188,12 @@ impl Docker {
             self.post(&format!("/networks/{}/connect", network.name), &body)?;
         }
         Ok(())
+    }
+
+    /// Whether there is one, and it is the workload's.
+    pub(super) fn is_ours(&self, workload: &Name, name: &str) -> Result<bool, EngineError> {
+        let found = self.inspect(name)?;
+        Ok(found.is_some_and(|found| is_ours(workload, wrap_of(&found).ok().as_deref())))
     }
 
     /// Ends a container, and leaves it there with its files; one that does not run is fine.

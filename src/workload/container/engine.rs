@@ -172,6 +172,24 @@ pub enum EngineError {
     Unfit(String),
 }
 
+/// An engine as this host has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Survey {
+    /// Its name.
+    pub engine: &'static str,
+    /// Its version, or why there is none.
+    pub found: String,
+    /// Why its containers cannot be protected although it is there, and what to do.
+    pub trouble: Option<String>,
+}
+
+/// Which engines there are on this host.
+pub fn survey() -> Vec<Survey> {
+    let runtimes = [Runtime::Runc, Runtime::Crun].map(Oci::survey);
+    let daemons = [Daemon::Docker, Daemon::Podman].map(|daemon| Docker::of(daemon).survey());
+    runtimes.into_iter().chain(daemons).collect()
+}
+
 /// Finds one that runs.
 pub(super) fn find(named: &Named) -> Result<Found, EngineError> {
     match named {
@@ -192,18 +210,33 @@ pub(super) fn make(spec: &ContainerSpec, local: &Local<'_>) -> Result<Made, Engi
     }
 }
 
-/// Ends one; that there is none is fine. `forgotten`: it was made for a workload that this host no longer stands by for.
-pub(super) fn end(engine: &Engine, forgotten: bool) -> Result<(), EngineError> {
+/// Ends a workload's container. That there is none is fine, and so is one of that name that is not the workload's: it stays.
+/// `forgotten`: it was made for a workload that this host no longer stands by for.
+pub(super) fn end(workload: &Name, engine: &Engine, forgotten: bool) -> Result<(), EngineError> {
     match engine {
-        Engine::Oci { runtime, state, id, .. } => Oci::find(*runtime, state.as_deref())?.delete(id),
-        Engine::Docker { daemon, name, .. } if forgotten => Docker::of(*daemon).remove(name),
-        Engine::Docker { daemon, name, .. } => Docker::of(*daemon).kill(name),
+        Engine::Oci { runtime, state, id, .. } => {
+            let oci = Oci::find(*runtime, state.as_deref())?;
+            if oci.is_ours(workload, id)? { oci.delete(id) } else { Ok(()) }
+        }
+        Engine::Docker { daemon, name, .. } => {
+            let docker = Docker::of(*daemon);
+            match docker.is_ours(workload, name)? {
+                true if forgotten => docker.remove(name),
+                true => docker.kill(name),
+                false => Ok(()),
+            }
+        }
     }
 }
 
-/// Refuses to touch what is somebody else's: `wrap` is the host's directory of its init, if it has one.
-pub(super) fn check_is_ours(name: &Name, id: &str, wrap: Option<&Path>) -> Result<(), EngineError> {
-    if wrap.and_then(Path::file_name) == Some(name.as_str().as_ref()) {
+/// Whether a container is the workload's, by the host's directory of its init.
+pub(super) fn is_ours(workload: &Name, wrap: Option<&Path>) -> bool {
+    wrap.and_then(Path::file_name) == Some(workload.as_str().as_ref())
+}
+
+/// Refuses to touch what is somebody else's.
+pub(super) fn check_is_ours(workload: &Name, id: &str, wrap: Option<&Path>) -> Result<(), EngineError> {
+    if is_ours(workload, wrap) {
         return Ok(());
     }
     Err(EngineError::Unfit(format!(

@@ -40,7 +40,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    engine::{EngineError, Named, TreeAt},
+    engine::{EngineError, Named, Survey, TreeAt, survey},
     oci::wrap_bundle,
 };
 use self::{
@@ -397,7 +397,7 @@ impl Container {
             cgroup.kill(KILL_LIMIT).map_err(|error| keeper_error(error.into()))?;
         }
         let engine = &record.spec.engine;
-        engine::end(engine, for_good && record.made).map_err(engine_error(engine.container()))?;
+        engine::end(name, engine, for_good && record.made).map_err(engine_error(engine.container()))?;
         cgroup.destroy(KILL_LIMIT).map_err(|error| keeper_error(error.into()))?;
         remove_dir(name, &dir)
     }

@@ -21,7 +21,7 @@ use serde::Deserialize;
 use super::{
     super::spec::{ContainerTree, ContainerTreeKind, Engine, Runtime},
     config::Config,
-    engine::{EngineError, Found, Local, Made, Network, TreeAt, check_is_ours},
+    engine::{EngineError, Found, Local, Made, Network, Survey, TreeAt, check_is_ours, is_ours},
 };
 use crate::model::Name;
 
@@ -57,6 +57,24 @@ impl Oci {
         let missing = || EngineError::Missing { program: runtime.program(), places: PLACES.join(", ") };
         let program = program.ok_or_else(missing)?;
         Ok(Self { runtime, program, state: state.map(Path::to_owned) })
+    }
+
+    /// See [`super::engine::survey`].
+    pub(super) fn survey(runtime: Runtime) -> Survey {
+        let engine = runtime.program();
+        let asked = Self::find(runtime, None).and_then(|oci| oci.ask(&["--version"]));
+        match asked {
+            Ok(said) => {
+                let found = said.lines().next().unwrap_or(engine).to_owned();
+                Survey { engine, found, trouble: None }
+            }
+            Err(EngineError::Missing { .. }) => {
+                Survey { engine, found: "not installed".into(), trouble: None }
+            }
+            Err(error) => {
+                Survey { engine, found: error.to_string(), trouble: Some(format!("reinstall {engine}")) }
+            }
+        }
     }
 
     /// A container that runs and can be protected, of the runtime that knows it.
@@ -132,6 +150,13 @@ impl Oci {
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| self.run_error(errno.into()))?;
         let pid = self.run(id, local.bundle, &write)?;
         Ok(Made { pid, trees: places, output: Some(read) })
+    }
+
+    /// Whether there is one, and it is the workload's.
+    pub(super) fn is_ours(&self, workload: &Name, id: &str) -> Result<bool, EngineError> {
+        let Some(state) = self.state(id)? else { return Ok(false) };
+        let wrap = Config::read(&state.bundle).and_then(|(config, _)| config.wrap()).ok();
+        Ok(is_ours(workload, wrap.as_deref()))
     }
 
     /// How the container is; `None` if the runtime knows none of that id.
