@@ -1,4 +1,4 @@
-//! Docker's containers, protected from inside: dockerd knows them after every takeover, with what they wrote.
+//! Containers of Docker and Podman, protected from inside: their daemons know them after every takeover, with what they wrote.
 
 use std::{process::Stdio, time::Duration};
 
@@ -9,24 +9,53 @@ use super::{
 };
 
 const ROOTFS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/rootfs");
-/// As by hand: nothing is configured, not even experimental features.
-const DAEMON: &str = "mkdir -p /var/lib/docker; \
-    setsid dockerd --storage-driver overlay2 --exec-opt native.cgroupdriver=cgroupfs > /srv/dockerd.log 2>&1 < /dev/null & \
-    for i in $(seq 200); do docker info > /dev/null 2>&1 && exit 0; sleep 0.1; done; cat /srv/dockerd.log; exit 1";
+
+/// A daemon with Docker's API, and how it is started by hand: nothing is configured, not even experimental features.
+struct Daemon {
+    name: &'static str,
+    command: &'static [&'static str],
+    start: &'static str,
+    /// Of `run`, where a host has no controllers of cgroups.
+    flags: &'static [&'static str],
+    /// It restarts containers when it starts.
+    restarts: bool,
+}
+
+const DOCKER: Daemon = Daemon {
+    name: "docker",
+    command: &["docker"],
+    start: "dockerd --storage-driver overlay2 --exec-opt native.cgroupdriver=cgroupfs",
+    flags: &["--memory", "1g", "--restart", "always"],
+    restarts: true,
+};
+
+const PODMAN: Daemon = Daemon {
+    name: "podman",
+    command: &["podman", "--remote", "--url", "unix:///run/podman/podman.sock"],
+    // crun would raise a limit, for which hosts without CAP_SYS_RESOURCE have no right. Leases of addresses from before go at
+    // boot: podman's tmpfiles.d says so.
+    start: "mkdir -p /run/podman; rm -rf /var/lib/cni/networks; podman --root /srv/containers --runroot /run/containers --runtime /usr/sbin/runc \
+            --storage-driver overlay --cgroup-manager cgroupfs --events-backend file \
+            system service --time=0 unix:///run/podman/podman.sock",
+    flags: &["--pids-limit", "-1"],
+    restarts: false,
+};
 
 struct Docker {
     cluster: Cluster,
+    daemon: &'static Daemon,
 }
 
 impl Docker {
-    /// A daemon on each host, with the same image; a network on A.
-    fn up(hint: &str) -> Self {
-        let docker = Self { cluster: Cluster::up(hint) };
+    /// A daemon on each host; an image and a network on A.
+    fn up(hint: &str, daemon: &'static Daemon) -> Self {
+        let docker = Self { cluster: Cluster::up(hint), daemon };
         docker.start_daemon(Host::A);
         docker.start_daemon(Host::B);
+        let command = daemon.command.join(" ");
         let import = format!(
-            "{ROOTFS} /srv/rootfs redis-server redis-cli && tar -C /srv/rootfs -c . | docker import - lab && \
-             docker network create --subnet 172.30.0.0/24 app"
+            "{ROOTFS} /srv/rootfs redis-server redis-cli && tar -C /srv/rootfs -c . | {command} import - lab && \
+             {command} network create --subnet 172.30.0.0/24 app"
         );
         docker.cluster.lab.ok(Host::A, &["sh", "-c", &import]);
         docker.cluster.standin(Host::A, &["wrap", "redis"]);
@@ -34,41 +63,43 @@ impl Docker {
     }
 
     fn start_daemon(&self, host: Host) {
-        self.cluster.lab.ok(host, &["sh", "-c", DAEMON]);
+        let Daemon { command, start, .. } = self.daemon;
+        let script = format!(
+            "mkdir -p /var/lib/docker; {start} > /srv/daemon.log 2>&1 < /dev/null & \
+             for i in $(seq 200); do {0} info > /dev/null 2>&1 && exit 0; sleep 0.1; done; cat /srv/daemon.log; exit 1",
+            command.join(" ")
+        );
+        self.cluster.lab.ok(host, &["setsid", "sh", "-c", &script]);
     }
 
     /// What an operator does who has no registry.
     fn ship_image(&self) {
-        let lab = &self.cluster.lab;
-        let mut save =
-            lab.command(Host::A, &["docker", "save", "lab"]).stdout(Stdio::piped()).spawn().unwrap();
-        let image = save.stdout.take().unwrap();
-        let load =
-            lab.command(Host::B, &["docker", "load"]).stdin(image).stdout(Stdio::null()).status().unwrap();
+        let (lab, command) = (&self.cluster.lab, self.daemon.command);
+        let mut save = lab.command(Host::A, &[command, &["save", "lab"]].concat());
+        let mut save = save.stdout(Stdio::piped()).spawn().unwrap();
+        let mut load = lab.command(Host::B, &[command, &["load"]].concat());
+        let load = load.stdin(save.stdout.take().unwrap()).stdout(Stdio::null()).status().unwrap();
         assert!(load.success() && save.wait().unwrap().success());
     }
 
     /// `docker run` of a wrapped container.
     fn run(&self, flags: &[&str], command: &[&str]) {
         let fixed = [
-            ["docker", "run", "-d", "--name", "redis", "--entrypoint", "/.standin/init"].as_slice(),
+            ["run", "-d", "--name", "redis", "--entrypoint", "/.standin/init"].as_slice(),
             &["-v", "/var/lib/standin/wrap/redis:/.standin:ro"],
         ];
-        self.cluster.lab.ok(Host::A, &[&fixed.concat(), flags, &["lab"], command].concat());
+        self.docker(Host::A, &[&fixed.concat(), self.daemon.flags, flags, &["lab"], command].concat());
     }
 
-    fn protect(&self) {
-        self.protect_as(&["--vip", &format!("{VIP}/24@eth0")]);
-    }
-
-    fn protect_as(&self, more: &[&str]) {
-        let args = ["protect", "redis", "--docker", "redis", "--to", "b", "--every", "100ms"];
+    fn protect(&self, more: &[&str]) {
+        let daemon = format!("--{}", self.daemon.name);
+        let args = ["protect", "redis", &daemon, "redis", "--to", "b", "--every", "100ms"];
         self.cluster.standin(Host::A, &[&args, more].concat());
         self.cluster.wait_state(Host::A, "primary", "protected");
     }
 
     fn docker(&self, host: Host, args: &[&str]) -> String {
-        self.cluster.lab.ok(host, &[&["docker"], args].concat()).trim().to_owned()
+        self.cluster.lab.ok(host, &[self.daemon.command, args].concat()).trim().to_owned()
     }
 
     fn inside(&self, host: Host, script: &str) -> String {
@@ -77,7 +108,8 @@ impl Docker {
 
     /// What the daemon says of the container; nothing if it knows none.
     fn state(&self, host: Host) -> String {
-        let output = self.cluster.lab.on(host, &["docker", "inspect", "-f", "{{.State.Status}}", "redis"]);
+        let args = ["inspect", "-f", "{{.State.Status}}", "redis"];
+        let output = self.cluster.lab.on(host, &[self.daemon.command, &args].concat());
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 }
@@ -88,10 +120,10 @@ const COUNTS: &str =
 /// What an operator does to a protected container, each with a defined outcome.
 #[test]
 fn docker_pauses_restarts_logs_and_stops_a_protected_container() {
-    let docker = Docker::up("docker-counts");
+    let docker = Docker::up("docker-counts", &DOCKER);
     docker.ship_image();
     docker.run(&[], &["sh", "-c", COUNTS]);
-    docker.protect_as(&[]);
+    docker.protect(&[]);
 
     // Paused: no epoch, no alarm; what the standby holds is the last one.
     docker.docker(Host::A, &["pause", "redis"]);
@@ -145,30 +177,22 @@ fn docker_pauses_restarts_logs_and_stops_a_protected_container() {
     }
 }
 
-#[test]
-fn a_redis_in_docker_goes_round_three_times_and_more() {
-    let mut docker = Docker::up("docker-redis");
+fn redis_goes_round(daemon: &'static Daemon) {
+    let mut docker = Docker::up(&format!("{}-redis", daemon.name), daemon);
+    let redis = ["redis-server", "--save", "", "--protected-mode", "no", "--enable-debug-command", "yes"];
+    let files = ["--dir", "/data", "--appendonly", "yes"];
     docker.run(
-        &["--network", "app", "-v", "data:/data", "-p", "6379:6379", "--memory", "1g", "--restart", "always"],
-        &[
-            "redis-server",
-            "--save",
-            "",
-            "--protected-mode",
-            "no",
-            "--enable-debug-command",
-            "yes",
-            "--dir",
-            "/data",
-            "--appendonly",
-            "yes",
-        ],
+        &["--network", "app", "-v", "data:/data", "-p", "6379:6379"],
+        &[redis.as_slice(), &files].concat(),
     );
-    let refused = docker.cluster.refused(Host::A, &["protect", "redis", "--docker", "redis", "--to", "b"]).1;
-    assert!(refused.contains("docker save lab"), "{refused}");
+    let refused = docker
+        .cluster
+        .refused(Host::A, &["protect", "redis", &format!("--{}", daemon.name), "redis", "--to", "b"])
+        .1;
+    assert!(refused.contains("save") && refused.contains("lab"), "{refused}");
     assert_eq!(docker.state(Host::A), "running");
     docker.ship_image();
-    docker.protect();
+    docker.protect(&["--vip", &format!("{VIP}/24@eth0")]);
     assert_eq!(docker.cluster.ask_redis(&["DEBUG", "POPULATE", "20000", "key", "100"]), "OK");
     let address =
         "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.MacAddress}}{{end}} {{.HostConfig.Memory}}";
@@ -221,9 +245,11 @@ fn a_redis_in_docker_goes_round_three_times_and_more() {
         if round % 2 == 0 {
             docker.cluster.lab.boot(primary);
             docker.start_daemon(primary);
-            // `--restart always`: the daemon starts it, and nothing in it starts the workload a second time.
-            wait_for("the daemon's restart", || docker.state(primary) == "running");
-            assert!(!docker.docker(primary, &["top", "redis"]).contains("redis-server *:6379"));
+            if daemon.restarts {
+                // The daemon starts it, and nothing in it starts the workload a second time.
+                wait_for("the daemon's restart", || docker.state(primary) == "running");
+                assert!(!docker.docker(primary, &["top", "redis"]).contains("redis-server *:6379"));
+            }
             docker.cluster.start_agent(primary);
         }
         at = (standby, primary);
@@ -234,4 +260,14 @@ fn a_redis_in_docker_goes_round_three_times_and_more() {
     assert_eq!(docker.state(primary), "running");
     wait_for("the standby's container to go", || docker.state(standby).is_empty());
     assert!(docker.inside(primary, "redis-cli dbsize").starts_with("2000"));
+}
+
+#[test]
+fn a_redis_in_docker_goes_round_three_times_and_more() {
+    redis_goes_round(&DOCKER);
+}
+
+#[test]
+fn a_redis_in_podman_goes_round_three_times_and_more() {
+    redis_goes_round(&PODMAN);
 }

@@ -196,18 +196,18 @@ impl Docker {
         Ok(found.is_some_and(|found| is_ours(workload, wrap_of(&found).ok().as_deref())))
     }
 
-    /// Ends a container, and leaves it there with its files; one that does not run is fine.
+    /// Ends a container, and leaves it there with its files; one that does not run is fine. The workload in it is dead already.
     pub(super) fn kill(&self, name: &str) -> Result<(), EngineError> {
-        let path = format!("/containers/{name}/kill");
-        let (status, said) = self.ask(&Method::POST, &path, &Value::Null)?;
-        match status {
-            // Or it does not run.
-            StatusCode::NOT_FOUND | StatusCode::CONFLICT => Ok(()),
-            status if status.is_success() => {
-                self.post(&format!("/containers/{name}/wait?condition=not-running"), &Value::Null).map(drop)
-            }
-            _ => Err(self.failed(&path, &said)),
+        let Some(found) = self.inspect(name)? else { return Ok(()) };
+        if found["State"]["Running"] != true {
+            return Ok(());
         }
+        if found["State"]["Paused"] == true {
+            // No daemon kills what it has paused.
+            self.post(&format!("/containers/{name}/unpause"), &Value::Null)?;
+        }
+        self.post(&format!("/containers/{name}/kill"), &Value::Null)?;
+        self.post(&format!("/containers/{name}/wait?condition=not-running"), &Value::Null).map(drop)
     }
 
     /// Removes a container with its files, but for its volumes; that there is none is fine.
