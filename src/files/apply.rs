@@ -1,7 +1,7 @@
 //! The standby's side: records become a copy of the trees.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::{CString, OsStr},
     fs::File,
     io,
@@ -36,6 +36,8 @@ const NAME_LEN_MAX: usize = 255;
 const XATTR_NAME_LEN_MAX: usize = 255;
 /// The longest text of a symbolic link.
 const TARGET_LEN_MAX: usize = 4095;
+/// Why an epoch is refused.
+const MORE_ENTRIES: &str = "more entries in one epoch than a scanner sends";
 
 /// Why a record was not applied. The copy is then between two epochs: apply the epoch again, or ask for
 /// everything.
@@ -104,6 +106,9 @@ pub struct Receiver {
     /// Properties are set when all content is there and all entries are made: writing drops capabilities and
     /// set-id bits, and moves the mtimes of files and directories.
     properties: BTreeMap<(u32, Vec<u8>), FileMeta>,
+    /// Entries that could not be made because something else is in the way, as when an epoch is applied again whose
+    /// end has changed it. A later record of the epoch removes what stands here.
+    skipped: BTreeSet<(u32, Vec<u8>)>,
 }
 
 /// A tree's copy, open.
@@ -130,7 +135,8 @@ impl Receiver {
                 .map_err(|errno| ApplyError::Root { path: target.path.clone(), source: errno.into() })?;
             Ok(Root { dir, overlay: target.overlay })
         };
-        Ok(Self { roots: trees.iter().map(open_one).collect::<Result<_, _>>()?, properties: BTreeMap::new() })
+        let roots = trees.iter().map(open_one).collect::<Result<_, _>>()?;
+        Ok(Self { roots, properties: BTreeMap::new(), skipped: BTreeSet::new() })
     }
 
     /// Applies a record with its body. The records of an epoch may be applied again, from the first on.
@@ -146,6 +152,9 @@ impl Receiver {
                 if body.is_empty() || body.len() > BLOCK_SIZE {
                     return Err(refused(path, "its content has no size that a scanner sends"));
                 }
+                if self.skipped.contains(&(*tree, path.clone())) {
+                    return Ok(());
+                }
                 self.data(*tree, path, *offset, body)
             }
             FileRecord::Remove { tree, path } => {
@@ -157,6 +166,9 @@ impl Receiver {
 
     /// Sets the properties of all that was applied and makes the copies durable.
     pub fn finish(mut self) -> Result<(), ApplyError> {
+        if let Some((tree, path)) = self.skipped.first() {
+            return Err(io_error("make", *tree, path)(io::ErrorKind::NotFound.into()));
+        }
         // Backwards: what is in a directory comes before it.
         for ((tree, path), meta) in std::mem::take(&mut self.properties).into_iter().rev() {
             self.set_properties(tree, &path, &meta).map_err(io_error(
@@ -194,20 +206,44 @@ impl Receiver {
             if meta.kind != FileKind::Directory {
                 return Err(refused(path, "the root of a tree is a directory"));
             }
-        } else if let FileKind::HardLink { to } = &meta.kind {
-            let place = self.place(tree, path)?;
-            let first = self.place(tree, to)?;
-            // Its properties come with its first name.
-            self.properties.remove(&(tree, path.to_vec()));
-            return make_link(&place, &first).map_err(io_error("link", tree, path));
         } else {
-            let place = self.place(tree, path)?;
-            make(&place, &meta.kind).map_err(io_error("create", tree, path))?;
+            let made = match &meta.kind {
+                FileKind::HardLink { to } => self.link(tree, path, to),
+                kind => {
+                    let place = self.place(tree, path);
+                    place.and_then(|place| make(&place, kind).map_err(io_error("create", tree, path)))
+                }
+            };
+            match made {
+                Err(ApplyError::Io { source, .. }) if is_in_the_way(&source) => return self.skip(tree, path),
+                other => other?,
+            }
+        }
+        let key = (tree, path.to_vec());
+        self.skipped.remove(&key);
+        if matches!(meta.kind, FileKind::HardLink { .. }) {
+            // Its properties come with its first name.
+            self.properties.remove(&key);
+            return Ok(());
         }
         if self.properties.len() >= ENTRIES_MAX {
-            return Err(refused(path, "more entries in one epoch than a scanner sends"));
+            return Err(refused(path, MORE_ENTRIES));
         }
-        self.properties.insert((tree, path.to_vec()), meta.clone());
+        self.properties.insert(key, meta.clone());
+        Ok(())
+    }
+
+    fn link(&self, tree: u32, path: &[u8], to: &[u8]) -> Result<(), ApplyError> {
+        let (place, first) = (self.place(tree, path)?, self.place(tree, to)?);
+        make_link(&place, &first).map_err(io_error("link", tree, path))
+    }
+
+    fn skip(&mut self, tree: u32, path: &[u8]) -> Result<(), ApplyError> {
+        if self.skipped.len() >= ENTRIES_MAX {
+            return Err(refused(path, MORE_ENTRIES));
+        }
+        self.properties.remove(&(tree, path.to_vec()));
+        self.skipped.insert((tree, path.to_vec()));
         Ok(())
     }
 
@@ -231,6 +267,7 @@ impl Receiver {
     fn remove(&mut self, tree: u32, path: &[u8]) -> Result<(), ApplyError> {
         let gone = |key: &(u32, Vec<u8>)| key.0 == tree && is_at_or_below(&key.1, path);
         self.properties.retain(|key, _| !gone(key));
+        self.skipped.retain(|key| !gone(key));
         if path.is_empty() {
             let root = self.root(tree, path)?;
             if self.roots[tree as usize].overlay {
@@ -241,7 +278,7 @@ impl Receiver {
         }
         let place = match self.place(tree, path) {
             // Its directory went before it, or something else is in that one's place.
-            Err(ApplyError::Io { source, .. }) if is_absent(&source) || is_link(&source) => return Ok(()),
+            Err(ApplyError::Io { source, .. }) if is_in_the_way(&source) => return Ok(()),
             other => other?,
         };
         remove_all(place.dir.as_fd(), &place.name, 0).map_err(io_error("remove", tree, path))
@@ -286,8 +323,9 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
 }
 
-fn is_link(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ELOOP)
+/// What leads there is not there, or is no directory.
+fn is_in_the_way(error: &io::Error) -> bool {
+    is_absent(error) || error.raw_os_error() == Some(libc::ELOOP)
 }
 
 fn check_path(path: &[u8]) -> Result<(), ApplyError> {
@@ -380,6 +418,9 @@ fn make(place: &Place, kind: &FileKind) -> io::Result<()> {
 
 fn make_link(place: &Place, first: &Place) -> io::Result<()> {
     let target = sys::stat_at(first.dir.as_fd(), &first.name)?;
+    if target.format() == libc::S_IFDIR {
+        return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
+    }
     match sys::stat_at(place.dir.as_fd(), &place.name) {
         Ok(there) if (there.dev, there.ino) == (target.dev, target.ino) => return Ok(()),
         Ok(_) => remove_all(place.dir.as_fd(), &place.name, 0)?,
