@@ -210,4 +210,16 @@ mod tests {
         assert_eq!(range("7f00-7f01 rw-s 00000000 00:00 0"), None);
         assert_eq!(range(""), None);
     }
+
+    #[test]
+    fn of_open_files_those_that_can_be_written_to_count() {
+        let [written, read] = [(); 2].map(|()| tempfile::NamedTempFile::new().expect("a file"));
+        let read = read.into_temp_path();
+        let _open = fs::File::open(&read).expect("open");
+        let mut open = HashSet::new();
+        opened_by(Path::new("/proc/thread-self/fd"), &mut open).expect("listed");
+        let id = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).expect("there");
+        assert!(open.contains(&id(written.path())));
+        assert!(!open.contains(&id(&read)));
+    }
 }

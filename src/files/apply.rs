@@ -36,6 +36,8 @@ const NAME_LEN_MAX: usize = 255;
 const XATTR_NAME_LEN_MAX: usize = 255;
 /// The longest text of a symbolic link.
 const TARGET_LEN_MAX: usize = 4095;
+/// Why an epoch is refused.
+const MORE_ENTRIES: &str = "more entries in one epoch than a scanner sends";
 
 /// Why a record was not applied. The copy is then between two epochs: apply the epoch again, or ask for
 /// everything.
@@ -107,6 +109,9 @@ pub struct Receiver {
     /// Trees that are sent whole, and what is in them. What else is there goes at the end, and what is in both stays the same
     /// object: a directory or file may be where another mount namespace has a file system mounted, which would go with it.
     whole: BTreeMap<u32, BTreeSet<Vec<u8>>>,
+    /// Entries that could not be made because something else is in the way, as when an epoch is applied again whose
+    /// end has changed it. A later record of the epoch removes what stands here.
+    skipped: BTreeSet<(u32, Vec<u8>)>,
 }
 
 /// A tree's copy, open.
@@ -136,7 +141,7 @@ impl Receiver {
             Ok(Root { dir: open(&target.path)?, upper: target.upper.as_ref().map(open).transpose()? })
         };
         let roots = trees.iter().map(open_one).collect::<Result<_, _>>()?;
-        Ok(Self { roots, properties: BTreeMap::new(), whole: BTreeMap::new() })
+        Ok(Self { roots, properties: BTreeMap::new(), whole: BTreeMap::new(), skipped: BTreeSet::new() })
     }
 
     /// Applies a record with its body. The records of an epoch may be applied again, from the first on.
@@ -152,6 +157,9 @@ impl Receiver {
                 if body.is_empty() || body.len() > BLOCK_SIZE {
                     return Err(refused(path, "its content has no size that a scanner sends"));
                 }
+                if self.skipped.contains(&(*tree, path.clone())) {
+                    return Ok(());
+                }
                 self.data(*tree, path, *offset, body)
             }
             FileRecord::Remove { tree, path } => {
@@ -163,6 +171,9 @@ impl Receiver {
 
     /// Sets the properties of all that was applied and makes the copies durable.
     pub fn finish(mut self) -> Result<(), ApplyError> {
+        if let Some((tree, path)) = self.skipped.first() {
+            return Err(io_error("make", *tree, path)(io::ErrorKind::NotFound.into()));
+        }
         for (tree, named) in std::mem::take(&mut self.whole) {
             let root = self.root(tree, b"")?;
             // An overlay's lower layers are not in the records.
@@ -210,25 +221,47 @@ impl Receiver {
             if meta.kind != FileKind::Directory {
                 return Err(refused(path, "the root of a tree is a directory"));
             }
-        } else if let FileKind::HardLink { to } = &meta.kind {
-            self.name(tree, path)?;
-            let place = self.place(tree, path)?;
-            let first = self.place(tree, to)?;
-            // Its properties come with its first name.
-            self.properties.remove(&(tree, path.to_vec()));
-            return make_link(&place, &first).map_err(io_error("link", tree, path));
         } else {
             let is_new = self.name(tree, path)?;
-            let place = self.place(tree, path)?;
-            if is_new {
-                make_as_new(&place).map_err(io_error("empty", tree, path))?;
+            let made = match &meta.kind {
+                FileKind::HardLink { to } => self.link(tree, path, to),
+                kind => self.place(tree, path).and_then(|place| {
+                    if is_new {
+                        make_as_new(&place).map_err(io_error("empty", tree, path))?;
+                    }
+                    make(&place, kind).map_err(io_error("create", tree, path))
+                }),
+            };
+            match made {
+                Err(ApplyError::Io { source, .. }) if is_in_the_way(&source) => return self.skip(tree, path),
+                other => other?,
             }
-            make(&place, &meta.kind).map_err(io_error("create", tree, path))?;
+        }
+        let key = (tree, path.to_vec());
+        self.skipped.remove(&key);
+        if matches!(meta.kind, FileKind::HardLink { .. }) {
+            // Its properties come with its first name.
+            self.properties.remove(&key);
+            return Ok(());
         }
         if self.properties.len() >= ENTRIES_MAX {
-            return Err(refused(path, "more entries in one epoch than a scanner sends"));
+            return Err(refused(path, MORE_ENTRIES));
         }
-        self.properties.insert((tree, path.to_vec()), meta.clone());
+        self.properties.insert(key, meta.clone());
+        Ok(())
+    }
+
+    fn link(&self, tree: u32, path: &[u8], to: &[u8]) -> Result<(), ApplyError> {
+        let (place, first) = (self.place(tree, path)?, self.place(tree, to)?);
+        make_link(&place, &first).map_err(io_error("link", tree, path))
+    }
+
+    fn skip(&mut self, tree: u32, path: &[u8]) -> Result<(), ApplyError> {
+        if self.skipped.len() >= ENTRIES_MAX {
+            return Err(refused(path, MORE_ENTRIES));
+        }
+        self.properties.remove(&(tree, path.to_vec()));
+        self.skipped.insert((tree, path.to_vec()));
         Ok(())
     }
 
@@ -261,6 +294,7 @@ impl Receiver {
     fn remove(&mut self, tree: u32, path: &[u8]) -> Result<(), ApplyError> {
         let gone = |key: &(u32, Vec<u8>)| key.0 == tree && is_at_or_below(&key.1, path);
         self.properties.retain(|key, _| !gone(key));
+        self.skipped.retain(|key| !gone(key));
         if path.is_empty() {
             self.root(tree, path)?;
             self.whole.insert(tree, BTreeSet::new());
@@ -271,7 +305,7 @@ impl Receiver {
         }
         let place = match self.place(tree, path) {
             // Its directory went before it, or something else is in that one's place.
-            Err(ApplyError::Io { source, .. }) if is_absent(&source) || is_link(&source) => return Ok(()),
+            Err(ApplyError::Io { source, .. }) if is_in_the_way(&source) => return Ok(()),
             other => other?,
         };
         remove_all(place.dir.as_fd(), &place.name, 0).map_err(io_error("remove", tree, path))
@@ -316,8 +350,9 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
 }
 
-fn is_link(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ELOOP)
+/// What leads there is not there, or is no directory.
+fn is_in_the_way(error: &io::Error) -> bool {
+    is_absent(error) || error.raw_os_error() == Some(libc::ELOOP)
 }
 
 fn check_path(path: &[u8]) -> Result<(), ApplyError> {
@@ -410,6 +445,9 @@ fn make(place: &Place, kind: &FileKind) -> io::Result<()> {
 
 fn make_link(place: &Place, first: &Place) -> io::Result<()> {
     let target = sys::stat_at(first.dir.as_fd(), &first.name)?;
+    if target.format() == libc::S_IFDIR {
+        return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
+    }
     match sys::stat_at(place.dir.as_fd(), &place.name) {
         Ok(there) if (there.dev, there.ino) == (target.dev, target.ino) => return Ok(()),
         Ok(_) => remove_all(place.dir.as_fd(), &place.name, 0)?,

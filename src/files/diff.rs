@@ -10,7 +10,7 @@ use std::{
 use super::{
     BLOCK_SIZE,
     look::{View, read_block, tag_of},
-    scan::{Emit, FilesStats, ScanError, failed, open_content, raced},
+    scan::{Emit, FilesStats, Phase, ScanError, failed, open_content, raced},
     state::{Key, Node, State, Tag, ZEROS, is_at_or_below, key_of, parent_of, path_of},
     tree::Mark,
 };
@@ -21,11 +21,22 @@ const UNKNOWN: Tag = [0xff; 32];
 
 type Changes = BTreeMap<Key, Option<Node>>;
 
+/// What earlier scans of the same epoch emitted. A standby that applies the epoch again meets those records with the
+/// epoch's end in its directories: a name may be another file's there.
+#[derive(Debug, Default)]
+pub(super) struct Ahead {
+    /// Names under which a file was written to.
+    written: HashSet<Key>,
+    /// Names that were made links.
+    linked: HashSet<Key>,
+}
+
 pub(super) struct Diff<'a> {
     pub(super) tree: u32,
     pub(super) view: View<'a>,
     pub(super) emit: Emit<'a>,
     pub(super) stats: &'a mut FilesStats,
+    pub(super) ahead: &'a mut Ahead,
     /// Entries whose content is not what was found, to be looked at in the next scan.
     pub(super) again: &'a mut BTreeSet<Key>,
 }
@@ -33,33 +44,29 @@ pub(super) struct Diff<'a> {
 impl Diff<'_> {
     /// Emits what `changes` make of what was sent. Content is remembered in them as it was really emitted.
     pub(super) fn run(&mut self, changes: &mut Changes) -> Result<(), ScanError> {
+        let mut afresh = self.in_other_directories(changes);
+        afresh.extend(self.not_settled(changes));
         // Making or removing an entry moves the mtime of its directory at the other end too.
         let mut touched = BTreeSet::new();
         let mut gone: Option<Key> = None;
-        for key in self.replaced(changes) {
+        for key in self.replaced(changes, &afresh) {
             if !gone.as_ref().is_some_and(|gone| is_at_or_below(&key, gone)) {
                 touched.insert(Key::from(parent_of(&key)));
                 self.remove(&key);
                 gone = Some(key);
             }
         }
-        let emptied = self.emptied(changes);
-        for directory in &emptied {
-            for (key, node) in self.view.sent.below(directory) {
-                changes.entry(key.clone()).or_insert_with(|| Some(node.clone()));
-            }
-        }
-        let linked = self.still_linked(changes, &emptied);
+        let linked = self.still_linked(changes, &afresh);
         for (key, change) in &*changes {
             let made = change.as_ref().is_some_and(|now| {
                 let link = now.is_link() && !linked.contains(key);
-                link || self.before(key, now, &emptied).is_none()
+                link || before(self.view.sent, &afresh, key, now).is_none()
             });
             if made {
                 touched.insert(parent_of(key).into());
             }
         }
-        self.entries(changes, &touched, &emptied)?;
+        self.entries(changes, &touched, &afresh)?;
         // Last, so that the first names are there.
         for (key, change) in &*changes {
             if let Some(now) = change.as_ref().filter(|now| now.is_link() && !linked.contains(key)) {
@@ -70,44 +77,73 @@ impl Diff<'_> {
     }
 
     /// What must go before the new entries are made; also what is below something else that goes.
-    fn replaced(&self, changes: &Changes) -> Vec<Key> {
+    fn replaced(&self, changes: &Changes, afresh: &HashSet<Key>) -> Vec<Key> {
         let overlay = self.view.merged.is_some();
-        let goes = |key: &Key, now: Option<&Node>| match (self.view.sent.get(key), now) {
-            (Some(before), now) => now.is_none_or(|now| !same_object(before, now)),
-            (None, now) => overlay && now.is_some_and(hides),
+        let goes = |key: &Key, now: Option<&Node>| match self.view.sent.get(key) {
+            Some(before) => now.is_none_or(|now| !same_object(before, now) || afresh.contains(key)),
+            None => overlay && now.is_some_and(hides),
         };
         changes.iter().filter(|(key, now)| goes(key, now.as_ref())).map(|(key, _)| key.clone()).collect()
     }
 
-    /// The directories that stay directories but show other layers: what was in them is gone, whatever is there now.
-    fn emptied(&self, changes: &Changes) -> Vec<Key> {
-        if self.view.merged.is_none() {
-            return Vec::new();
-        }
-        let differs =
-            |key: &Key, now: &Node| self.view.sent.get(key).is_some_and(|before| before.mark != now.mark);
+    /// What is in directories that stay directories but show other layers: it goes with them, changed or not.
+    fn in_other_directories(&self, changes: &mut Changes) -> HashSet<Key> {
+        let sent = self.view.sent;
+        let differs = |key: &Key, now: &Node| sent.get(key).is_some_and(|before| before.mark != now.mark);
         let nodes = changes.iter().filter_map(|(key, now)| Some((key, now.as_ref()?)));
-        nodes.filter(|(key, now)| differs(key, now)).map(|(key, _)| key.clone()).collect()
+        let other: Vec<_> =
+            nodes.filter(|(key, now)| differs(key, now)).map(|(key, _)| key.clone()).collect();
+        let mut afresh = HashSet::new();
+        for (key, node) in other.iter().flat_map(|directory| sent.below(directory)) {
+            changes.entry(key.clone()).or_insert_with(|| Some(node.clone()));
+            afresh.insert(key.clone());
+        }
+        afresh
     }
 
-    /// What the copy has at a path, if it can be turned into the new entry.
-    fn before(&self, key: &Key, now: &Node, emptied: &[Key]) -> Option<&Node> {
-        let before = self.view.sent.get(key).filter(|before| same_object(before, now));
-        before.filter(|_| !emptied.iter().any(|directory| is_at_or_below(key, directory)))
+    /// What would be another file's when the epoch is applied again: a name that was made a link in it and is none any
+    /// more, for it would then be a link to what has taken the first name's place; and a file of which a name becomes
+    /// a link that something else was written under.
+    fn not_settled(&self, changes: &mut Changes) -> HashSet<Key> {
+        let sent = self.view.sent;
+        let mut afresh = HashSet::new();
+        for (key, now) in changes.iter().filter_map(|(key, now)| Some((key, now.as_ref()?))) {
+            let same_kind = sent.get(key).is_some_and(|before| before.meta.kind == now.meta.kind);
+            match &now.meta.kind {
+                FileKind::HardLink { to } if !same_kind && self.ahead.written.contains(key) => {
+                    afresh.insert(Key::from(key_of(to)));
+                }
+                FileKind::HardLink { .. } => {}
+                _ if self.ahead.linked.contains(key) && sent.get(key).is_some_and(Node::is_link) => {
+                    afresh.insert(key.clone());
+                }
+                _ => {}
+            }
+        }
+        for key in &afresh {
+            if let Some(node) = sent.get(key) {
+                changes.entry(key.clone()).or_insert_with(|| Some(node.clone()));
+            }
+        }
+        afresh
     }
 
     /// The further names that are linked to their first name at the other end already.
-    fn still_linked(&self, changes: &Changes, emptied: &[Key]) -> HashSet<Key> {
+    fn still_linked(&self, changes: &Changes, afresh: &HashSet<Key>) -> HashSet<Key> {
         let sent = self.view.sent;
-        let stays = |key: &Key, now: &Node| self.before(key, now, emptied).is_some();
+        let stays = |key: &Key, now: &Node| before(sent, afresh, key, now).is_some();
         let first_stays = |to: &Key| match changes.get(to) {
             Some(change) => change.as_ref().is_some_and(|now| stays(to, now)),
             None => sent.get(to).is_some(),
         };
+        let settled = |key: &Key, now: &Node| {
+            !self.ahead.linked.contains(key)
+                || sent.get(key).is_some_and(|before| before.meta.kind == now.meta.kind)
+        };
         let links = changes.iter().filter_map(|(key, now)| Some((key, now.as_ref()?)));
         let linked = links.filter(|(key, now)| {
             let FileKind::HardLink { to } = &now.meta.kind else { return false };
-            stays(key, now) && first_stays(&key_of(to).into())
+            stays(key, now) && first_stays(&key_of(to).into()) && settled(key, now)
         });
         linked.map(|(key, _)| key.clone()).collect()
     }
@@ -117,7 +153,7 @@ impl Diff<'_> {
         &mut self,
         changes: &mut Changes,
         touched: &BTreeSet<Key>,
-        emptied: &[Key],
+        afresh: &HashSet<Key>,
     ) -> Result<(), ScanError> {
         let sent = self.view.sent;
         let unchanged: Vec<_> = touched.iter().filter(|key| !changes.contains_key(*key)).collect();
@@ -129,8 +165,7 @@ impl Diff<'_> {
             let Some(now) = change.as_mut().filter(|now| !now.is_link() && now.mark != Mark::Whiteout) else {
                 continue;
             };
-            let before = sent.get(key).filter(|before| same_object(before, now));
-            let before = before.filter(|_| !emptied.iter().any(|directory| is_at_or_below(key, directory)));
+            let before = before(sent, afresh, key, now);
             let blocks = before.map_or(&[][..], |before| blocks_of(before, sent));
             let same_meta = before.is_some_and(|before| before.meta == now.meta) && !touched.contains(key);
             if !same_meta || blocks != now.blocks.as_slice() {
@@ -149,7 +184,14 @@ impl Diff<'_> {
         }
     }
 
-    fn entry(&mut self, key: &[u8], meta: &FileMeta) {
+    fn entry(&mut self, key: &Key, meta: &FileMeta) {
+        match meta.kind {
+            // Nothing follows in the same epoch.
+            _ if self.view.phase == Phase::Frozen => {}
+            FileKind::Regular { .. } => drop(self.ahead.written.insert(key.clone())),
+            FileKind::HardLink { .. } => drop(self.ahead.linked.insert(key.clone())),
+            _ => {}
+        }
         let path = path_of(key);
         (self.emit)(FileRecord::Entry { tree: self.tree, path, meta: meta.clone() }, &[]);
         self.stats.changed += 1;
@@ -205,6 +247,11 @@ fn same_object(before: &Node, now: &Node) -> bool {
     let directories = before.is_directory() && now.is_directory();
     let whiteouts = before.mark == Mark::Whiteout;
     before.mark == now.mark && (directories || whiteouts || now.stat.is_same_file(&before.stat))
+}
+
+/// What the copy has at a path, if it can be turned into the new entry.
+fn before<'a>(sent: &'a State, afresh: &HashSet<Key>, key: &Key, now: &Node) -> Option<&'a Node> {
+    sent.get(key).filter(|before| same_object(before, now) && !afresh.contains(key))
 }
 
 /// Whether an entry of an overlay that is new hides one of a lower layer, of which nothing may be kept.

@@ -4,11 +4,13 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs::File,
     io,
+    num::NonZero,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{ffi::OsStringExt, fs::FileExt},
     },
     path::Path,
+    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -30,6 +32,10 @@ use crate::wire::message::{FileKind, FileMeta};
 /// Two writes closer than this may leave the same ctime: kernels stamp files with a clock that advances with
 /// the timer interrupt, at slowest 100 Hz. Twice that.
 const CTIME_TICK: Duration = Duration::from_millis(20);
+/// Most threads that compare one file.
+const COMPARE_THREADS_MAX: usize = 8;
+/// Blocks for which another thread is worth starting (4 MiB: a millisecond's work).
+const COMPARE_BLOCKS_MIN: usize = 64;
 /// Attributes of the host's policy, not of the file.
 const XATTRS_OF_THE_HOST: [&std::ffi::CStr; 3] = [c"security.selinux", c"security.ima", c"security.evm"];
 
@@ -261,25 +267,48 @@ impl<'a> Look<'a> {
         handle
     }
 
-    /// The tags of all blocks, reading only those that are not holes.
+    /// The tags of all blocks. In the freeze the workload's processors have nothing else to do.
     fn compare(&mut self, file: &File, size: u64) -> io::Result<Vec<Tag>> {
-        let count = size.div_ceil(BLOCK_SIZE as u64) as usize;
-        let mut tags = vec![ZEROS; count];
-        let mut buf = vec![0; BLOCK_SIZE.min(size as usize)];
-        let mut block = 0;
-        while block < count {
-            let Some(data) = next_data(file, (block * BLOCK_SIZE) as u64)? else { break };
-            block = (data / BLOCK_SIZE as u64) as usize;
-            if block >= count {
-                break;
+        let mut tags = vec![ZEROS; size.div_ceil(BLOCK_SIZE as u64) as usize];
+        let most = match self.view.phase {
+            Phase::Running => 1,
+            Phase::Frozen => thread::available_parallelism().map_or(1, NonZero::get).min(COMPARE_THREADS_MAX),
+        };
+        let threads = (tags.len() / COMPARE_BLOCKS_MIN).clamp(1, most);
+        let part = tags.len().div_ceil(threads).max(1);
+        let parts = tags.chunks_mut(part).enumerate();
+        let mut parts = parts.map(|(index, tags)| move || compare_blocks(file, size, index * part, tags));
+        let mine = parts.next();
+        self.stats.compared_bytes += thread::scope(|scope| -> io::Result<u64> {
+            let others: Vec<_> = parts.map(|part| scope.spawn(part)).collect();
+            let mut bytes = mine.map_or(Ok(0), |mut mine| mine())?;
+            for other in others {
+                bytes += other
+                    .join()
+                    .map_err(|_| io::Error::other("a thread that compares blocks panicked"))??;
             }
-            let len = read_block(file, block, size, &mut buf)?;
-            self.stats.compared_bytes += len as u64;
-            tags[block] = tag_of(&buf[..len]);
-            block += 1;
-        }
+            Ok(bytes)
+        })?;
         Ok(tags)
     }
+}
+
+/// Fills in the tags of the blocks from `first` on, reading only those that are not holes. How many bytes it read.
+fn compare_blocks(file: &File, size: u64, first: usize, tags: &mut [Tag]) -> io::Result<u64> {
+    let (end, mut block, mut bytes) = (first + tags.len(), first, 0);
+    let mut buf = vec![0; BLOCK_SIZE.min(size as usize)];
+    while block < end {
+        let Some(data) = next_data(file, (block * BLOCK_SIZE) as u64)? else { break };
+        block = (data / BLOCK_SIZE as u64) as usize;
+        if block >= end {
+            break;
+        }
+        let len = read_block(file, block, size, &mut buf)?;
+        bytes += len as u64;
+        tags[block - first] = tag_of(&buf[..len]);
+        block += 1;
+    }
+    Ok(bytes)
 }
 
 /// An `O_PATH` descriptor of an entry, which may be what is mounted there.

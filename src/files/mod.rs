@@ -14,7 +14,8 @@
 //! - What the scanner remembers is what the records emitted so far make of a copy. A scan of the running
 //!   workload may thus see a torn state: the scan in the freeze, relative to it, puts it right. Only the
 //!   latter's end is consistent.
-//! - The records of an epoch are a redo log: applied again, from the start, they give the same tree.
+//! - The records of an epoch, those of several scans, are a redo log: applied again, from the start, they give the same
+//!   tree, though the directories hold the epoch's end by then.
 //! - Neither side follows a symbolic link or leaves the tree. Mount points below a tree's root are sent as
 //!   empty directories; what is mounted there is a tree of its own, or not replicated.
 //! - Replicated are regular files with their holes (as zeros that need no space), directories, symbolic and
@@ -25,6 +26,16 @@
 //! A file counts as unchanged if nothing of its `stat` changed. Two kinds of write are invisible there and
 //! handled by comparing content: stores through a writable shared mapping (the caller names the files that
 //! are mapped so), and writes within the clock tick of the last ctime seen. A renamed file is sent anew.
+//!
+//! Where the kernel tells what changes (fanotify on the file system; not on an overlay as a whole), a scan looks at that
+//! alone, and costs what changed and not what exists; it emits what a walk would have emitted. Else, and whenever it is
+//! not certain what changed, it walks.
+//!
+//! ```text
+//!   watch ──► what something happened to ─┐
+//!                                         ├─ walk ──► look ──► what is not as it was sent ── diff ──► records
+//!   else: every entry of the tree ────────┘                            state ◄── what the records make of the copy
+//! ```
 
 mod apply;
 mod diff;

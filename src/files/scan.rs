@@ -19,7 +19,7 @@ use nix::{
 
 use super::{
     DEPTH_MAX,
-    diff::Diff,
+    diff::{Ahead, Diff},
     look::{Look, View},
     state::{FileId, Key, State},
     sys::{self, Stat},
@@ -128,6 +128,7 @@ struct Tree {
     tracked: Option<Tracked>,
     /// What changed under the last scan.
     again: BTreeSet<Key>,
+    ahead: Ahead,
     /// The overlay's number for its root: files have others when it was mounted anew.
     merged: Option<FileId>,
 }
@@ -152,14 +153,21 @@ impl Scanner {
 
     /// A scanner that looks at everything in every scan: for a single one.
     pub fn untracked(trees: Vec<Source>) -> Self {
-        let tree = |source| Tree { source, sent: None, tracked: None, again: BTreeSet::new(), merged: None };
+        let tree = |source| Tree {
+            source,
+            sent: None,
+            tracked: None,
+            again: BTreeSet::new(),
+            ahead: Ahead::default(),
+            merged: None,
+        };
         Self { trees: trees.into_iter().map(tree).collect(), watches: None, mounts: None }
     }
 
     /// The next scan sends everything: what was emitted last did not become a commit, or a scan failed.
     pub fn reset(&mut self) {
         for tree in &mut self.trees {
-            tree.sent = None;
+            (tree.sent, tree.ahead) = (None, Ahead::default());
         }
     }
 
@@ -235,17 +243,17 @@ impl Scanner {
             None => look.at_all()?,
         }
         let Look { mut changes, mut again, unwatchable, .. } = look;
-        let mut diff = Diff { tree: index as u32, view, emit, stats, again: &mut again };
+        let mut diff =
+            Diff { tree: index as u32, view, emit, stats, ahead: &mut tree.ahead, again: &mut again };
         if whole {
             diff.remove(b"");
         }
         diff.run(&mut changes)?;
-        for (key, change) in changes {
-            match change {
-                Some(node) => state.put(&key, node),
-                None => state.forget(&key),
-            }
+        if phase == Phase::Frozen {
+            // The epoch is whole.
+            tree.ahead = Ahead::default();
         }
+        state.take(changes);
         if state.len() > ENTRIES_MAX {
             return Err(ScanError::TooMany);
         }

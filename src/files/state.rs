@@ -144,8 +144,17 @@ impl State {
         self.untold.iter()
     }
 
-    /// Takes an entry over.
-    pub(super) fn put(&mut self, key: &Key, node: Node) {
+    /// Takes over what was emitted; `None` is gone.
+    pub(super) fn take(&mut self, changes: BTreeMap<Key, Option<Node>>) {
+        for (key, change) in changes {
+            match change {
+                Some(node) => self.put(&key, node),
+                None => self.forget(&key),
+            }
+        }
+    }
+
+    fn put(&mut self, key: &Key, node: Node) {
         self.forget(key);
         if let Some(id) = node.file_id() {
             self.add_name(id, key);
@@ -164,8 +173,7 @@ impl State {
         self.nodes.insert(key.clone(), node);
     }
 
-    /// An entry is gone.
-    pub(super) fn forget(&mut self, key: &Key) {
+    fn forget(&mut self, key: &Key) {
         let Some(node) = self.nodes.remove(key) else { return };
         self.with_content -= usize::from(node.has_content());
         self.untold.remove(key);

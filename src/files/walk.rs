@@ -195,7 +195,11 @@ impl<'a> Look<'a> {
             let inside = dropped.as_ref().is_some_and(|dropped| is_at_or_below(&key, dropped));
             match stat.filter(|_| !inside) {
                 Some(stat) if self.found(&key, stat)? => {}
-                Some(_) => dropped = Some(key),
+                Some(_) => {
+                    // Also what was not looked at.
+                    self.view.sent.below(&key).for_each(|(below, _)| self.gone(below));
+                    dropped = Some(key);
+                }
                 None => self.gone(&key),
             }
         }

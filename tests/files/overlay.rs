@@ -41,12 +41,12 @@ pub(crate) fn with_own_mounts(run: impl FnOnce() + Send) {
 }
 
 /// An overlay over layers that others may use too.
-struct Overlay {
+pub(crate) struct Overlay {
     dir: TempDir,
 }
 
 impl Overlay {
-    fn new(layers: &[PathBuf], options: &str) -> Self {
+    pub(crate) fn new(layers: &[PathBuf], options: &str) -> Self {
         let overlay = Self { dir: TempDir::new().unwrap() };
         for dir in ["upper", "work", "merged"] {
             fs::create_dir(overlay.dir.path().join(dir)).unwrap();
@@ -68,7 +68,7 @@ impl Overlay {
         self.dir.path().join("upper")
     }
 
-    fn merged(&self) -> PathBuf {
+    pub(crate) fn merged(&self) -> PathBuf {
         self.dir.path().join("merged")
     }
 }

@@ -20,10 +20,17 @@ use nix::{
     },
     unistd::linkat,
 };
-use standin::files::{FileId, FilesStats, InUse, Phase, Receiver, Scanner, Source, Target};
+use standin::{
+    files::{FileId, FilesStats, InUse, Phase, Receiver, Scanner, Source, Target},
+    wire::message::FileRecord,
+};
 use tempfile::TempDir;
 
-use super::{Records, Rng, a_path, change, contents, overlay::with_own_mounts, seeds, swap, sys};
+use super::{
+    Records, Rng, a_path, change, contents,
+    overlay::{Overlay, with_own_mounts},
+    seeds, swap, sys,
+};
 
 /// A scanner that listens and one that does not.
 pub(crate) struct Twins {
@@ -299,6 +306,46 @@ fn a_mount_in_the_tree_leads_to_a_walk() {
         let (_, stats) = twins.scan(Phase::Frozen, &world.in_use, "mounted over");
         assert_eq!((stats.walked, stats.removed), (1, 10));
     });
+}
+
+#[test]
+fn where_nothing_tells_what_changes_every_scan_is_a_walk() {
+    with_own_mounts(|| {
+        // An overlay as a whole cannot be watched.
+        let layer = TempDir::new().unwrap();
+        let overlay = Overlay::new(&[layer.path().to_owned()], "");
+        fs::write(overlay.merged().join("file"), b"content").unwrap();
+        let mut twins = Twins::new(&Source::plain(overlay.merged()));
+        twins.scan(Phase::Frozen, &InUse::default(), "at first");
+        fs::write(overlay.merged().join("file"), b"changed").unwrap();
+        let (_, stats) = twins.scan(Phase::Frozen, &InUse::default(), "changed");
+        assert_eq!((stats.walked, stats.entries, stats.changed), (1, 2, 1));
+    });
+}
+
+#[test]
+fn trees_of_several_file_systems_are_tracked_by_one_scanner() {
+    let dirs = ["/tmp", "/tmp", "/dev/shm"].map(|place| TempDir::new_in(place).unwrap());
+    let mut scanner = Scanner::new(dirs.iter().map(|dir| Source::plain(dir.path())).collect());
+    let mut changed = || {
+        let mut trees = Vec::new();
+        let emit = &mut |record, _: &[u8]| {
+            if let FileRecord::Entry { tree, path, .. } = record
+                && path == b"file"
+            {
+                trees.push(tree);
+            }
+        };
+        let stats = scanner.scan(Phase::Frozen, &InUse::default(), emit).unwrap();
+        (trees, stats.walked)
+    };
+    changed();
+    for (tree, dir) in dirs.iter().enumerate() {
+        fs::write(dir.path().join("file"), b"content").unwrap();
+        assert_eq!(changed(), (vec![tree as u32], 0));
+        fs::write(dir.path().join("file"), b"changed").unwrap();
+        assert_eq!(changed(), (vec![tree as u32], 0));
+    }
 }
 
 #[test]
