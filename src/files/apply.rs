@@ -292,23 +292,43 @@ impl Receiver {
     }
 
     fn remove(&mut self, tree: u32, path: &[u8]) -> Result<(), ApplyError> {
-        let gone = |key: &(u32, Vec<u8>)| key.0 == tree && is_at_or_below(&key.1, path);
-        self.properties.retain(|key, _| !gone(key));
-        self.skipped.retain(|key| !gone(key));
         if path.is_empty() {
             self.root(tree, path)?;
+            self.properties.retain(|key, _| key.0 != tree);
+            self.skipped.retain(|key| key.0 != tree);
             self.whole.insert(tree, BTreeSet::new());
             return Ok(());
         }
-        if let Some(named) = self.whole.get_mut(&tree) {
-            unname(named, path);
-        }
+        self.forget(tree, path);
         let place = match self.place(tree, path) {
             // Its directory went before it, or something else is in that one's place.
             Err(ApplyError::Io { source, .. }) if is_in_the_way(&source) => return Ok(()),
             other => other?,
         };
         remove_all(place.dir.as_fd(), &place.name, 0).map_err(io_error("remove", tree, path))
+    }
+
+    /// Nothing is known of a path any more, nor of what is below it. A whole tree may come with a removal for each file.
+    fn forget(&mut self, tree: u32, path: &[u8]) {
+        let from = |path: &[u8]| (tree, path.to_vec());
+        let below = [path, b"/"].concat();
+        let is_below = |key: &(u32, Vec<u8>)| key.0 == tree && key.1.starts_with(&below);
+        self.properties.remove(&from(path));
+        let kept = self.properties.range(from(&below)..).map(|(key, _)| key);
+        for key in kept.take_while(|key| is_below(key)).cloned().collect::<Vec<_>>() {
+            self.properties.remove(&key);
+        }
+        self.skipped.remove(&from(path));
+        let kept = self.skipped.range(from(&below)..);
+        for key in kept.take_while(|key| is_below(key)).cloned().collect::<Vec<_>>() {
+            self.skipped.remove(&key);
+        }
+        let Some(named) = self.whole.get_mut(&tree) else { return };
+        named.remove(path);
+        let kept = named.range(below.clone()..);
+        for path in kept.take_while(|path| path.starts_with(&below)).cloned().collect::<Vec<_>>() {
+            named.remove(&path);
+        }
     }
 
     fn set_properties(&self, tree: u32, path: &[u8], meta: &FileMeta) -> io::Result<()> {
@@ -338,12 +358,6 @@ fn refused(path: &[u8], why: &'static str) -> ApplyError {
 fn io_error(what: &'static str, tree: u32, path: &[u8]) -> impl FnOnce(io::Error) -> ApplyError {
     let path = String::from_utf8_lossy(path).into_owned();
     move |source| ApplyError::Io { what, tree, path, source }
-}
-
-fn is_at_or_below(path: &[u8], ancestor: &[u8]) -> bool {
-    path == ancestor
-        || ancestor.is_empty()
-        || (path.starts_with(ancestor) && path.get(ancestor.len()) == Some(&b'/'))
 }
 
 fn is_absent(error: &io::Error) -> bool {
@@ -471,17 +485,6 @@ fn remove_all(dir: BorrowedFd<'_>, name: &std::ffi::CStr, depth: usize) -> io::R
     let inner = open_in(dir, name.to_bytes(), OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
     clear(inner.as_fd(), depth + 1)?;
     Ok(unlinkat(dir, name, UnlinkatFlags::RemoveDir)?)
-}
-
-/// Takes a path and all below it out of a set.
-fn unname(named: &mut BTreeSet<Vec<u8>>, path: &[u8]) {
-    named.remove(path);
-    let mut first = path.to_vec();
-    first.push(b'/');
-    while let Some(below) = named.range(first.clone()..).next().filter(|other| is_at_or_below(other, path)) {
-        let below = below.clone();
-        named.remove(&below);
-    }
 }
 
 /// What is sent whole is made of nothing: content that is there is not what the records add to, and other names of it are not
