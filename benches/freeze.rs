@@ -367,6 +367,7 @@ impl Subject {
             outside: self.sandbox.log_pipes()?.into_iter().map(Outside::pipe).collect(),
             own_cgroup_namespace: false,
             trees: Vec::new(),
+            held: Vec::new(),
         })
     }
 

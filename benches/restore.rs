@@ -528,6 +528,7 @@ fn capture(place: &Home, install: &Install, ram: &Path, store: &Store, control: 
         outside: place.log_pipes()?.into_iter().map(Outside::pipe).collect(),
         own_cgroup_namespace: false,
         trees: Vec::new(),
+        held: Vec::new(),
     })?;
     let mut recency = Recency::default();
     let id = |epoch| EpochId { term: Term(1), epoch: Epoch(epoch) };

@@ -267,6 +267,7 @@ impl Home {
             work: agent.config.work_dir.join(format!("dump-{name}")),
             outside: Vec::new(),
             trees: Vec::new(),
+            held: Vec::new(),
         };
         match &self.place {
             Place::Sandbox(sandbox) => {
@@ -281,7 +282,7 @@ impl Home {
                 source.own_cgroup_namespace = container.has_cgroup_namespace();
                 let streams = container.streams().into_iter();
                 source.outside = streams.map(|(stream, key)| Outside { key, stream: Some(stream) }).collect();
-                source.trees = trees::of_container(container);
+                (source.trees, source.held) = trees::of_container(container)?;
             }
             Place::Bare(_) => {}
         }

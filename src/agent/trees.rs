@@ -14,7 +14,10 @@
 use std::{
     fs::{self, DirBuilder, File},
     io,
-    os::unix::fs::DirBuilderExt,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -49,15 +52,29 @@ pub(super) fn of_sandbox(config: &Config, place: &Place, spec: &SandboxSpec) -> 
     of(place, spec).into_iter().chain([shm_of(config, &spec.name)]).collect()
 }
 
-/// What is replicated of a container that runs here.
-pub(super) fn of_container(container: &Container) -> Vec<Source> {
+/// What is replicated of a container that runs here, and descriptors by which a part of it is named: they must stay open.
+pub(super) fn of_container(container: &Container) -> anyhow::Result<(Vec<Source>, Vec<OwnedFd>)> {
+    let mut held = Vec::new();
     let trees = container.spec().trees.iter().zip(container.trees());
-    let source = |(tree, at): (&ContainerTree, &TreeAt)| match at {
-        TreeAt::Plain(path) => Source::plain(path),
-        TreeAt::Overlay { upper, merged } => Source::overlay(upper, merged),
-        TreeAt::Memory => Source::plain(container.memory_at(&tree.inside)),
+    let source = |(tree, at): (&ContainerTree, &TreeAt)| {
+        Ok(match at {
+            TreeAt::Plain(path) => Source::plain(path),
+            TreeAt::Overlay { upper, merged } => Source::overlay(upper, merged),
+            TreeAt::Memory => {
+                let memory = container.memory_at(&tree.inside)?;
+                let source = Source::plain(path_of(&memory));
+                held.push(memory);
+                source
+            }
+        })
     };
-    trees.map(source).collect()
+    let sources = trees.map(source).collect::<anyhow::Result<_>>()?;
+    Ok((sources, held))
+}
+
+/// By which this process reaches what is open.
+fn path_of(open: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", open.as_raw_fd()))
 }
 
 /// Where a standby has what is replicated, in the order of the records.
@@ -83,11 +100,12 @@ fn kept_of(config: &Config, name: &Name, number: usize) -> PathBuf {
 }
 
 /// Before a restore: a container's file systems in memory are what the epoch has of them.
-pub(super) fn fill(config: &Config, container: &Container) -> io::Result<()> {
+pub(super) fn fill(config: &Config, container: &Container) -> anyhow::Result<()> {
     let spec = container.spec();
     for (number, tree) in spec.trees.iter().enumerate() {
         if tree.kind == ContainerTreeKind::Memory {
-            copy(&kept_of(config, &spec.name, number), &container.memory_at(&tree.inside))?;
+            let memory = container.memory_at(&tree.inside)?;
+            copy(&kept_of(config, &spec.name, number), &path_of(&memory))?;
         }
     }
     Ok(())

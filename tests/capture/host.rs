@@ -217,6 +217,7 @@ fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
         outside: home.sandbox.log_pipes().unwrap().into_iter().map(Outside::pipe).collect(),
         own_cgroup_namespace: false,
         trees: Vec::new(),
+        held: Vec::new(),
     }
 }
 

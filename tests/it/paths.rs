@@ -81,8 +81,17 @@ fn what_a_process_believes_of_its_files_is_so_after_every_takeover() {
     survives("scribe", &["--path", "/srv/scribe", "--", "/usr/bin/python3", "-c", SCRIBE, "/srv/scribe"]);
 }
 
-/// What was shipped for the epochs that began after `work` did, once there are some.
-fn shipped_during(cluster: &Cluster, count: u64, work: impl FnOnce()) -> Vec<u64> {
+/// What was shipped for the epochs that began after `work` did, once there are some. An epoch that fails in between is none of
+/// its matter, and all is sent anew after it: then it is tried again.
+fn shipped_during(cluster: &Cluster, count: u64, work: impl Fn()) -> Vec<u64> {
+    loop {
+        if let Some(shipped) = shipped_once(cluster, count, &work) {
+            return shipped;
+        }
+    }
+}
+
+fn shipped_once(cluster: &Cluster, count: u64, work: impl Fn()) -> Option<Vec<u64>> {
     let newest = || cluster.status(Host::A, "idle")["epoch"]["epoch"].as_u64().expect("an epoch");
     // One may be under way.
     let first = newest() + 2;
@@ -92,8 +101,9 @@ fn shipped_during(cluster: &Cluster, count: u64, work: impl FnOnce()) -> Vec<u64
     wait_for("more epochs", || newest() >= until);
     let history = cluster.json(Host::A, &["history", "idle"]);
     let epochs = history["epochs"].as_array().expect("epochs").iter();
-    let recent = epochs.filter(|figures| figures["id"]["epoch"].as_u64() >= Some(first));
-    recent.map(|figures| figures["shipped_bytes"].as_u64().expect("a size")).collect()
+    let recent: Vec<_> = epochs.filter(|figures| figures["id"]["epoch"].as_u64() >= Some(first)).collect();
+    let shipped = recent.iter().map(|figures| figures["shipped_bytes"].as_u64().expect("a size")).collect();
+    (!recent.iter().any(|figures| figures["full"] == true)).then_some(shipped)
 }
 
 #[test]

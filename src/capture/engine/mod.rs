@@ -138,6 +138,8 @@ pub struct Source {
     pub outside: Vec<Outside>,
     /// Directories that are replicated with each epoch, as this process sees them.
     pub trees: Vec<files::Source>,
+    /// By which some of them are named: open for as long as this is.
+    pub held: Vec<OwnedFd>,
 }
 
 /// What becomes of the tree at the end of the freeze.

@@ -37,6 +37,13 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2},
+    sys::{
+        stat::Mode,
+        statfs::{TMPFS_MAGIC, fstatfs},
+    },
+};
 use serde::{Deserialize, Serialize};
 
 pub use self::{
@@ -531,9 +538,18 @@ impl Container {
         record.map(|record| record.trees).ok_or_else(|| ContainerError::Unknown(name.clone()))
     }
 
-    /// Where this host sees what the container has in its memory at a place.
-    pub fn memory_at(&self, inside: &Path) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{}", self.init.pid, inside.display()))
+    /// A file system that the container has in its memory. What its processes made of the way there leads nowhere else, and
+    /// not to another file system.
+    pub fn memory_at(&self, inside: &Path) -> Result<OwnedFd, ContainerError> {
+        let path = PathBuf::from(format!("/proc/{}/root", self.init.pid));
+        let error = |source| file_error(&self.record.spec.name, "open", &path.join(inside))(source);
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let root = open(&path, flags, Mode::empty()).map_err(|errno| error(errno.into()))?;
+        let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+        let found = openat2(&root, inside, OpenHow::new().flags(flags).resolve(resolve));
+        let found = found.map_err(|errno| error(errno.into()))?;
+        let kind = fstatfs(&found).map_err(|errno| error(errno.into()))?.filesystem_type();
+        if kind == TMPFS_MAGIC { Ok(found) } else { Err(error(io::Error::other("it is no tmpfs any more"))) }
     }
 
     fn keeper_error(&self, source: KeeperError) -> ContainerError {
