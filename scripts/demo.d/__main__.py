@@ -13,8 +13,9 @@ import redis
 from lab import VIP, Lab, now_ms, on_our_clock, wait_for
 from places import Docker, Oci, Sandbox
 
-# The load before a power cut: long enough for the figures of one, short enough for many.
+# The load before a power cut: long enough for the figures of one, short enough for many; and for some epochs in any case.
 WATCH_S, WATCH_OF_MANY_S = 5, 3
+WATCH_EPOCHS_MIN, WATCH_S_MAX = 5, 60
 # When an epoch was frozen is known to this: the agents round what they tell of it to milliseconds.
 ROUNDING_MS = 5
 
@@ -92,11 +93,14 @@ class Demo:
 
     def watch(self, seconds):
         """Tells what the agent says of its epochs, twice a second."""
-        until = now_ms() + seconds * 1e3
-        while now_ms() < until:
+        began, first = now_ms(), None
+        while now_ms() - began < WATCH_S_MAX * 1e3:
             status = self.status(self.primary)
-            if status.get("last"):
-                last = status["last"]
+            last = status.get("last")
+            if last:
+                first = first or last["id"]["epoch"]
+                if now_ms() - began > seconds * 1e3 and last["id"]["epoch"] >= first + WATCH_EPOCHS_MIN:
+                    return
                 self.story.detail("epoch %s.%s  frozen %5.1f ms  dirty %7.1f KiB  shipped %7.1f KiB  lag %s ms" % (
                     last["id"]["term"], last["id"]["epoch"], last["frozen_us"] / 1e3, last["dirty_bytes"] / 1024,
                     last["shipped_bytes"] / 1024, status["lag_ms"]))
@@ -184,11 +188,10 @@ class Demo:
         """What is wrong with the workload or with what its runtime knows of it; nothing if all is right."""
         wrong = self.workload.check(host)
         known = self.workload.place.known(host)
-        if not known:
-            wrong = wrong or "%s on %s does NOT know it as running" % (self.workload.place.runtime, host)
-        elif self.workload.place.runtime != "sandbox":
+        if known:
             self.story.detail(known)
-        return wrong
+            return wrong
+        return wrong or "its runtime (%s) on %s does NOT know it as running" % (self.workload.place.runtime, host)
 
     def tell_round(self, number, figures):
         self.story.say("round %d, to %s: detected in %.0f ms, answered after %.0f ms, epoch %s under term %s; of %d writes "
@@ -203,7 +206,6 @@ class Demo:
         began = now_ms()
         report = self.lab.standin(self.primary, "handoff", self.workload.name, "--max-downtime", self.workload.max_downtime,
                                   "--json")
-        load.again()
         self.primary, self.standby = self.standby, self.primary
         time.sleep(1.0)
         load.stop()

@@ -1,7 +1,7 @@
 """Where a workload runs: a sandbox of Standin's, or a container of somebody's.
 
-Each says how to start a command there (on A), how to protect it, how to run something in it, and what its runtime knows
-of it after a takeover.
+Each says how to start a command there (on A), how to protect it, how to run something in it, and what whoever runs it
+knows of it after a takeover.
 """
 
 import json
@@ -31,9 +31,10 @@ class Sandbox:
         pid = self.lab.standin(host, "status", self.name, "--json")["pid"]
         return self.lab.on(host, "nsenter", "-t", str(pid), "-m", "-n", "--", *command, check=check)
 
-    def known(self, _host):
+    def known(self, host):
         """What its runtime says of it while it runs, in one line; nothing if it does not know it."""
-        return "there is none"
+        status = self.lab.standin(host, "status", self.name, "--json")
+        return status["pid"] and "`standin status` on %s: %s %s %s" % (host, self.name, status["role"], status["state"])
 
 
 # Changes a runtime's example of a config: no terminal, a root to write to, a command, a directory of the host.

@@ -15,6 +15,8 @@ DATA = "/srv/pg"
 # pgbench's unit: 100,000 accounts, 15 MB.
 SCALE = 4
 CONNECTIONS = 32
+# More would keep all processors of a small machine busy, the agents' too.
+TRANSACTIONS_PER_S = 300
 # A client that is cut off tries again after this.
 PATIENCE_S = 0.25
 QUERY_TIMEOUT_S = 60
@@ -122,8 +124,9 @@ class Bench(threading.Thread):
         self.process = None
 
     def run(self):
-        command = self.lab.command("on", "client", "sh", "-c", "%s; exec pgbench -n -c %d -j 2 -T 3600 -h %s -U postgres "
-                                   "postgres" % (PROGRAMS, CONNECTIONS, VIP))
+        command = self.lab.command(
+            "on", "client", "sh", "-c", "%s; exec pgbench -n -c %d -j 2 -R %d -T 3600 -h %s -U postgres postgres" % (
+                PROGRAMS, CONNECTIONS, TRANSACTIONS_PER_S, VIP))
         while not self.done.is_set():
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                             stderr=subprocess.DEVNULL)
