@@ -13,7 +13,7 @@ import redis
 from lab import VIP, Lab, now_ms, on_our_clock, wait_for
 from places import Docker, Oci, Sandbox
 
-# The load before a power cut: long enough for the figures of one, short enough for many; and for some epochs in any case.
+# The load before a power cut: long enough for the figures of one, short enough for many; some epochs in any case.
 WATCH_S, WATCH_OF_MANY_S = 5, 3
 WATCH_EPOCHS_MIN, WATCH_S_MAX = 5, 60
 # When an epoch was frozen is known to this: the agents round what they tell of it to milliseconds.
@@ -73,6 +73,7 @@ class Demo:
         lab.standin("A", "protect", self.workload.name, *self.workload.place.protect_flags, "--to", "b",
                     "--every", "200ms", "--vip", VIP + "/24@eth0", "--json")
         story.say("%s on A (%s) and is being protected; B is its standby" % (holds, self.workload.place.runtime))
+        story.say("the clients: %s" % self.workload.clients)
         self.wait_protected()
         lab.enter_client()
         self.workload.note()
@@ -85,7 +86,8 @@ class Demo:
         return self.lab.standin(host, "status", self.workload.name, "--json", check=False) or {}
 
     def history(self, host):
-        return self.lab.standin(host, "history", self.workload.name, "--json", check=False) or {"events": [], "epochs": []}
+        told = self.lab.standin(host, "history", self.workload.name, "--json", check=False)
+        return told or {"events": [], "epochs": []}
 
     def wait_protected(self):
         wait_for("%s is the standby" % self.standby, lambda: self.status(self.standby).get("role") == "standby")
@@ -125,64 +127,73 @@ class Demo:
         }
 
     def promotion(self, after_wall_ms):
-        events = self.history(self.standby)["events"]
-        return next((event for event in events if event["kind"] == "promoted" and event["at_unix_ms"] > after_wall_ms), None)
+        events = [event for event in self.history(self.standby)["events"] if event["at_unix_ms"] > after_wall_ms]
+        return next((event for event in events if event["kind"] == "promoted"), None)
 
-    def cut_power(self, watch_s):
-        """One round: a load, a power cut, the takeover, the check, the killed host's way back as the standby."""
-        lab, story, detail = self.lab, self.story, self.story.detail
+    def round(self, watch_s):
+        """A load, a power cut, the takeover, the check, the killed host's way back as the standby."""
+        story, detail = self.story, self.story.detail
         load = self.workload.load()
         self.watch(watch_s)
         figures = self.pace()
-        words = lab.run("kill", self.primary).stdout.split()
-        killed_wall = float(words[words.index("killed") + 1]) * 1e3
-        killed = on_our_clock(killed_wall)
-        detail("host %s is dead: link first, then everything on it" % self.primary, strong=True)
-        promoted = wait_for("%s tells of its promotion" % self.standby, lambda: self.promotion(killed_wall), 30)
-        phases = promoted["phases_ms"]
-        decided_wall = promoted["at_unix_ms"] - phases["restore"] - phases["network"]
-        decided = on_our_clock(decided_wall)
-        load.again()
-        # What came from the dead host was sent before its link went; the other cannot answer before it has decided to
-        # promote.
-        first = wait_for("a client is answered by %s" % self.standby, lambda: load.first_reply_after(decided), 30)
-        figures["detect_ms"] = decided_wall - killed_wall
-        figures["kill_to_first_reply_ms"] = first - killed
-        figures["restored_term"] = promoted["term"]
-        figures["restored_epoch"] = promoted["epoch"]["epoch"]
-        figures["lag_at_kill_ms"] = phases["lag"] - figures["detect_ms"]
-        detail("    detection          %7.1f ms" % figures["detect_ms"])
-        detail("    restore            %7.1f ms (of it CRIU %.1f ms)" % (phases["restore"], phases["criu"]))
-        detail("    gate and address   %7.1f ms" % phases["network"])
-        detail("    client's retry     %7.1f ms" % (
-            first - killed - figures["detect_ms"] - phases["restore"] - phases["network"]))
-        detail("%s answers %.0f ms after the kill, with epoch %s.%s under term %s" % (
-            self.standby, first - killed, promoted["epoch"]["term"], promoted["epoch"]["epoch"], promoted["term"]),
-            strong=True)
-
+        decided, lag = self.cut_power(load, figures)
         wait_for("every client is answered again", lambda: load.all_answered_after(decided))
         time.sleep(1.0)
         load.stop()
         figures["acked_writes"] = load.acked()
         figures["rolled_back_writes"] = load.rolled_back()
         # What was acknowledged before the epoch was frozen is in it.
-        wrong = None
-        held_lost = load.rolled_back(before=decided - phases["lag"] - ROUNDING_MS)
-        if held_lost:
-            wrong = "%d writes are LOST that were acknowledged before the restored epoch" % held_lost
+        lost = load.rolled_back(before=decided - lag - ROUNDING_MS)
+        wrong = lost and "%d writes are LOST that were acknowledged before the restored epoch" % lost
         wrong = wrong or self.check(self.standby)
-        figures["digest_match"] = not wrong
-        detail("%s; of %d acknowledged writes %d were rolled back" % (
+        figures["digest_match"] = figures["ok"] = not wrong
+        (story.say if wrong else detail)("%s; of %d acknowledged writes %d were rolled back" % (
             wrong or self.workload.sound, figures["acked_writes"], figures["rolled_back_writes"]))
 
-        lab.run("boot", self.primary)
+        self.lab.run("boot", self.primary)
         self.start_host(self.primary)
         detail("host %s is back; its agent sees the newer term" % self.primary)
         self.primary, self.standby = self.standby, self.primary
         self.wait_protected()
         detail("%s is the standby of %s now and holds a whole epoch" % (self.standby, self.primary))
-        figures["ok"] = not wrong
         return figures
+
+    def cut_power(self, load, figures):
+        """Says when the standby decided to take over, and how old the epoch was that it took."""
+        detail = self.story.detail
+        words = self.lab.run("kill", self.primary).stdout.split()
+        killed_wall = float(words[words.index("killed") + 1]) * 1e3
+        killed = on_our_clock(killed_wall)
+        detail("host %s is dead: link first, then everything on it" % self.primary, strong=True)
+        promoted = wait_for("%s tells of its promotion" % self.standby, lambda: self.promotion(killed_wall), 30)
+        epoch, phases = promoted["epoch"], promoted["phases_ms"]
+        decided_wall = promoted["at_unix_ms"] - phases["restore"] - phases["network"]
+        decided = on_our_clock(decided_wall)
+        load.again()
+        # What came from the dead host was sent before its link went; the other cannot answer before it has decided to
+        # promote.
+        first = wait_for("a client is answered by %s" % self.standby, lambda: load.first_reply_after(decided), 30)
+        detect, answered = decided_wall - killed_wall, first - killed
+        figures["detect_ms"] = detect
+        figures["kill_to_first_reply_ms"] = answered
+        figures["restored_term"] = promoted["term"]
+        figures["restored_epoch"] = epoch["epoch"]
+        figures["lag_at_kill_ms"] = phases["lag"] - detect
+        detail("    detection          %7.1f ms" % detect)
+        detail("    restore            %7.1f ms (of it CRIU %.1f ms)" % (phases["restore"], phases["criu"]))
+        detail("    gate and address   %7.1f ms" % phases["network"])
+        detail("    client's retry     %7.1f ms" % (answered - detect - phases["restore"] - phases["network"]))
+        detail("%s answers %.0f ms after the kill, with epoch %s.%s under term %s" % (
+            self.standby, answered, epoch["term"], epoch["epoch"], promoted["term"]), strong=True)
+        return decided, phases["lag"]
+
+    def tell_round(self, number, figures):
+        self.story.say(
+            "round %d, to %s: detected in %.0f ms, answered after %.0f ms, epoch %s under term %s; of %d writes %d "
+            "rolled back; %s" % (
+                number, self.primary, figures["detect_ms"], figures["kill_to_first_reply_ms"],
+                figures["restored_epoch"], figures["restored_term"], figures["acked_writes"],
+                figures["rolled_back_writes"], "all is right" if figures["ok"] else "NOT RIGHT"), strong=True)
 
     def check(self, host):
         """What is wrong with the workload or with what its runtime knows of it; nothing if all is right."""
@@ -193,26 +204,20 @@ class Demo:
             return wrong
         return wrong or "its runtime (%s) on %s does NOT know it as running" % (self.workload.place.runtime, host)
 
-    def tell_round(self, number, figures):
-        self.story.say("round %d, to %s: detected in %.0f ms, answered after %.0f ms, epoch %s under term %s; of %d writes "
-                       "%d rolled back; %s" % (
-                           number, self.primary, figures["detect_ms"], figures["kill_to_first_reply_ms"],
-                           figures["restored_epoch"], figures["restored_term"], figures["acked_writes"],
-                           figures["rolled_back_writes"], "all is right" if figures["ok"] else "NOT RIGHT"), strong=True)
-
     def hand_over(self):
         load = self.workload.load()
         time.sleep(1.0)
         began = now_ms()
-        report = self.lab.standin(self.primary, "handoff", self.workload.name, "--max-downtime", self.workload.max_downtime,
-                                  "--json")
+        report = self.lab.standin(self.primary, "handoff", self.workload.name,
+                                  "--max-downtime", self.workload.max_downtime, "--json")
         self.primary, self.standby = self.standby, self.primary
         time.sleep(1.0)
         load.stop()
         lost = load.rolled_back()
         gap = load.longest_gap(began - 100)
-        self.story.say("handed over to %s: clients waited %.0f ms (agents: %.0f ms frozen), %d writes lost, %d reconnects" % (
-            self.primary, gap, report["downtime_ms"], lost, load.reconnects()), strong=True)
+        self.story.say(
+            "handed over to %s: clients waited %.0f ms (agents: %.0f ms frozen), %d writes lost, %d reconnects" % (
+                self.primary, gap, report["downtime_ms"], lost, load.reconnects()), strong=True)
         wrong = self.check(self.primary)
         self.story.say(wrong or self.workload.sound)
         roles = [self.status(host).get("role") for host in (self.primary, self.standby)]
@@ -229,7 +234,7 @@ def tell(options, demo):
     demo.start()
     rounds = []
     for number in range(1, options.rounds + 1):
-        rounds.append(demo.cut_power(WATCH_S if options.rounds == 1 else WATCH_OF_MANY_S))
+        rounds.append(demo.round(WATCH_S if options.rounds == 1 else WATCH_OF_MANY_S))
         if options.rounds > 1:
             demo.tell_round(number, rounds[-1])
     handoff = demo.hand_over()

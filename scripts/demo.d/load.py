@@ -12,8 +12,8 @@ PAUSE_S = 0.004
 class Writer(threading.Thread):
     """Counts in a closed loop, through reconnects, and records every acknowledgement.
 
-    What it writes to is `connect(index)`'s: something with `write()`, which gives the number that the server made of the
-    last one that it knows by adding one, and `close()`. `acks` holds (sent, received, number).
+    It writes through what `connect(index)` gives: something with `write()`, which returns the number that the server
+    made by adding one to the last that it knew, and `close()`. `acks` holds (sent, received, number).
     """
 
     def __init__(self, connect, index):
@@ -50,7 +50,8 @@ class Writer(threading.Thread):
         lost = 0
         for index, (_, _, number) in enumerate(self.acks[1:], 1):
             if number <= self.acks[index - 1][2]:
-                lost += sum(1 for _, received, earlier in self.acks[:index] if earlier >= number and received < before)
+                lost += sum(1 for _, received, earlier in self.acks[:index]
+                            if earlier >= number and received < before)
         return lost
 
 

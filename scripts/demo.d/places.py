@@ -24,8 +24,8 @@ class Sandbox:
 
     def start(self, *command):
         self.lab.on("A", "mkdir", "-p", self.path)
-        self.lab.standin("A", "run", self.name, "--ip", ADDRESS, "--path", self.path, "--user", self.user, "--json", "--",
-                         *command)
+        self.lab.standin("A", "run", self.name, "--ip", ADDRESS, "--path", self.path, "--user", self.user, "--json",
+                         "--", *command)
 
     def inside(self, host, *command, check=True):
         pid = self.lab.standin(host, "status", self.name, "--json")["pid"]
@@ -34,7 +34,8 @@ class Sandbox:
     def known(self, host):
         """What its runtime says of it while it runs, in one line; nothing if it does not know it."""
         status = self.lab.standin(host, "status", self.name, "--json")
-        return status["pid"] and "`standin status` on %s: %s %s %s" % (host, self.name, status["role"], status["state"])
+        return status["pid"] and "`standin status` on %s: %s %s %s" % (
+            host, self.name, status["role"], status["state"])
 
 
 # Changes a runtime's example of a config: no terminal, a root to write to, a command, a directory of the host.
@@ -45,7 +46,8 @@ config = json.load(open(bundle + "/config.json"))
 config["process"].update(terminal=False, args=command)
 config["root"]["readonly"] = False
 config["linux"].pop("resources", None)
-config["mounts"].append({"destination": "/data", "type": "bind", "source": bundle + "/data", "options": ["rbind", "rw"]})
+data = {"destination": "/data", "type": "bind", "source": bundle + "/data", "options": ["rbind", "rw"]}
+config["mounts"].append(data)
 json.dump(config, open(bundle + "/config.json", "w"))
 """
 
@@ -68,8 +70,8 @@ class Oci:
         self.lab.on("A", "python3", "-c", CONFIGURE, bundle, *command)
         self.lab.on("A", STANDIN, "wrap", self.name, "--bundle", bundle)
         # Its output must be a pipe, whose reader outlives the command.
-        self.lab.on("A", "bash", "-c", "%s run -d --bundle %s %s < /dev/null > >(exec setsid cat > %s.log 2>&1) 2>&1" % (
-            self.runtime, bundle, self.name, bundle))
+        run = "%s run -d --bundle %s %s" % (self.runtime, bundle, self.name)
+        self.lab.on("A", "bash", "-c", "%s < /dev/null > >(exec setsid cat > %s.log 2>&1) 2>&1" % (run, bundle))
 
     def inside(self, host, *command, check=True):
         return self.lab.on(host, self.runtime, "exec", self.name, *command, check=check)
@@ -80,7 +82,7 @@ class Oci:
         return row and "`%s list` on %s: %s" % (self.runtime, host, " ".join(row[:4]))
 
 
-# As by hand: nothing is configured.
+# As by hand: nothing is configured. It may take seconds to answer.
 DAEMON = """
 mkdir -p /var/lib/docker
 setsid dockerd --storage-driver overlay2 --exec-opt native.cgroupdriver=cgroupfs > /srv/dockerd.log 2>&1 < /dev/null &
@@ -127,4 +129,5 @@ class Docker:
     def known(self, host):
         rows = self.lab.on(host, "docker", "ps", "--filter", "status=running", "--format", "{{json .}}").splitlines()
         row = next((row for row in map(json.loads, rows) if row["Names"] == self.name), None)
-        return row and "`docker ps` on %s: %s" % (host, " ".join(row[key] for key in ("ID", "Image", "Names", "Status")))
+        shown = row and [row[key] for key in ("ID", "Image", "Names", "Status")]
+        return row and "`docker ps` on %s: %s" % (host, " ".join(shown))

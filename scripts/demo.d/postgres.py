@@ -6,7 +6,7 @@ import subprocess
 import threading
 
 from lab import VIP, wait_for
-from load import Load
+from load import WORKERS, Load
 
 PORT = 5432
 # Debian's are in a directory of their version.
@@ -30,14 +30,22 @@ command -v postgres
 """ % (PROGRAMS, DATA, DATA, DATA, DATA)
 
 SETTINGS = [
-    "listen_addresses=*", "unix_socket_directories=/tmp", "shared_buffers=32MB", "max_wal_size=64MB", "min_wal_size=32MB",
-    "checkpoint_timeout=30s", "max_connections=300",
+    "listen_addresses=*", "unix_socket_directories=/tmp", "max_connections=300",
+    # Small enough that a demo sees its checkpoints come and its log files be used again.
+    "shared_buffers=32MB", "max_wal_size=64MB", "min_wal_size=32MB", "checkpoint_timeout=30s",
     # A power cut leaves sessions whose clients are gone or are ahead of them: they end soon, and with them their locks.
     "tcp_keepalives_idle=2", "tcp_keepalives_interval=1", "tcp_keepalives_count=3",
     "idle_in_transaction_session_timeout=2s",
 ]
 
 TABLES = "create extension amcheck; create table ledger (writer int, n bigint, primary key (writer, n))"
+
+FILL = """
+set -e; %s; export PGHOST=%s PGUSER=postgres
+for i in $(seq 200); do pg_isready -q && break; sleep 0.1; done
+pgbench -q -i -s %d postgres
+psql -q -c '%s'
+""" % (PROGRAMS, VIP, SCALE, TABLES)
 
 # In the log of a server that has crashed, or was started again on what was left.
 TROUBLE = "PANIC|was terminated by signal|was interrupted|invalid page|redo starts"
@@ -148,6 +156,9 @@ class Bench(threading.Thread):
 class Postgres:
     name = "postgres"
     max_downtime = "5s"
+    clients = "%d that add rows to a ledger, and pgbench with %d connections" % (WORKERS, CONNECTIONS)
+    sound = ("PostgreSQL runs as the same server without any recovery; pg_amcheck, every checksum, its balances and "
+             "its ledger are right")
 
     def __init__(self, place):
         self.place, self.lab = place, place.lab
@@ -157,10 +168,8 @@ class Postgres:
         """Starts it on A, with pgbench's tables and the ledger; says what it holds."""
         program = self.lab.on("A", "sh", "-c", INITDB).strip()
         self.place.start(program, "-D", DATA, *(word for setting in SETTINGS for word in ("-c", setting)))
-        self.lab.on("A", "sh", "-c", "%s; for i in $(seq 200); do pg_isready -q -h %s && break; sleep 0.1; done; "
-                    "pgbench -q -i -s %d -h %s -U postgres postgres && exec psql -q -h %s -U postgres -c '%s' postgres" % (
-                        PROGRAMS, VIP, SCALE, VIP, VIP, TABLES))
-        return "PostgreSQL holds %d accounts, %d connections work on them" % (SCALE * 100_000, CONNECTIONS)
+        self.lab.on("A", "sh", "-c", FILL)
+        return "PostgreSQL holds %d accounts" % (SCALE * 100_000)
 
     def load(self):
         return Load(Ledger, Bench(self.lab))
@@ -205,19 +214,17 @@ class Postgres:
     def wrong_by_tools(self):
         for what, tool in (
                 # Heaps and indexes against each other, every page of them.
-                ("pg_amcheck", "pg_amcheck -h %s -U postgres --heapallindexed postgres" % VIP),
+                ("pg_amcheck", "pg_amcheck --heapallindexed postgres"),
                 # The server checks the checksum of every page of every file that it sends.
-                ("pg_basebackup", "pg_basebackup -h %s -U postgres -c fast -X none --no-manifest -F tar -D - > /dev/null"
-                 % VIP)):
-            done = self.lab.run("on", "client", "sh", "-c", "%s; %s" % (PROGRAMS, tool), check=False)
+                ("pg_basebackup", "pg_basebackup -c fast -X none --no-manifest -F tar -D - > /dev/null")):
+            command = "%s; export PGHOST=%s PGUSER=postgres; %s" % (PROGRAMS, VIP, tool)
+            done = self.lab.run("on", "client", "sh", "-c", command, check=False)
             if done.returncode:
                 return "%s is NOT content: %s%s" % (what, done.stdout, done.stderr)
         return None
 
     def wrong_by_log(self, host):
         # It had nothing to say there yet if there is none.
-        lines = self.lab.on(host, "grep", "-E", TROUBLE, "/var/lib/standin/workloads/%s/output.log" % self.name, check=False)
+        log = "/var/lib/standin/workloads/%s/output.log" % self.name
+        lines = self.lab.on(host, "grep", "-E", TROUBLE, log, check=False)
         return "its log on %s tells of TROUBLE: %s" % (host, lines) if lines else None
-
-    sound = ("PostgreSQL runs as the same server without any recovery; pg_amcheck, every checksum, its balances and its "
-             "ledger are right")

@@ -3,7 +3,7 @@
 import socket
 
 from lab import VIP, wait_for
-from load import Load
+from load import WORKERS, Load
 
 PORT = 6379
 VALUE_BYTES = 1000
@@ -63,6 +63,8 @@ class Counter(Connection):
 class Redis:
     name = "redis"
     max_downtime = "200ms"
+    clients = "%d that increment a key each" % WORKERS
+    sound = "redis' digest of the untouched keys is identical, its append-only file is valid"
 
     def __init__(self, place, size_mb):
         self.place = place
@@ -111,5 +113,3 @@ class Redis:
         if "All AOF files and manifest are valid" not in said:
             return "its append-only file is BROKEN: " + said
         return None
-
-    sound = "redis' digest of the untouched keys is identical, its append-only file is valid"
