@@ -272,7 +272,10 @@ impl Freeze<'_, '_> {
             if let Err(error) = take(&mut tracked.tracker, &mut dirty) {
                 self.lent.tasks.remove(&pid);
                 match error {
-                    _ if self.listed.told_ahead.contains(&space) => return Err(CaptureError::Guards(pid)),
+                    error if self.listed.told_ahead.contains(&space) => {
+                        tracing::warn!(%error, pid, "the pass that was to confirm what was told ahead failed");
+                        return Err(CaptureError::Guards(pid));
+                    }
                     TrackError::Gone(_) | TrackError::Replaced(_) => continue,
                     error => return Err(error.into()),
                 }
@@ -284,6 +287,7 @@ impl Freeze<'_, '_> {
                 let guards = tracked.tracker.guards().cloned().unwrap_or_default();
                 let told = self.listed.told_ahead.remove(&space);
                 if told && tracked.guards != guards {
+                    tracing::warn!(told = ?tracked.guards, now = ?guards, pid, "guard regions are others now");
                     return Err(CaptureError::Guards(pid));
                 }
                 if !told && let Err(error) = lists.write_guards(space, &guards) {

@@ -20,9 +20,11 @@
 //! Part of the workload is what the container's command has started. What an engine starts in it beside (`exec`) is not: it
 //! stays behind.
 
+mod candidate;
 mod config;
 mod docker;
 mod engine;
+mod error;
 mod oci;
 pub mod wrap;
 
@@ -46,16 +48,19 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-pub use self::{
-    engine::{EngineError, Named, Survey, TreeAt, survey},
-    oci::wrap_bundle,
-};
 use self::{
-    engine::{Found, Local, Network},
+    candidate::Candidate,
+    engine::Local,
+    error::{engine_error, file_error, keeper_error, network_error, unfit},
     wrap::Order,
 };
+pub use self::{
+    engine::{EngineError, Named, Survey, TreeAt, survey},
+    error::ContainerError,
+    oci::wrap_bundle,
+};
 use super::{
-    bare::{self, BareError},
+    bare,
     cgroup::{self, Cgroup, CgroupError},
     control::Request,
     init::{Log, Setup},
@@ -64,7 +69,7 @@ use super::{
         write_record,
     },
     netlink::RouteSocket,
-    network::{self, Gate, NetworkError},
+    network::{self, Gate},
     spec::{Cidr, ContainerSpec},
     sys,
 };
@@ -93,69 +98,6 @@ pub struct Options {
     pub log: PathBuf,
     /// Bytes at which the log begins anew; the one before is kept.
     pub log_bytes_max: u64,
-}
-
-/// Why something could not be done to a container.
-#[derive(Debug, thiserror::Error)]
-pub enum ContainerError {
-    /// Its engine.
-    #[error("container {id}: {source}")]
-    Engine {
-        /// Which.
-        id: String,
-        /// Cause.
-        source: EngineError,
-    },
-    /// It does not fit.
-    #[error("container {id} cannot be protected: {reason}")]
-    Unfit {
-        /// Which.
-        id: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// A name that is in use.
-    #[error("the name {0} is that of another workload's place; choose another, or unprotect that one first")]
-    Taken(Name),
-    /// It is none of ours.
-    #[error("no container is protected as {0}")]
-    Unknown(Name),
-    /// Its guard process or cgroup.
-    #[error("container {name}: {source}")]
-    Keeper {
-        /// Workload.
-        name: Name,
-        /// Cause.
-        source: KeeperError,
-    },
-    /// Its network.
-    #[error("container {name}: {source}")]
-    Network {
-        /// Workload.
-        name: Name,
-        /// Cause.
-        source: NetworkError,
-    },
-    /// Its processes.
-    #[error("container {name}: {source}")]
-    Tree {
-        /// Workload.
-        name: Name,
-        /// Cause.
-        source: BareError,
-    },
-    /// A file.
-    #[error("container {name}: cannot {what} {path}: {source}")]
-    File {
-        /// Workload.
-        name: Name,
-        /// Verb.
-        what: &'static str,
-        /// File.
-        path: PathBuf,
-        /// Cause.
-        source: io::Error,
-    },
 }
 
 /// What the run directory keeps of a container.
@@ -229,11 +171,10 @@ impl Container {
         };
         private_dir(dir).map_err(keeper_error(name))?;
         // Before anything else: should this host end now, it is not started again beside its standby.
-        tell(name, &record.wrap, Order::Wait)?;
+        tell(name, &record.wrap, Order::Track(root.1))?;
         let container = Self::guard(name, record, options, dir, None)?;
         bare::move_tree(root.0.pid, container.keeper.cgroup())
             .map_err(|source| ContainerError::Tree { name: name.clone(), source })?;
-        tell(name, &container.record.wrap, Order::Track(root.1))?;
         Ok(container)
     }
 
@@ -557,62 +498,6 @@ impl Container {
     }
 }
 
-/// A container that is to be adopted.
-struct Candidate {
-    spec: ContainerSpec,
-    init: ProcessId,
-    root: (ProcessId, u32),
-    wrap: PathBuf,
-    trees: Vec<TreeAt>,
-    engine_net: bool,
-}
-
-impl Candidate {
-    fn find(name: &Name, named: &Named, ips: &[Cidr]) -> Result<Self, ContainerError> {
-        let id = named.container();
-        let Found { engine, pid, wrap, trees, network } = engine::find(named).map_err(engine_error(id))?;
-        let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if wrapped_as != name.as_str() {
-            return Err(unfit(id, &format!("it was wrapped as {wrapped_as}; protect it under that name")));
-        }
-        if !ips.is_empty() && network == Network::Host {
-            return Err(unfit(id, "it is in the host's network, where --ip has no place; leave that out"));
-        }
-        let init = ProcessId::of(pid).map_err(|_| unfit(id, "it has just ended"))?;
-        let user = |who: &str| fs::read_link(format!("/proc/{who}/ns/user")).ok();
-        if user(&pid.to_string()) != user("self") {
-            let reason = "it has a user namespace, in which CRIU could not restore it; start it without one";
-            return Err(unfit(id, reason));
-        }
-        if let Some((number, what)) = stream_outside(pid) {
-            let stream = ["input", "output", "error"][usize::from(number)];
-            let reason = format!(
-                "its standard {stream} is {what}, which the standby has not; start it with a pipe or /dev/null"
-            );
-            return Err(unfit(id, &reason));
-        }
-        let root =
-            root_of(init).ok_or_else(|| unfit(id, "no command runs below its init; see its output"))?;
-        let (trees, places) = trees.into_iter().unzip();
-        let engine_net = ips.is_empty() && network == Network::Own;
-        let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees };
-        Ok(Self { spec, init, root, wrap, trees: places, engine_net })
-    }
-}
-
-/// The init's first child that leads a session: what it started. Others came to be its children when theirs had ended.
-fn root_of(init: ProcessId) -> Option<(ProcessId, u32)> {
-    let entries = fs::read_dir("/proc").ok()?;
-    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let children = pids.filter_map(|pid| {
-        let stat = Stat::read(pid).ok()?;
-        let is_root = stat.parent == init.pid && stat.session == pid && !matches!(stat.state, 'Z' | 'X');
-        is_root.then_some(ProcessId { pid, started: stat.started })
-    });
-    let inside = children.filter_map(|id| Some((id, super::inner_pid(id.pid)?)));
-    inside.min_by_key(|(id, inside)| (id.started, *inside))
-}
-
 /// The container's own cgroup, if its engine uses cgroup v2. Where it uses v1 its limits are there, and the tree's v2 cgroup
 /// may be one of ours.
 fn container_cgroup(name: &Name, init: ProcessId) -> Result<Option<PathBuf>, ContainerError> {
@@ -647,18 +532,6 @@ fn give_back(record: &Record, cgroup: &Cgroup) -> Result<(), CgroupError> {
         }
     }
     Ok(())
-}
-
-/// The name of one of its standard streams if it is neither a pipe nor a file of its own: CRIU cannot name that.
-fn stream_outside(pid: u32) -> Option<(u8, String)> {
-    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
-    (0..3).find_map(|number| {
-        let link = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?.to_str()?.to_owned();
-        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
-        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
-        let is_inside = mounts.lines().any(|line| line.split(' ').next() == Some(mount));
-        (!link.starts_with("pipe:[") && !is_inside).then_some((number, link))
-    })
 }
 
 fn has_device(name: &Name) -> bool {
@@ -704,29 +577,4 @@ fn remove_dir(name: &Name, dir: &Path) -> Result<(), ContainerError> {
 
 fn tell(name: &Name, wrap: &Path, order: Order) -> Result<(), ContainerError> {
     wrap::tell(wrap, order).map_err(file_error(name, "write the init's order in", wrap))
-}
-
-fn unfit(id: &str, reason: &str) -> ContainerError {
-    ContainerError::Unfit { id: id.to_owned(), reason: reason.to_owned() }
-}
-
-fn engine_error(id: &str) -> impl Fn(EngineError) -> ContainerError + use<'_> {
-    move |source| ContainerError::Engine { id: id.to_owned(), source }
-}
-
-fn keeper_error(name: &Name) -> impl Fn(KeeperError) -> ContainerError + use<'_> {
-    move |source| ContainerError::Keeper { name: name.clone(), source }
-}
-
-fn network_error(name: &Name) -> impl Fn(NetworkError) -> ContainerError + use<'_> {
-    move |source| ContainerError::Network { name: name.clone(), source }
-}
-
-fn file_error(
-    name: &Name,
-    what: &'static str,
-    path: &Path,
-) -> impl FnOnce(io::Error) -> ContainerError + use<> {
-    let (name, path) = (name.clone(), path.to_owned());
-    move |source| ContainerError::File { name, what, path, source }
 }

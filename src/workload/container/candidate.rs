@@ -1,0 +1,85 @@
+//! What a container that runs must be like to be adopted, beside what its engine says.
+
+use std::{fs, path::PathBuf};
+
+use super::{
+    super::{
+        inner_pid,
+        keeper::{ProcessId, Stat},
+        spec::{Cidr, ContainerSpec},
+    },
+    engine::{self, Found, Named, Network, TreeAt},
+    error::{ContainerError, engine_error, unfit},
+};
+use crate::model::Name;
+
+/// A container that is to be adopted.
+pub(super) struct Candidate {
+    pub(super) spec: ContainerSpec,
+    pub(super) init: ProcessId,
+    /// The workload's root and its pid inside.
+    pub(super) root: (ProcessId, u32),
+    pub(super) wrap: PathBuf,
+    pub(super) trees: Vec<TreeAt>,
+    /// Its network is the engine's, in a namespace of its own.
+    pub(super) engine_net: bool,
+}
+
+impl Candidate {
+    /// Finds it, and whether it can be protected.
+    pub(super) fn find(name: &Name, named: &Named, ips: &[Cidr]) -> Result<Self, ContainerError> {
+        let id = named.container();
+        let Found { engine, pid, wrap, trees, network } = engine::find(named).map_err(engine_error(id))?;
+        let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if wrapped_as != name.as_str() {
+            return Err(unfit(id, &format!("it was wrapped as {wrapped_as}; protect it under that name")));
+        }
+        if !ips.is_empty() && network == Network::Host {
+            return Err(unfit(id, "it is in the host's network, where --ip has no place; leave that out"));
+        }
+        let init = ProcessId::of(pid).map_err(|_| unfit(id, "it has just ended"))?;
+        let user = |who: &str| fs::read_link(format!("/proc/{who}/ns/user")).ok();
+        if user(&pid.to_string()) != user("self") {
+            let reason = "it has a user namespace, in which CRIU could not restore it; start it without one";
+            return Err(unfit(id, reason));
+        }
+        if let Some((number, what)) = stream_outside(pid) {
+            let stream = ["input", "output", "error"][usize::from(number)];
+            let reason = format!(
+                "its standard {stream} is {what}, which the standby has not; start it with a pipe or /dev/null"
+            );
+            return Err(unfit(id, &reason));
+        }
+        let root =
+            root_of(init).ok_or_else(|| unfit(id, "no command runs below its init; see its output"))?;
+        let (trees, places) = trees.into_iter().unzip();
+        let engine_net = ips.is_empty() && network == Network::Own;
+        let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees };
+        Ok(Self { spec, init, root, wrap, trees: places, engine_net })
+    }
+}
+
+/// The init's first child that leads a session: what it started. Others came to be its children when theirs had ended.
+fn root_of(init: ProcessId) -> Option<(ProcessId, u32)> {
+    let entries = fs::read_dir("/proc").ok()?;
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let children = pids.filter_map(|pid| {
+        let stat = Stat::read(pid).ok()?;
+        let is_root = stat.parent == init.pid && stat.session == pid && !matches!(stat.state, 'Z' | 'X');
+        is_root.then_some(ProcessId { pid, started: stat.started })
+    });
+    let inside = children.filter_map(|id| Some((id, inner_pid(id.pid)?)));
+    inside.min_by_key(|(id, inside)| (id.started, *inside))
+}
+
+/// The name of one of its standard streams if it is neither a pipe nor a file of its own: CRIU cannot name that.
+fn stream_outside(pid: u32) -> Option<(u8, String)> {
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok()?;
+    (0..3).find_map(|number| {
+        let link = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?.to_str()?.to_owned();
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
+        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
+        let is_inside = mounts.lines().any(|line| line.split(' ').next() == Some(mount));
+        (!link.starts_with("pipe:[") && !is_inside).then_some((number, link))
+    })
+}
