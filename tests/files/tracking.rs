@@ -13,7 +13,7 @@ use std::{
 use memmap2::MmapMut;
 use nix::{
     fcntl::{AT_FDCWD, AtFlags, FallocateFlags, RenameFlags, fallocate, renameat2},
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     sys::{
         stat::{Mode, SFlag, UtimensatFlags, makedev, mknod, utimensat},
         time::TimeSpec,
@@ -301,9 +301,11 @@ fn a_queue_that_ran_over_leads_to_a_walk() {
 fn a_mount_in_the_tree_leads_to_a_walk() {
     with_own_mounts(|| {
         let (world, mut twins) = many(100);
-        let none = None::<&Path>;
-        mount(none, &world.tree().join("dir 3"), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        let (none, dir) = (None::<&Path>, world.tree().join("dir 3"));
+        mount(none, &dir, Some("tmpfs"), MsFlags::empty(), none).unwrap();
         let (_, stats) = twins.scan(Phase::Frozen, &world.in_use, "mounted over");
+        // Before the directory is removed. Should the scan fail, it goes with the namespace.
+        umount2(&dir, MntFlags::MNT_DETACH).unwrap();
         assert_eq!((stats.walked, stats.removed), (1, 10));
     });
 }
