@@ -1,8 +1,6 @@
 //! The place in which a workload runs on this host, with its addresses: what is opened when it may speak and closed when
 //! it may not, in the order that `takeover/` gives.
 
-use std::path::PathBuf;
-
 use super::{Agent, durable, trees};
 use crate::{
     capture::{self, Note, Outside},
@@ -49,16 +47,6 @@ pub(super) struct Root {
 type Result<T> = anyhow::Result<T>;
 
 impl Place {
-    /// Finds the place that an earlier agent made.
-    fn open(agent: &Agent, spec: &PlaceSpec, bare: bool) -> Result<Self> {
-        let dir = agent.sandboxes_dir();
-        Ok(match spec {
-            _ if bare => Self::Bare(BareTree::open(spec.name(), &dir)?),
-            PlaceSpec::Sandbox(spec) => Self::Sandbox(Sandbox::open(&dir, &spec.name)?),
-            PlaceSpec::Container(spec) => Self::Container(Box::new(Container::open(&dir, &spec.name)?)),
-        })
-    }
-
     fn keeper(&self) -> &Keeper {
         match self {
             Self::Sandbox(sandbox) => sandbox.keeper(),
@@ -79,7 +67,13 @@ impl Place {
 impl Home {
     /// Finds the place that an earlier agent made.
     pub(super) fn open(agent: &Agent, spec: &PlaceSpec, bare: bool) -> Result<Self> {
-        Ok(Self { place: Place::open(agent, spec, bare)?, addresses: None })
+        let dir = agent.sandboxes_dir();
+        let place = match spec {
+            _ if bare => Place::Bare(BareTree::open(spec.name(), &dir)?),
+            PlaceSpec::Sandbox(spec) => Place::Sandbox(Sandbox::open(&dir, &spec.name)?),
+            PlaceSpec::Container(spec) => Place::Container(Box::new(Container::open(&dir, &spec.name)?)),
+        };
+        Ok(Self { place, addresses: None })
     }
 
     /// Makes a place: empty, silent. `fresh`: whatever an engine has of its files is not those of an epoch.
@@ -136,10 +130,6 @@ impl Home {
         } else {
             Self::destroy(agent, name)
         }
-    }
-
-    fn keeper_and_gate(&self) -> (&Keeper, Option<&Gate>) {
-        (self.place.keeper(), self.place.gate())
     }
 
     pub(super) fn keeper(&self) -> &Keeper {
@@ -219,7 +209,7 @@ impl Home {
 
     /// Lets the workload be heard: the gate, then the addresses. The caller announces.
     pub(super) fn open_up(&self) -> Result<()> {
-        let (keeper, gate) = self.keeper_and_gate();
+        let (keeper, gate) = (self.place.keeper(), self.place.gate());
         takeover::gate::open(keeper, gate)?;
         if let Some(addresses) = &self.addresses {
             addresses.up(keeper)?;
@@ -233,7 +223,7 @@ impl Home {
         const GRACE_NS: u64 = 60_000_000_000;
         let deadline = until_ns.unwrap_or_else(|| crate::workload::guard::boot_time_ns() + GRACE_NS);
         let steps = self.addresses.as_ref().map_or(&[][..], Addresses::up_steps);
-        let (keeper, gate) = self.keeper_and_gate();
+        let (keeper, gate) = (self.place.keeper(), self.place.gate());
         takeover::gate::unfence(keeper, gate, deadline, steps)?;
         if until_ns.is_none() {
             keeper.guard().disarm()?;
@@ -335,7 +325,7 @@ fn container_options(agent: &Agent, name: &Name) -> container::Options {
 
 /// Gives what somebody else started back to them, running.
 pub(super) fn release(agent: &Agent, name: &Name) -> Result<()> {
-    let dir: PathBuf = agent.sandboxes_dir();
+    let dir = agent.sandboxes_dir();
     if Container::is_known(&dir, name) {
         return Ok(Container::release(&dir, name)?);
     }

@@ -17,7 +17,7 @@ use super::{
     init::Setup,
     keeper::{
         CONTROL, Keeper, KeeperError, ProcessId, SANDBOX_RECORD, Stat, TREE_RECORD, boot_id, private_dir,
-        read_record, write_record,
+        read_record, remove_run_dir, write_record,
     },
 };
 use crate::model::Name;
@@ -188,25 +188,11 @@ impl BareTree {
                 .and_then(|record| record.home.strip_prefix("/").ok())
                 .map(|home| root.join(home));
             // Its old cgroup may have been removed since; then the root takes it.
-            let home = home.filter(|home| home.exists()).unwrap_or(root).join("cgroup.procs");
-            for _ in 0..SCANS_MAX {
-                for pid in cgroup.pids().map_err(cgroup_error)? {
-                    if let Err(error) = cgroup::write(&home, &pid.to_string())
-                        && Stat::read(pid).is_ok()
-                    {
-                        return Err(cgroup_error(error));
-                    }
-                }
-            }
+            give_back(&cgroup, &home.filter(|home| home.exists()).unwrap_or(root)).map_err(cgroup_error)?;
             // What is left in `init` is the guard process, if it did not leave when told.
             cgroup.destroy_guard(std::time::Duration::from_secs(10)).map_err(cgroup_error)?;
         }
-        match fs::remove_dir_all(&dir) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(keeper_error(KeeperError::File { what: "remove", path: dir, source }))
-            }
-            _ => Ok(()),
-        }
+        remove_run_dir(&dir).map_err(keeper_error)
     }
 
     /// Its guard process: guard, cgroup.
@@ -280,6 +266,21 @@ pub(super) fn move_tree(root: u32, cgroup: &Cgroup) -> Result<(), BareError> {
         }
     }
     Err(BareError::Restless(root))
+}
+
+/// Moves the tree to another cgroup's directory.
+pub(super) fn give_back(cgroup: &Cgroup, home: &Path) -> Result<(), CgroupError> {
+    let procs = home.join("cgroup.procs");
+    for _ in 0..SCANS_MAX {
+        for pid in cgroup.pids()? {
+            if let Err(error) = cgroup::write(&procs, &pid.to_string())
+                && Stat::read(pid).is_ok()
+            {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Each living process and its parent.

@@ -272,6 +272,12 @@ fn v1_mount(mountinfo: &str, controllers: &str) -> Option<PathBuf> {
     })
 }
 
+/// The directory of a process' cgroup v2.
+pub(super) fn dir_of_process(pid: u32) -> Result<PathBuf, CgroupError> {
+    let path = of_process(pid)?;
+    Ok(v2_root()?.join(path.strip_prefix("/").unwrap_or(&path)))
+}
+
 /// Where cgroup v2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid host.
 pub fn v2_root() -> Result<PathBuf, CgroupError> {
     let path = Path::new("/proc/self/mountinfo");

@@ -307,6 +307,16 @@ pub(super) fn private_dir(path: &Path) -> Result<(), KeeperError> {
     made.map_err(|source| KeeperError::File { what: "make", path: path.to_owned(), source })
 }
 
+/// Removes a workload's run directory; none is fine.
+pub(super) fn remove_run_dir(path: &Path) -> Result<(), KeeperError> {
+    match fs::remove_dir_all(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(KeeperError::File { what: "remove", path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Writes a small JSON file so that a reader sees the old one or the new one.
 pub(super) fn write_record<T: Serialize>(path: &Path, record: &T) -> Result<(), KeeperError> {
     let next = path.with_extension("next");

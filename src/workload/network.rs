@@ -271,6 +271,11 @@ impl Gate {
         steps
     }
 
+    /// Lets none pass from now on.
+    pub(super) fn close(&self) -> Result<(), NetworkError> {
+        Ok(RouteSocket::open()?.apply(&self.close_steps())?)
+    }
+
     /// Link down.
     pub fn close_steps(&self) -> Vec<NetStep> {
         self.outside.iter().map(|index| NetStep::LinkDown { index: *index }).collect()

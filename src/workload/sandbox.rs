@@ -30,7 +30,7 @@ use super::{
     init::{self, Log, Place, Setup},
     keeper::{
         CONTROL, Keeper, KeeperError, ProcessId, SANDBOX_RECORD, TREE_RECORD, boot_id, private_dir,
-        read_record, write_record,
+        read_record, remove_run_dir, write_record,
     },
     network::{self, Gate, NetworkError},
     spec::{Cidr, Net, SandboxSpec},
@@ -268,12 +268,7 @@ impl Sandbox {
             // Not empty: somebody uses it, so it stays.
             let _ = fs::remove_dir(made);
         }
-        match fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(file_error(name, "remove", &dir)(error))
-            }
-            _ => Ok(()),
-        }
+        remove_run_dir(&dir).map_err(keeper_error)
     }
 
     /// What it was made from.

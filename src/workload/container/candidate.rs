@@ -10,6 +10,7 @@ use super::{
     },
     engine::{self, Found, Named, Network, TreeAt},
     error::{ContainerError, engine_error, unfit},
+    has_own,
 };
 use crate::model::Name;
 
@@ -38,8 +39,7 @@ impl Candidate {
             return Err(unfit(id, "it is in the host's network, where --ip has no place; leave that out"));
         }
         let init = ProcessId::of(pid).map_err(|_| unfit(id, "it has just ended"))?;
-        let user = |who: &str| fs::read_link(format!("/proc/{who}/ns/user")).ok();
-        if user(&pid.to_string()) != user("self") {
+        if has_own("user", pid) {
             let reason = "it has a user namespace, in which CRIU could not restore it; start it without one";
             return Err(unfit(id, reason));
         }

@@ -29,12 +29,8 @@ mod oci;
 pub mod wrap;
 
 use std::{
-    collections::HashSet,
     fs, io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -65,10 +61,9 @@ use super::{
     control::Request,
     init::{Log, Setup},
     keeper::{
-        CONTAINER_RECORD, CONTROL, Keeper, KeeperError, ProcessId, Stat, boot_id, private_dir, read_record,
-        write_record,
+        CONTAINER_RECORD, CONTROL, Keeper, KeeperError, ProcessId, boot_id, private_dir, read_record,
+        remove_run_dir, write_record,
     },
-    netlink::RouteSocket,
     network::{self, Gate},
     spec::{Cidr, ContainerSpec},
     sys,
@@ -78,8 +73,6 @@ use crate::model::Name;
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How long a guard that leaves may take to be gone, unless its logger stays.
 const LEAVE_LIMIT: Duration = Duration::from_millis(200);
-/// Passes over a cgroup until it is empty.
-const SCANS_MAX: usize = 20;
 
 /// Where a container's things are on this host.
 #[derive(Clone, Debug)]
@@ -230,12 +223,11 @@ impl Container {
         let init = ProcessId::of(made.pid).map_err(|_| unfit(id, "it ended at once; see its output"))?;
         record.init = Some(init);
         record.trees = made.trees;
-        record.engine_net = spec.ips.is_empty() && has_own_net(init);
+        record.engine_net = spec.ips.is_empty() && has_own("net", init.pid);
         record.cgroup = container_cgroup(name, init)?;
         let container = Self::guard(name, record, options, dir, made.output)?;
         if let Some(gate) = &container.gate {
-            let closed = RouteSocket::open().and_then(|route| route.apply(&gate.close_steps()));
-            closed.map_err(|error| network_error(name)(error.into()))?;
+            gate.close().map_err(network_error(name))?;
         }
         Ok(container)
     }
@@ -347,7 +339,7 @@ impl Container {
         let engine = &record.spec.engine;
         engine::end(name, engine, for_good && record.made).map_err(engine_error(engine.container()))?;
         cgroup.destroy(KILL_LIMIT).map_err(|error| keeper_error(error.into()))?;
-        remove_dir(name, &dir)
+        remove_run_dir(&dir).map_err(keeper_error)
     }
 
     /// Ends the protection of a container that runs on. Idempotent.
@@ -365,11 +357,13 @@ impl Container {
         }
         if cgroup.work().exists() {
             cgroup.thaw(KILL_LIMIT).map_err(cgroup_error)?;
-            give_back(&record, &cgroup).map_err(cgroup_error)?;
+            let home = record.init.and_then(|init| cgroup::dir_of_process(init.pid).ok());
+            let home = record.cgroup.or(home).map_or_else(cgroup::v2_root, Ok).map_err(cgroup_error)?;
+            bare::give_back(&cgroup, &home).map_err(cgroup_error)?;
         }
         cgroup.remove_if_empty(LEAVE_LIMIT);
         tell(name, &record.wrap, Order::Run)?;
-        remove_dir(name, &dir)
+        remove_run_dir(&dir).map_err(keeper_error)
     }
 
     /// What it is made from.
@@ -400,8 +394,7 @@ impl Container {
 
     /// Whether it has a cgroup namespace of its own.
     pub fn has_cgroup_namespace(&self) -> bool {
-        let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/cgroup")).ok();
-        of(&self.init.pid.to_string()) != of("self")
+        has_own("cgroup", self.init.pid)
     }
 
     /// The directories of all cgroups that its processes are in, those of cgroup v1 included.
@@ -504,34 +497,8 @@ fn container_cgroup(name: &Name, init: ProcessId) -> Result<Option<PathBuf>, Con
     let keeper_error = keeper_error(name);
     let root = cgroup::v2_root().map_err(|error| keeper_error(error.into()))?;
     let v1 = cgroup::v1_of_process(init.pid).map_err(|error| keeper_error(error.into()))?;
-    let path = cgroup::of_process(init.pid).map_err(|error| keeper_error(error.into()))?;
-    let dir = root.join(path.strip_prefix("/").unwrap_or(&path));
+    let dir = cgroup::dir_of_process(init.pid).map_err(|error| keeper_error(error.into()))?;
     Ok((v1.is_empty() && dir != root && dir.exists()).then_some(dir))
-}
-
-/// Moves the tree to the cgroup that the container's init is in.
-fn give_back(record: &Record, cgroup: &Cgroup) -> Result<(), CgroupError> {
-    let root = cgroup::v2_root()?;
-    let home = record.cgroup.clone().unwrap_or_else(|| {
-        let path = record.init.and_then(|init| cgroup::of_process(init.pid).ok()).unwrap_or_default();
-        root.join(path.strip_prefix("/").unwrap_or(&path))
-    });
-    let procs = home.join("cgroup.procs");
-    for _ in 0..SCANS_MAX {
-        let pids = cgroup.pids()?;
-        if pids.is_empty() {
-            break;
-        }
-        let alive: HashSet<u32> = pids.into_iter().filter(|pid| Stat::read(*pid).is_ok()).collect();
-        for pid in alive {
-            match cgroup::write(&procs, &pid.to_string()) {
-                // It has ended meanwhile.
-                Err(_) if Stat::read(pid).is_err() => {}
-                other => other?,
-            }
-        }
-    }
-    Ok(())
 }
 
 fn has_device(name: &Name) -> bool {
@@ -542,37 +509,29 @@ fn has_device(name: &Name) -> bool {
 fn close_engine_net(record: &Record) {
     let (Some(init), true) = (record.init.filter(|init| init.is_alive()), record.engine_net) else { return };
     let closed = netns(&record.spec.name, init).and_then(|netns| {
-        let error = network_error(&record.spec.name);
-        let gate = Gate::of_engine(netns.as_fd()).map_err(&error)?;
-        let steps = gate.as_ref().map(Gate::close_steps).unwrap_or_default();
-        RouteSocket::open().and_then(|route| route.apply(&steps)).map_err(|source| error(source.into()))
+        let closed =
+            Gate::of_engine(netns.as_fd()).and_then(|gate| gate.as_ref().map_or(Ok(()), Gate::close));
+        closed.map_err(network_error(&record.spec.name))
     });
     if let Err(error) = closed {
         tracing::warn!(%error, "the container's network could not be closed");
     }
 }
 
-fn has_own_net(init: ProcessId) -> bool {
-    let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/net")).ok();
-    of(&init.pid.to_string()) != of("self")
+/// Whether its namespace of that kind is another than ours.
+fn has_own(kind: &str, pid: u32) -> bool {
+    let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/{kind}")).ok();
+    of(&pid.to_string()) != of("self")
 }
 
 fn netns(name: &Name, init: ProcessId) -> Result<OwnedFd, ContainerError> {
     let path = PathBuf::from(format!("/proc/{}/ns/net", init.pid));
     let file = fs::File::open(&path).map_err(file_error(name, "open", &path))?;
-    let ours = fs::metadata("/proc/self/ns/net").map_err(file_error(name, "open", &path))?;
-    if file.metadata().is_ok_and(|theirs| theirs.ino() == ours.ino()) {
+    if !has_own("net", init.pid) {
         let own = io::Error::other("it is the host's own network namespace, where standin makes no device");
         return Err(file_error(name, "use", &path)(own));
     }
     Ok(file.into())
-}
-
-fn remove_dir(name: &Name, dir: &Path) -> Result<(), ContainerError> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file_error(name, "remove", dir)(error)),
-        _ => Ok(()),
-    }
 }
 
 fn tell(name: &Name, wrap: &Path, order: Order) -> Result<(), ContainerError> {

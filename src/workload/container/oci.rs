@@ -131,8 +131,7 @@ impl Oci {
         local: &Local<'_>,
     ) -> Result<Made, EngineError> {
         if let Some(state) = self.state(id)? {
-            let wrap = Config::read(&state.bundle).and_then(|(config, _)| config.wrap()).ok();
-            check_is_ours(name, id, wrap.as_deref())?;
+            check_is_ours(name, id, wrap_of(&state).as_deref())?;
             self.delete(id)?;
         }
         let mut config =
@@ -154,9 +153,7 @@ impl Oci {
 
     /// Whether there is one, and it is the workload's.
     pub(super) fn is_ours(&self, workload: &Name, id: &str) -> Result<bool, EngineError> {
-        let Some(state) = self.state(id)? else { return Ok(false) };
-        let wrap = Config::read(&state.bundle).and_then(|(config, _)| config.wrap()).ok();
-        Ok(is_ours(workload, wrap.as_deref()))
+        Ok(self.state(id)?.is_some_and(|state| is_ours(workload, wrap_of(&state).as_deref())))
     }
 
     /// How the container is; `None` if the runtime knows none of that id.
@@ -177,16 +174,15 @@ impl Oci {
 
     /// Creates and starts a container from a bundle; returns its pid 1. What it writes goes to `output`.
     pub(super) fn run(&self, id: &str, bundle: &Path, output: &OwnedFd) -> Result<u32, EngineError> {
-        let bundle_text = bundle.display().to_string();
-        let mut command = self.command(&["run", "--detach", "--bundle", &bundle_text, id]);
         let copy = || output.try_clone().map_err(|source| self.run_error(source));
         // The container's standard error is its own, so the runtime's words have to go to a file.
         let log = bundle.join("runtime.log");
-        let _ = std::fs::remove_file(&log);
+        let _ = fs::remove_file(&log);
+        let mut command = self.command();
+        command.arg("--log").arg(&log).args(["run", "--detach", "--bundle"]).arg(bundle).arg(id);
         command.stdin(Stdio::null()).stdout(copy()?).stderr(copy()?);
-        let status = self.wait(&mut command, &format!("{} run {id}", self.runtime))?;
-        if !status {
-            let said = std::fs::read_to_string(&log).unwrap_or_default();
+        if !self.wait(&mut command, &format!("{} run {id}", self.runtime))? {
+            let said = fs::read_to_string(&log).unwrap_or_default();
             return Err(self.failed("run", id, &last_words(&said)));
         }
         let state = self.state(id)?.ok_or_else(|| self.unknown(id))?;
@@ -201,26 +197,24 @@ impl Oci {
         }
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    /// Its program with what comes before every verb.
+    fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         if let Some(state) = &self.state {
             command.arg("--root").arg(state);
         }
-        if let ["run", "--detach", "--bundle", bundle, ..] = arguments {
-            command.arg("--log").arg(Path::new(bundle).join("runtime.log"));
-        }
-        command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command
     }
 
     /// Runs a verb and returns what it prints.
     fn ask(&self, arguments: &[&str]) -> Result<String, EngineError> {
         let verb = format!("{} {}", self.runtime, arguments.join(" "));
-        let mut command = self.command(arguments);
+        let mut command = self.command();
         let mut out = tempfile()?;
         let copy = |file: &File| file.try_clone().map_err(|source| self.run_error(source));
         let mut err = tempfile()?;
-        command.stdin(Stdio::null()).stdout(copy(&out)?).stderr(copy(&err)?);
+        command.args(arguments).stdin(Stdio::null()).stdout(copy(&out)?).stderr(copy(&err)?);
         if self.wait(&mut command, &verb)? {
             return read_back(&mut out).map_err(|source| self.run_error(source));
         }
@@ -276,6 +270,11 @@ fn is_unknown(said: &str) -> bool {
 fn last_words(said: &str) -> String {
     let line = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it did not say why");
     line.trim().to_owned()
+}
+
+/// The host's directory of its init, if it is wrapped.
+fn wrap_of(state: &State) -> Option<PathBuf> {
+    Config::read(&state.bundle).and_then(|(config, _)| config.wrap()).ok()
 }
 
 /// Where a tree is of a container that is made here.
