@@ -233,12 +233,14 @@ pub(super) fn of_process(pid: u32) -> Result<PathBuf, CgroupError> {
     text.lines().find_map(|line| line.strip_prefix("0::")).map(PathBuf::from).ok_or(CgroupError::NoV2)
 }
 
-/// Whether an engine has stopped all tasks of a container's cgroup: that of v2, or the directories of v1.
-pub(super) fn is_paused(v2: Option<&Path>, v1: &[PathBuf]) -> bool {
-    let reads =
-        |file: PathBuf, wanted: &str| fs::read_to_string(file).is_ok_and(|text| text.trim() == wanted);
-    v2.is_some_and(|dir| reads(dir.join("cgroup.freeze"), "1"))
-        || v1.iter().any(|dir| reads(dir.join("freezer.self_freezing"), "1"))
+/// The file that reads 1 while an engine has stopped all tasks of a container: of its own cgroup v2, or else of its pid 1's v1
+/// freezer.
+pub(super) fn pause_file(v2: Option<&Path>, init: u32) -> Result<Option<PathBuf>, CgroupError> {
+    if let Some(dir) = v2 {
+        return Ok(Some(dir.join("cgroup.freeze")));
+    }
+    let mut files = v1_of_process(init)?.into_iter().map(|dir| dir.join("freezer.self_freezing"));
+    Ok(files.find(|file| file.exists()))
 }
 
 /// The directories of the v1 cgroups of a process; none on a host without cgroup v1.

@@ -124,6 +124,8 @@ pub struct Container {
     init: ProcessId,
     keeper: Keeper,
     gate: Option<Gate>,
+    /// Looked up once: it is read all the time.
+    pause_file: Option<PathBuf>,
 }
 
 impl Container {
@@ -302,7 +304,9 @@ impl Container {
             let netns = netns(name, init)?;
             Some(Gate::of(name, &record.spec.ips, netns.as_fd()).map_err(network_error(name))?)
         };
-        Ok(Self { dir, record, init, keeper, gate })
+        let pause_file = cgroup::pause_file(record.cgroup.as_deref(), init.pid);
+        let pause_file = pause_file.map_err(|error| keeper_error(name)(error.into()))?;
+        Ok(Self { dir, record, init, keeper, gate, pause_file })
     }
 
     /// Whether there is, or was, one of that name in the run directory.
@@ -405,11 +409,8 @@ impl Container {
 
     /// Whether its engine has stopped it (`docker pause`, `runc pause`).
     pub fn is_paused(&self) -> bool {
-        let v1 = match self.record.cgroup {
-            Some(_) => Vec::new(),
-            None => cgroup::v1_of_process(self.init.pid).unwrap_or_default(),
-        };
-        cgroup::is_paused(self.record.cgroup.as_deref(), &v1)
+        let text = self.pause_file.as_ref().and_then(|file| fs::read_to_string(file).ok());
+        text.is_some_and(|text| text.trim() == "1")
     }
 
     /// The root's pid here and inside, while it runs.
