@@ -366,6 +366,7 @@ impl Subject {
             work: self.ram.path().join("dump"),
             outside: self.sandbox.log_pipes()?.into_iter().map(Outside::pipe).collect(),
             own_cgroup_namespace: false,
+            whole: None,
             trees: Vec::new(),
             held: Vec::new(),
         })

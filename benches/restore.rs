@@ -527,6 +527,7 @@ fn capture(place: &Home, install: &Install, ram: &Path, store: &Store, control: 
         work: ram.join("dump"),
         outside: place.log_pipes()?.into_iter().map(Outside::pipe).collect(),
         own_cgroup_namespace: false,
+        whole: None,
         trees: Vec::new(),
         held: Vec::new(),
     })?;

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     capture::pace::StretchedBy,
     model::{EpochFigures, EpochId, Name, Term},
-    workload::spec::{Cidr, Daemon, PaceSpec, Runtime, Vip},
+    workload::spec::{Cidr, Daemon, PaceSpec, Runtime, Vip, Way},
 };
 
 /// Start a command in a sandbox.
@@ -264,6 +264,8 @@ pub struct ContainerStatus {
     pub engine: String,
     /// The engine's name of it.
     pub id: String,
+    /// How it is dumped and restored; whole is slower.
+    pub way: Way,
 }
 
 /// When epochs start, as wanted and as it is.

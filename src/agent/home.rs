@@ -11,11 +11,11 @@ use crate::{
     takeover::{self, address::Addresses},
     workload::{
         bare::BareTree,
-        container::{self, Container, Named},
+        container::{self, Candidate, Container, Named, whole::Whole},
         keeper::Keeper,
         network::Gate,
         sandbox::{self, Sandbox},
-        spec::{Cidr, PlaceSpec, Vip, WorkloadSpec},
+        spec::{Cidr, ContainerSpec, PlaceSpec, Vip, Way, WorkloadSpec},
     },
 };
 
@@ -27,6 +27,8 @@ pub(super) enum Place {
     Sandbox(Sandbox),
     /// Made by an engine.
     Container(Box<Container>),
+    /// Of an engine, its pid 1 the application.
+    Whole(Box<Whole>),
     /// Started by somebody else in the host's namespaces.
     Bare(BareTree),
 }
@@ -51,6 +53,7 @@ impl Place {
         match self {
             Self::Sandbox(sandbox) => sandbox.keeper(),
             Self::Container(container) => container.keeper(),
+            Self::Whole(whole) => whole.keeper(),
             Self::Bare(tree) => tree.keeper(),
         }
     }
@@ -59,6 +62,7 @@ impl Place {
         match self {
             Self::Sandbox(sandbox) => sandbox.gate(),
             Self::Container(container) => container.gate(),
+            Self::Whole(whole) => whole.gate(),
             Self::Bare(_) => None,
         }
     }
@@ -71,6 +75,9 @@ impl Home {
         let place = match spec {
             _ if bare => Place::Bare(BareTree::open(spec.name(), &dir)?),
             PlaceSpec::Sandbox(spec) => Place::Sandbox(Sandbox::open(&dir, &spec.name)?),
+            PlaceSpec::Container(spec) if spec.way == Way::Whole => {
+                Place::Whole(Box::new(Whole::open(&dir, &spec.name)?))
+            }
             PlaceSpec::Container(spec) => Place::Container(Box::new(Container::open(&dir, &spec.name)?)),
         };
         Ok(Self { place, addresses: None })
@@ -94,6 +101,10 @@ impl Home {
             }
             PlaceSpec::Container(spec) => {
                 let options = container_options(agent, &spec.name);
+                if spec.way == Way::Whole {
+                    let whole = Place::Whole(Box::new(Whole::create(spec, &options)?));
+                    return Ok(Self { place: whole, addresses: None });
+                }
                 Place::Container(Box::new(Container::create(spec, &options, fresh)?))
             }
         };
@@ -109,8 +120,12 @@ impl Home {
     /// Adopts a container that runs.
     pub(super) fn adopt_container(agent: &Agent, name: &Name, named: &Named, ips: &[Cidr]) -> Result<Self> {
         durable::Place::of(&agent.config.state_dir, name).make()?;
-        let container = Container::adopt(name, named, ips, &container_options(agent, name))?;
-        Ok(Self { place: Place::Container(Box::new(container)), addresses: None })
+        let (found, options) = (Candidate::find(name, named, ips)?, container_options(agent, name));
+        let place = match found.way() {
+            Way::Inside => Place::Container(Box::new(Container::adopt(name, found, &options)?)),
+            Way::Whole => Place::Whole(Box::new(Whole::adopt(name, found, &options)?)),
+        };
+        Ok(Self { place, addresses: None })
     }
 
     /// Ends whatever place there is of that name, with everything that runs in it.
@@ -118,6 +133,9 @@ impl Home {
         let dir = agent.sandboxes_dir();
         if Container::is_known(&dir, name) {
             return Ok(Container::destroy(&dir, name)?);
+        }
+        if Whole::is_known(&dir, name) {
+            return Ok(Whole::destroy(&dir, name)?);
         }
         Ok(Sandbox::destroy(&dir, name)?)
     }
@@ -139,15 +157,33 @@ impl Home {
     pub(super) fn sandbox(&self) -> Option<&Sandbox> {
         match &self.place {
             Place::Sandbox(sandbox) => Some(sandbox),
-            Place::Container(_) | Place::Bare(_) => None,
+            Place::Container(_) | Place::Whole(_) | Place::Bare(_) => None,
         }
     }
 
-    /// What it was made from, if it was.
-    pub(super) fn container(&self) -> Option<&Container> {
+    /// What it is of a container, if it is one.
+    pub(super) fn container_spec(&self) -> Option<&ContainerSpec> {
         match &self.place {
-            Place::Container(container) => Some(container),
+            Place::Container(container) => Some(container.spec()),
+            Place::Whole(whole) => Some(whole.spec()),
             Place::Sandbox(_) | Place::Bare(_) => None,
+        }
+    }
+
+    /// The container that its runtime restores, if it is one.
+    pub(super) fn whole(&mut self) -> Option<&mut Whole> {
+        match &mut self.place {
+            Place::Whole(whole) => Some(whole),
+            Place::Sandbox(_) | Place::Container(_) | Place::Bare(_) => None,
+        }
+    }
+
+    /// Before a restore: what it has of files in memory is what the epoch has of them.
+    pub(super) fn fill(&self, agent: &Agent) -> Result<()> {
+        match &self.place {
+            Place::Container(container) => trees::fill(&agent.config, container.as_ref()),
+            Place::Whole(whole) => trees::fill(&agent.config, whole.as_ref()),
+            Place::Sandbox(_) | Place::Bare(_) => Ok(()),
         }
     }
 
@@ -156,6 +192,7 @@ impl Home {
         match &self.place {
             Place::Sandbox(sandbox) => sandbox.keeper().is_alive(),
             Place::Container(container) => container.is_alive(),
+            Place::Whole(whole) => whole.is_waiting(),
             Place::Bare(_) => false,
         }
     }
@@ -165,6 +202,7 @@ impl Home {
         let found = match &self.place {
             Place::Sandbox(sandbox) => sandbox.workload_pid()?,
             Place::Container(container) => container.workload_pid(),
+            Place::Whole(whole) => whole.workload_pid(),
             Place::Bare(tree) => tree.is_alive().then(|| (tree.pid(), tree.pid())),
         };
         Ok(found.map(|(host, inside)| Root { host, inside }))
@@ -172,7 +210,11 @@ impl Home {
 
     /// Whether its engine has stopped it.
     pub(super) fn is_paused(&self) -> bool {
-        self.container().is_some_and(Container::is_paused)
+        match &self.place {
+            Place::Container(container) => container.is_paused(),
+            Place::Whole(whole) => whole.is_paused(),
+            Place::Sandbox(_) | Place::Bare(_) => false,
+        }
     }
 
     /// After a restore: this is the tree's root (its pid inside).
@@ -180,6 +222,8 @@ impl Home {
         match &mut self.place {
             Place::Sandbox(sandbox) => sandbox.track(inside)?,
             Place::Container(container) => container.track(inside)?,
+            // Who has restored it knows it.
+            Place::Whole(_) => {}
             Place::Bare(_) => anyhow::bail!("nothing is restored into a place of somebody else's"),
         }
         Ok(())
@@ -189,13 +233,16 @@ impl Home {
     pub(super) fn outlives_its_tree(&self, outlives: bool) -> Result<()> {
         match &self.place {
             Place::Container(container) => Ok(container.outlives_its_tree(outlives)?),
-            // Their pid 1 is not the tree's to end.
-            Place::Sandbox(_) | Place::Bare(_) => Ok(()),
+            // Their pid 1 is not the tree's to end; or is the tree's root, whose container ends with it.
+            Place::Sandbox(_) | Place::Whole(_) | Place::Bare(_) => Ok(()),
         }
     }
 
     /// Whether no process of a workload, whole or half restored, is in the place; those of `ours` may be.
     pub(super) fn is_empty_but(&self, ours: &[u32]) -> bool {
+        if let Place::Whole(whole) = &self.place {
+            return whole.is_empty();
+        }
         self.keeper().cgroup().pids().is_ok_and(|pids| pids.iter().all(|pid| ours.contains(pid)))
     }
 
@@ -250,6 +297,7 @@ impl Home {
             root_inside: root.inside,
             init: None,
             own_cgroup_namespace: false,
+            whole: None,
             install: agent.install.clone(),
             bridge: Bridge::new(&agent.config.work_dir, agent.install.version)?,
             vmas: agent.vmas.clone(),
@@ -272,7 +320,14 @@ impl Home {
                 source.own_cgroup_namespace = container.has_cgroup_namespace();
                 let streams = container.streams().into_iter();
                 source.outside = streams.map(|(stream, key)| Outside { key, stream: Some(stream) }).collect();
-                (source.trees, source.held) = trees::of_container(container)?;
+                (source.trees, source.held) = trees::of_container(container.as_ref())?;
+            }
+            Place::Whole(whole) => {
+                let (root, external) = (whole.root().to_owned(), whole.external()?);
+                source.whole = Some(capture::Whole { root, external });
+                let streams = whole.streams().into_iter();
+                source.outside = streams.map(|(stream, key)| Outside { key, stream: Some(stream) }).collect();
+                (source.trees, source.held) = trees::of_container(whole.as_ref())?;
             }
             Place::Bare(_) => {}
         }
@@ -305,6 +360,7 @@ impl Home {
                     own_ipc,
                 }
             }
+            Place::Whole(_) => anyhow::bail!("its runtime restores it"),
             Place::Bare(_) => anyhow::bail!("nothing is restored into a place of somebody else's"),
         })
     }
@@ -328,6 +384,9 @@ pub(super) fn release(agent: &Agent, name: &Name) -> Result<()> {
     let dir = agent.sandboxes_dir();
     if Container::is_known(&dir, name) {
         return Ok(Container::release(&dir, name)?);
+    }
+    if Whole::is_known(&dir, name) {
+        return Ok(Whole::release(&dir, name)?);
     }
     Ok(BareTree::release(name, &dir)?)
 }

@@ -424,8 +424,8 @@ impl Agent {
             .await
             .map_err(ApiError::failed)?
             .map_err(|error| ApiError::new(ErrorCode::Refused, format!("{error:#}")))?;
-        let adopted = home.container().ok_or_else(|| ApiError::failed("the place is no container"))?;
-        let place = PlaceSpec::Container(adopted.spec().clone());
+        let adopted = home.container_spec().ok_or_else(|| ApiError::failed("the place is no container"))?;
+        let place = PlaceSpec::Container(adopted.clone());
         let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace };
         self.own(Durable { spec, peer: None, record: None, bare: false }, Some(home));
         Ok(())

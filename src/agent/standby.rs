@@ -36,6 +36,7 @@ use crate::{
     store::{BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, View},
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
+    workload::spec::{PlaceSpec, Way},
 };
 
 /// Frames between the network and the store.
@@ -122,8 +123,7 @@ impl Standby {
             && let Some(view) = self.store.view()
         {
             self.learn(&view);
-            let dir = self.ready(&view, Mode::Lazy);
-            if let Err(error) = dir.and_then(|dir| self.wait_ahead(agent, name, &dir)) {
+            if let Err(error) = self.wait_ahead(agent, name, &view) {
                 tracing::warn!(%error, "the restore is not prepared ahead");
             }
         }
@@ -144,14 +144,19 @@ impl Standby {
     }
 
     /// Has a CRIU wait in the place, unless one does that can restore this directory.
-    fn wait_ahead(&self, agent: &Agent, name: &Name, dir: &Path) -> anyhow::Result<()> {
+    fn wait_ahead(&self, agent: &Agent, name: &Name, view: &View) -> anyhow::Result<()> {
+        let spec = durable::Place::of(&agent.config.state_dir, name).read()?.spec.place;
+        if matches!(&spec, PlaceSpec::Container(spec) if spec.way == Way::Whole) {
+            // Its runtime starts one.
+            return Ok(());
+        }
+        let dir = &self.ready(view, Mode::Lazy)?;
         let (pids, note) = (pids(dir)?, Note::read(dir)?);
         let mut waiting = lock(&self.ahead);
         let fits =
             waiting.criu.as_mut().is_some_and(|criu| criu.fits(&pids, note.outside.len(), note.own_ipc));
         if !fits && !waiting.ordered {
             waiting.criu = None;
-            let spec = durable::Place::of(&agent.config.state_dir, name).read()?.spec.place;
             let home = Home::open(agent, &spec, false)?;
             waiting.criu = Some(self.start_criu(agent, &home, &pids, &note)?);
         }
@@ -395,6 +400,25 @@ fn stage_frames(
 
 // Restoring.
 
+/// What took how long, milliseconds, and the pid of the tree's root.
+type Restored = (BTreeMap<String, f64>, u32);
+
+/// Has a container's runtime restore it; all of its memory is there then.
+fn restore_whole(
+    agent: &Agent,
+    home: &mut Home,
+    (dir, note): (&Path, &Note),
+    began: Instant,
+) -> anyhow::Result<Restored> {
+    home.fill(agent)?;
+    let prepared = began.elapsed().as_secs_f64() * 1e3;
+    let whole = home.whole().context("the place is no container that is restored whole")?;
+    let streams = note.outside.iter().filter_map(|outside| Some((outside.stream?, outside.key.clone())));
+    let root = whole.restore(dir, &streams.collect::<Vec<_>>(), &agent.install.path)?;
+    let all = began.elapsed().as_secs_f64() * 1e3;
+    Ok((BTreeMap::from([("prepare".to_owned(), prepared), ("criu".to_owned(), all - prepared)]), root))
+}
+
 /// What a restore needs beside the image.
 pub(super) struct RestorePlan {
     pub(super) epoch: EpochId,
@@ -410,7 +434,7 @@ impl Standby {
         agent: &Agent,
         home: &mut Home,
         plan: &RestorePlan,
-    ) -> anyhow::Result<(BTreeMap<String, f64>, u32)> {
+    ) -> anyhow::Result<Restored> {
         let began = Instant::now();
         let mut phases = BTreeMap::new();
         let view = self.store.freeze_for_restore()?;
@@ -418,10 +442,11 @@ impl Standby {
         let mode = if plan.eager { Mode::Eager } else { Mode::Lazy };
         let dir = self.ready(&view, mode)?;
         let note = Note::read(&dir)?;
-        let criu = self.take_criu(agent, home, &dir, &note)?;
-        if let Some(container) = home.container() {
-            trees::fill(&agent.config, container)?;
+        if home.whole().is_some() {
+            return restore_whole(agent, home, (&dir, &note), began);
         }
+        let criu = self.take_criu(agent, home, &dir, &note)?;
+        home.fill(agent)?;
         phases.insert("prepare".to_owned(), began.elapsed().as_secs_f64() * 1e3);
         let asked = Instant::now();
         let name = dir.file_name().and_then(|name| name.to_str()).context("a directory without a name")?;

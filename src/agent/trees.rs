@@ -29,8 +29,8 @@ use crate::{
     store::FileChanges,
     wire::check::TREES_MAX,
     workload::{
-        container::{Container, TreeAt},
-        spec::{ContainerTree, ContainerTreeKind, PlaceSpec, SandboxSpec},
+        container::{Container, ContainerError, TreeAt, whole::Whole},
+        spec::{ContainerSpec, ContainerTreeKind, PlaceSpec, SandboxSpec, Way},
     },
 };
 
@@ -52,23 +52,59 @@ pub(super) fn of_sandbox(config: &Config, place: &Place, spec: &SandboxSpec) -> 
     of(place, spec).into_iter().chain([shm_of(config, &spec.name)]).collect()
 }
 
+/// A container with its files.
+pub(super) trait Filed {
+    fn spec(&self) -> &ContainerSpec;
+    /// Where its trees are.
+    fn places(&self) -> &[TreeAt];
+    /// One of them that is in memory, by its number.
+    fn memory(&self, number: usize) -> Result<OwnedFd, ContainerError>;
+}
+
+impl Filed for Container {
+    fn spec(&self) -> &ContainerSpec {
+        self.spec()
+    }
+
+    fn places(&self) -> &[TreeAt] {
+        self.trees()
+    }
+
+    fn memory(&self, number: usize) -> Result<OwnedFd, ContainerError> {
+        self.memory_at(&self.spec().trees[number].inside)
+    }
+}
+
+impl Filed for Whole {
+    fn spec(&self) -> &ContainerSpec {
+        self.spec()
+    }
+
+    fn places(&self) -> &[TreeAt] {
+        self.trees()
+    }
+
+    fn memory(&self, number: usize) -> Result<OwnedFd, ContainerError> {
+        self.memory(number)
+    }
+}
+
 /// What is replicated of a container that runs here, and descriptors by which a part of it is named: they must stay open.
-pub(super) fn of_container(container: &Container) -> anyhow::Result<(Vec<Source>, Vec<OwnedFd>)> {
+pub(super) fn of_container(container: &dyn Filed) -> anyhow::Result<(Vec<Source>, Vec<OwnedFd>)> {
     let mut held = Vec::new();
-    let trees = container.spec().trees.iter().zip(container.trees());
-    let source = |(tree, at): (&ContainerTree, &TreeAt)| {
+    let source = |(number, at): (usize, &TreeAt)| {
         Ok(match at {
             TreeAt::Plain(path) => Source::plain(path),
             TreeAt::Overlay { upper, merged } => Source::overlay(upper, merged),
             TreeAt::Memory => {
-                let memory = container.memory_at(&tree.inside)?;
+                let memory = container.memory(number)?;
                 let source = Source::plain(path_of(&memory));
                 held.push(memory);
                 source
             }
         })
     };
-    let sources = trees.map(source).collect::<anyhow::Result<_>>()?;
+    let sources = container.places().iter().enumerate().map(source).collect::<anyhow::Result<_>>()?;
     Ok((sources, held))
 }
 
@@ -85,7 +121,8 @@ fn of_standby(config: &Config, place: &Place, spec: &PlaceSpec) -> io::Result<Ve
         }
         PlaceSpec::Container(spec) => spec,
     };
-    let places = Container::trees_of(&config.sandboxes_dir(), &spec.name).map_err(io::Error::other)?;
+    let trees_of = if spec.way == Way::Whole { Whole::trees_of } else { Container::trees_of };
+    let places = trees_of(&config.sandboxes_dir(), &spec.name).map_err(io::Error::other)?;
     let target = |(number, at)| match at {
         TreeAt::Plain(path) => Target::plain(path),
         TreeAt::Overlay { upper, merged } => Target::overlay(upper, merged),
@@ -100,11 +137,11 @@ fn kept_of(config: &Config, name: &Name, number: usize) -> PathBuf {
 }
 
 /// Before a restore: a container's file systems in memory are what the epoch has of them.
-pub(super) fn fill(config: &Config, container: &Container) -> anyhow::Result<()> {
+pub(super) fn fill(config: &Config, container: &dyn Filed) -> anyhow::Result<()> {
     let spec = container.spec();
     for (number, tree) in spec.trees.iter().enumerate() {
         if tree.kind == ContainerTreeKind::Memory {
-            let memory = container.memory_at(&tree.inside)?;
+            let memory = container.memory(number)?;
             copy(&kept_of(config, &spec.name, number), &path_of(&memory))?;
         }
     }

@@ -181,6 +181,7 @@ impl Reader<'_> {
             Ok(listed) => listed,
             Err(error) => return Some(Err(error)),
         };
+        let from_host = self.lists.as_ref().is_some_and(|lists| lists.from_host);
         let (lists, left) = (self.lists, BTreeSet::new());
         let mut freeze = Freeze { root: self.root, lent, pending: self.pending, listed, lists, left };
         let take = &mut |tracker: &mut Tracker, dirty: &mut Vec<Extent>| tracker.take_dirty(dirty).map(drop);
@@ -206,7 +207,9 @@ impl Reader<'_> {
                     result = frozen.scan_files(freeze.lent.files.as_mut());
                 }
                 Ok(Order::Left(pid)) if result.is_ok() => {
-                    result = freeze.look_again(&mut frozen, Some(Space::Task(pid)));
+                    let known = freeze.lent.tasks.get(&pid.cast_signed()).filter(|_| from_host);
+                    let space = known.map_or(Space::Task(pid), |tracked| tracked.space);
+                    result = freeze.look_again(&mut frozen, Some(space));
                 }
                 Ok(Order::Finish { manifest, sent, closed }) => break (manifest, sent, closed),
                 Ok(_) => {}
@@ -290,7 +293,7 @@ impl Freeze<'_, '_> {
                     tracing::warn!(told = ?tracked.guards, now = ?guards, pid, "guard regions are others now");
                     return Err(CaptureError::Guards(pid));
                 }
-                if !told && let Err(error) = lists.write_guards(space, &guards) {
+                if !told && let Err(error) = lists.write_guards(pid, space, &guards) {
                     tracing::debug!(%error, pid, "CRIU looks for the guard regions of this process itself");
                 }
                 tracked.guards = guards;

@@ -50,6 +50,8 @@ pub(super) struct Listed {
 /// Where the lists of a freeze go.
 pub(super) struct Lists<'a> {
     pub(super) dir: PathBuf,
+    /// CRIU sees the tasks from the host, whatever their pids inside.
+    pub(super) from_host: bool,
     pub(super) gate: Arc<Gate>,
     /// Whether guard regions may be told before the first pass.
     pub(super) ahead: bool,
@@ -71,18 +73,18 @@ impl Lists<'_> {
             let space = Space::Task(task.inner_pid);
             let own = ours_of(maps)?;
             if !own.is_empty() {
-                self.put("ours", task.inner_pid, &words_of(&own).collect::<Vec<u8>>())?;
+                self.put("ours", self.seen_as(task.pid, space), &words_of(&own).collect::<Vec<u8>>())?;
                 listed.ours.insert(space, own);
             }
             let tracked = trackers.get(&task.pid).filter(|_| self.ahead);
             let steady = |tracked: &&Tracked| tracked.tracker.likely_guards(maps) == Some(&tracked.guards);
             if let Some(tracked) = tracked.filter(steady) {
-                self.write_guards(space, &tracked.guards)?;
+                self.write_guards(task.pid, space, &tracked.guards)?;
                 listed.told_ahead.insert(space);
             }
             let Some(vmas) = self.vmas else { continue };
             match vmas.essence(task.pid, maps) {
-                Ok(essence) => self.put("smaps", task.inner_pid, essence.as_ref())?,
+                Ok(essence) => self.put("smaps", self.seen_as(task.pid, space), essence.as_ref())?,
                 Err(error) => {
                     tracing::debug!(%error, pid = task.pid, "CRIU lists the mappings of this process itself");
                 }
@@ -93,15 +95,22 @@ impl Lists<'_> {
     }
 
     /// Lists the guard regions of a task.
-    pub(super) fn write_guards(&self, space: Space, guards: &Guards) -> io::Result<()> {
-        let Space::Task(inner_pid) = space else { return Ok(()) };
+    pub(super) fn write_guards(&self, pid: i32, space: Space, guards: &Guards) -> io::Result<()> {
         let words = 1 + 2 * (guards.looked.len() + guards.found.len());
         if words >= GUARD_WORDS_MAX {
             return Ok(());
         }
         let count = (guards.looked.len() as u64).to_ne_bytes();
         let bytes = count.into_iter().chain(words_of(&guards.looked)).chain(words_of(&guards.found));
-        self.put("guards", inner_pid, &bytes.collect::<Vec<u8>>())
+        self.put("guards", self.seen_as(pid, space), &bytes.collect::<Vec<u8>>())
+    }
+
+    /// The pid by which CRIU knows a task.
+    fn seen_as(&self, pid: i32, space: Space) -> u32 {
+        match space {
+            Space::Task(inner) if !self.from_host => inner,
+            _ => pid.unsigned_abs(),
+        }
     }
 
     fn put(&self, name: &str, pid: u32, bytes: &[u8]) -> io::Result<()> {

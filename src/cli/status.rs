@@ -7,6 +7,7 @@ use crate::{
     agent::api::{AgentStatus, PaceStatus, Role, WorkloadStatus},
     capture::pace::StretchedBy,
     model::Name,
+    workload::spec::Way,
 };
 
 #[derive(clap::Args)]
@@ -94,6 +95,12 @@ fn print_workload(status: &WorkloadStatus) {
     }
     if let Some(container) = &status.container {
         println!("  container {} of {}", container.id, container.engine);
+        match container.way {
+            Way::Inside => println!("  way       inside"),
+            Way::Whole => {
+                println!("  way       whole: slower than inside, for which `standin wrap` prepares a container");
+            }
+        }
     }
     if let Some(pid) = status.pid {
         println!("  pid       {pid}");

@@ -21,6 +21,7 @@ const INVENTORY_MAGIC: u32 = 0x5831_3116;
 const PSTREE_MAGIC: u32 = 0x5027_3030;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 const CORE_MAGIC: u32 = 0x5505_3847;
+const CGROUP_MAGIC: u32 = 0x5938_3330;
 const MM_MAGIC: u32 = 0x5749_2820;
 
 /// Why an image is not what it should be.
@@ -382,6 +383,57 @@ impl Pagemap {
         }
         out
     }
+}
+
+// ---- cgroups ----
+
+#[derive(Clone, PartialEq, Message)]
+struct CgroupEntry {
+    #[prost(message, repeated, tag = "1")]
+    sets: Vec<CgroupSet>,
+    #[prost(message, repeated, tag = "2")]
+    controllers: Vec<CgroupController>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct CgroupSet {
+    #[prost(uint32, required, tag = "1")]
+    id: u32,
+    #[prost(message, repeated, tag = "2")]
+    members: Vec<CgroupMember>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct CgroupMember {
+    #[prost(string, required, tag = "1")]
+    controller: String,
+    #[prost(string, required, tag = "2")]
+    path: String,
+    /// Bytes of the path that lie outside of the cgroup namespace.
+    #[prost(uint32, optional, tag = "3")]
+    outside: Option<u32>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct CgroupController {
+    #[prost(string, repeated, tag = "1")]
+    names: Vec<String>,
+}
+
+/// An image of cgroups with all tasks in one, which is there on the restoring host: of cgroup v2 alone, and without anything
+/// to be set. If their cgroup namespace was one of their own, that cgroup becomes its root.
+pub fn move_cgroups(name: &str, bytes: &[u8], path: &str) -> Result<Vec<u8>, ImageError> {
+    let mut image = Entries::open(name, bytes, CGROUP_MAGIC)?.first::<CgroupEntry>()?;
+    for set in &mut image.sets {
+        let is_own = set.members.iter().any(|member| member.outside.is_some());
+        let outside = is_own.then_some(path.len() as u32);
+        set.members = vec![CgroupMember { controller: String::new(), path: path.to_owned(), outside }];
+    }
+    // The one hierarchy of v2 has no name.
+    image.controllers = vec![CgroupController { names: vec![String::new()] }];
+    let mut out = [COMMON_MAGIC.to_le_bytes(), CGROUP_MAGIC.to_le_bytes()].concat();
+    push_entry(&mut out, &image);
+    Ok(out)
 }
 
 // ---- which pages may come late ----

@@ -57,6 +57,8 @@ pub(super) struct Options {
     pub(super) pid: Option<i32>,
     #[prost(bool, optional, tag = "3")]
     pub(super) leave_running: Option<bool>,
+    #[prost(bool, optional, tag = "4")]
+    pub(super) ext_unix_sk: Option<bool>,
     #[prost(bool, optional, tag = "5")]
     pub(super) tcp_established: Option<bool>,
     #[prost(bool, optional, tag = "7")]
@@ -71,6 +73,8 @@ pub(super) struct Options {
     pub(super) ps: Option<PageServerInfo>,
     #[prost(bool, optional, tag = "12")]
     pub(super) notify_scripts: Option<bool>,
+    #[prost(string, optional, tag = "13")]
+    pub(super) root: Option<String>,
     #[prost(string, optional, tag = "14")]
     pub(super) parent_img: Option<String>,
     #[prost(bool, optional, tag = "15")]

@@ -98,6 +98,8 @@ pub struct DumpOptions {
     pub parent: Option<String>,
     /// Resources outside the tree that it may refer to, in CRIU's notation.
     pub external: Vec<String>,
+    /// Root directory of a tree that is dumped with its mount namespace.
+    pub root: Option<String>,
     /// Largest deleted file that is carried inside the image, bytes.
     pub ghost_bytes_max: u32,
     /// How long CRIU may be silent between two notifications.
@@ -112,6 +114,7 @@ impl DumpOptions {
             leave_running: true,
             parent: None,
             external: Vec::new(),
+            root: None,
             ghost_bytes_max: 64 << 20,
             silence_max: Duration::from_secs(60),
         }
@@ -251,6 +254,9 @@ impl Swrk {
         // image be restored the client is told by a reset when it speaks.
         wanted.tcp_skip_in_flight = Some(true);
         wanted.parent_img.clone_from(&options.parent);
+        wanted.root.clone_from(&options.root);
+        // The restoring side must say so as well, and a runtime does.
+        wanted.ext_unix_sk = options.root.is_some().then_some(true);
         wanted.ps = self.has_pages.then_some(rpc::PageServerInfo { fd: Some(slot::PAGES) });
         self.run("dump", Kind::Dump, wanted, options.silence_max, DUMP_LOG, notify)?;
         Ok(())

@@ -254,6 +254,7 @@ mod tests {
             let engine = Engine::Oci { runtime: Runtime::Crun, state: None, id, config };
             let trees = vec![ContainerTree { inside: inside.into(), kind: ContainerTreeKind::Root }];
             PlaceSpec::Container(ContainerSpec {
+                way: crate::workload::spec::Way::Whole,
                 name: "db".parse().unwrap(),
                 engine,
                 ips: Vec::new(),

@@ -139,6 +139,13 @@ impl Cgroup {
         Ok(event(&text, "frozen"))
     }
 
+    /// Whether there is no process in `work`, nor in a cgroup below it.
+    pub(super) fn is_empty(&self) -> Result<bool, CgroupError> {
+        let path = self.work().join("cgroup.events");
+        let text = fs::read_to_string(&path).map_err(file_error("read", &path))?;
+        Ok(!event(&text, "populated"))
+    }
+
     fn await_frozen(&self, wanted: bool, limit: Duration) -> Result<(), CgroupError> {
         let state = if wanted { "frozen" } else { "thawed" };
         await_event(&self.work(), limit, state, |text| event(text, "frozen") == wanted)
@@ -189,6 +196,17 @@ impl Cgroup {
         // The last workload takes `standin` along; where there are others, it is not empty.
         let _ = self.dir.parent().map(fs::remove_dir);
         Ok(())
+    }
+}
+
+/// Removes the cgroups below a directory that nobody is in any more.
+pub(super) fn remove_below(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_below(&entry.path());
+            // One that is in use is ended by whoever looks for what is left.
+            let _ = fs::remove_dir(entry.path());
+        }
     }
 }
 
@@ -297,7 +315,7 @@ fn v2_mount(mountinfo: &str) -> Option<PathBuf> {
 }
 
 /// mountinfo writes blanks and backslashes as `\040` and the like.
-fn unescape(text: &str) -> PathBuf {
+pub(super) fn unescape(text: &str) -> PathBuf {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut at = 0;

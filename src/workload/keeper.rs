@@ -31,8 +31,10 @@ pub const RUN_DIR: &str = "/run/standin/sandboxes";
 pub(super) const SANDBOX_RECORD: &str = "sandbox.json";
 /// The record of a bare tree there.
 pub(super) const TREE_RECORD: &str = "tree.json";
-/// The record of a container there. A name has one of the three: what ends one kind would harm the others.
+/// The record of a container there.
 pub(super) const CONTAINER_RECORD: &str = "container.json";
+/// The record of a container that is dumped whole. A name has one of the four: what ends one kind would harm the others.
+pub(super) const WHOLE_RECORD: &str = "whole.json";
 /// The control socket there.
 pub(super) const CONTROL: &str = "control";
 

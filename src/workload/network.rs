@@ -17,15 +17,16 @@ use std::{
     fs, io,
     net::IpAddr,
     os::fd::BorrowedFd,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use nix::{
     errno::Errno,
+    mount::{MsFlags, mount},
     net::if_::if_nametoindex,
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
 };
 
 use super::{
@@ -54,6 +55,14 @@ pub enum NetworkError {
     Sysctl {
         /// File.
         path: String,
+        /// Cause.
+        source: io::Error,
+    },
+    /// A new one.
+    #[error("cannot make a network namespace at {path}: {source}")]
+    Namespace {
+        /// File.
+        path: PathBuf,
         /// Cause.
         source: io::Error,
     },
@@ -105,12 +114,32 @@ pub(crate) fn within_namespaces<T: Send>(
     })
 }
 
-/// Makes the pair between here and the namespace of the process (by its pid here), gate closed.
-pub(super) fn create(name: &Name, pid: u32, netns: BorrowedFd<'_>, ips: &[Cidr]) -> Result<(), NetworkError> {
+/// Makes a namespace that lives for as long as it is mounted at the path, a file that is made. Its loopback device is up.
+pub(super) fn make_namespace(at: &Path) -> Result<(), NetworkError> {
+    let error = |source| NetworkError::Namespace { path: at.to_owned(), source };
+    let make = || {
+        fs::write(at, "").map_err(error)?;
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| error(errno.into()))?;
+        let (from, none) = (Some("/proc/thread-self/ns/net"), None::<&str>);
+        mount(from, at, none, MsFlags::MS_BIND, none).map_err(|errno| error(errno.into()))?;
+        ip("lo", "link set lo up\n")
+    };
+    // A thread of its own: it stays in that namespace until it ends.
+    std::thread::scope(|scope| scope.spawn(make).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Makes the pair between here and a namespace, gate closed. `inside` is a pid in it, or the path where it is mounted.
+pub(super) fn create(
+    name: &Name,
+    inside: &str,
+    netns: BorrowedFd<'_>,
+    ips: &[Cidr],
+) -> Result<(), NetworkError> {
     let device = host_device(name);
     let (host_mac, inner_mac) = (mac(name, "host"), mac(name, "inside"));
     let batch = format!(
-        "link add {device} address {host_mac} type veth peer name eth0 address {inner_mac} netns {pid}\n\
+        "link add {device} address {host_mac} type veth peer name eth0 address {inner_mac} netns {inside}\n\
          addr add {GATEWAY_V4}/32 dev {device} scope link\n"
     );
     ip(&device, &batch)?;

@@ -210,7 +210,7 @@ impl Sandbox {
         .map_err(&keeper_error)?;
         if let Net::Own { ips } = &spec.net {
             let netns = netns(&spec.name, &keeper)?;
-            network::create(&spec.name, keeper.pid(), netns.as_fd(), ips)
+            network::create(&spec.name, &keeper.pid().to_string(), netns.as_fd(), ips)
                 .map_err(network_error(&spec.name))?;
         }
         record.complete = true;

@@ -233,7 +233,18 @@ pub enum ContainerTreeKind {
     Memory,
 }
 
-/// A container: the engine's, the same on both hosts, its pid 1 an init that waits.
+/// How a container is dumped and restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// From inside: its pid 1 is our init, which waits on the standby.
+    #[default]
+    Inside,
+    /// Whole, with its namespaces: its pid 1 is the application, and its runtime restores it.
+    Whole,
+}
+
+/// A container: the engine's, the same on both hosts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSpec {
     /// The workload's name.
@@ -244,6 +255,9 @@ pub struct ContainerSpec {
     pub ips: Vec<Cidr>,
     /// Its replicated files, in the order of their records.
     pub trees: Vec<ContainerTree>,
+    /// How it is dumped and restored.
+    #[serde(default)]
+    pub way: Way,
 }
 
 /// Where a workload runs.

@@ -216,6 +216,7 @@ fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
         work: ram.join("dump"),
         outside: home.sandbox.log_pipes().unwrap().into_iter().map(Outside::pipe).collect(),
         own_cgroup_namespace: false,
+        whole: None,
         trees: Vec::new(),
         held: Vec::new(),
     }

@@ -23,15 +23,28 @@ config["mounts"].append({"destination": "/data", "type": "bind", "source": bundl
 json.dump(config, open(bundle + "/config.json", "w"))
 "#;
 
-/// A cluster with a wrapped container on A, not yet started.
-struct Oci {
-    cluster: Cluster,
-    runtime: &'static str,
-    name: &'static str,
+/// A cluster with a container on A, not yet started.
+pub(super) struct Oci {
+    pub(super) cluster: Cluster,
+    pub(super) runtime: &'static str,
+    pub(super) name: &'static str,
 }
 
 impl Oci {
+    /// A wrapped one.
     fn prepare(runtime: &'static str, name: &'static str, programs: &[&str], command: &[&str]) -> Self {
+        let oci = Self::unprepared(runtime, name, programs, command);
+        oci.cluster.standin(Host::A, &["wrap", name, "--bundle", &format!("/srv/{name}")]);
+        oci
+    }
+
+    /// One of which standin knows nothing.
+    pub(super) fn unprepared(
+        runtime: &'static str,
+        name: &'static str,
+        programs: &[&str],
+        command: &[&str],
+    ) -> Self {
         let cluster = Cluster::up(&format!("{runtime}-{name}"));
         let bundle = format!("/srv/{name}");
         let root = format!("{bundle}/rootfs");
@@ -39,12 +52,11 @@ impl Oci {
         cluster.lab.ok(Host::A, &[&[ROOTFS, &root], programs].concat());
         cluster.lab.ok(Host::A, &["sh", "-c", &format!("cd {bundle} && {runtime} spec")]);
         cluster.lab.ok(Host::A, &[&["python3", "-c", CONFIGURE, &bundle], command].concat());
-        cluster.standin(Host::A, &["wrap", name, "--bundle", &bundle]);
         Self { cluster, runtime, name }
     }
 
     /// Its output goes to a pipe, whose reader outlives the command, or to a file of the host.
-    fn start(&self, piped: bool) {
+    pub(super) fn start(&self, piped: bool) {
         let (runtime, name) = (self.runtime, self.name);
         let log = format!("/srv/{name}.log");
         let output = if piped { format!(">(exec setsid cat > {log} 2>&1)") } else { log };
@@ -52,24 +64,24 @@ impl Oci {
         self.cluster.lab.ok(Host::A, &["bash", "-c", &script]);
     }
 
-    fn protect(&self, more: &[&str]) {
+    pub(super) fn protect(&self, more: &[&str]) {
         let args = ["protect", self.name, "--oci", self.name, "--to", "b", "--every", "100ms"];
         self.cluster.standin(Host::A, &[&args, more].concat());
         self.cluster.wait_state_of(self.name, Host::A, "primary", "protected");
     }
 
     /// What the runtime says of it.
-    fn state(&self, host: Host) -> serde_json::Value {
+    pub(super) fn state(&self, host: Host) -> serde_json::Value {
         let output = self.cluster.lab.on(host, &[self.runtime, "state", self.name]);
         serde_json::from_slice(&output.stdout).unwrap_or_default()
     }
 
-    fn inside(&self, host: Host, command: &[&str]) -> String {
+    pub(super) fn inside(&self, host: Host, command: &[&str]) -> String {
         self.cluster.lab.ok(host, &[&[self.runtime, "exec", self.name], command].concat()).trim().to_owned()
     }
 
     /// What it has written to its output on a host.
-    fn log(&self, host: Host, first: bool) -> String {
+    pub(super) fn log(&self, host: Host, first: bool) -> String {
         let path = if first {
             format!("/srv/{}.log", self.name)
         } else {
@@ -79,13 +91,25 @@ impl Oci {
     }
 }
 
-fn redis_goes_round(runtime: &'static str) {
-    let command = [
-        ["redis-server", "--save", "", "--protected-mode", "no", "--enable-debug-command", "yes"].as_slice(),
-        &["--dir", "/data", "--appendonly", "yes"],
-    ]
-    .concat();
-    let mut oci = Oci::prepare(runtime, "redis", &["redis-server", "redis-cli"], &command);
+pub(super) const REDIS: [&str; 11] = [
+    "redis-server",
+    "--save",
+    "",
+    "--protected-mode",
+    "no",
+    "--enable-debug-command",
+    "yes",
+    "--dir",
+    "/data",
+    "--appendonly",
+    "yes",
+];
+pub(super) const REDIS_PROGRAMS: [&str; 2] = ["redis-server", "redis-cli"];
+
+/// A redis is protected, and goes to and fro: its host is killed under load, and it is handed back. Whoever has it at the end
+/// gives it back whole.
+pub(super) fn redis_goes_round(mut oci: Oci) {
+    let runtime = oci.runtime;
     oci.start(true);
     oci.protect(&["--ip", &format!("{VIP}/24"), "--vip", &format!("{VIP}/24@eth0")]);
     assert_eq!(oci.cluster.ask_redis(&["DEBUG", "POPULATE", "20000", "key", "100"]), "OK");
@@ -140,15 +164,15 @@ fn redis_goes_round(runtime: &'static str) {
 
 #[test]
 fn a_redis_under_runc_goes_round_three_times_and_more() {
-    redis_goes_round("runc");
+    redis_goes_round(Oci::prepare("runc", "redis", &REDIS_PROGRAMS, &REDIS));
 }
 
 #[test]
 fn a_redis_under_crun_goes_round_three_times_and_more() {
-    redis_goes_round("crun");
+    redis_goes_round(Oci::prepare("crun", "redis", &REDIS_PROGRAMS, &REDIS));
 }
 
-const COUNTS: &str =
+pub(super) const COUNTS: &str =
     "trap 'echo bye; exit 7' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 0.05; done";
 
 /// Its output, its signals and its exit code are the runtime's matter after a takeover as before.

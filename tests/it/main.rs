@@ -13,3 +13,4 @@ mod postgres;
 mod redis;
 mod refusals;
 mod turns;
+mod whole;

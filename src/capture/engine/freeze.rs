@@ -59,6 +59,11 @@ impl Capturer {
         let socket = swrk.take_page_server().ok_or(CaptureError::NoMemory)?;
         let version = swrk.version();
         let mut options = DumpOptions::new(self.source.root_inside);
+        if let Some(whole) = &self.source.whole {
+            options.pid = self.source.root.unsigned_abs();
+            options.root = Some(whole.root.display().to_string());
+            options.external.clone_from(&whole.external);
+        }
         options.leave_running = matches!(*finish, Finish::Continue);
         options.parent = Some(format!("../{}", parent::DIRECTORY));
         options.silence_max = DUMP_SILENCE_MAX;
@@ -75,6 +80,7 @@ impl Capturer {
         let without_ipc = (self.source.init.is_some() && !self.own_ipc).then(|| self.root.as_fd());
         let lists = gate.clone().map(|gate| Lists {
             dir: outlet.dir.clone(),
+            from_host: self.source.whole.is_some(),
             gate,
             ahead: self.guards_doubted == 0,
             vmas: self.source.vmas.as_deref(),

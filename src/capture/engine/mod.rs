@@ -120,10 +120,12 @@ pub struct Source {
     pub root: i32,
     /// The same in the workload's pid namespace, as CRIU sees it.
     pub root_inside: u32,
-    /// Pid 1 of the sandbox in which CRIU shall run; `None` for a tree in the host's namespaces.
+    /// Pid 1 of the sandbox in which CRIU shall run; `None` for a tree that is dumped from the host.
     pub init: Option<OwnedFd>,
     /// It has a cgroup namespace of its own.
     pub own_cgroup_namespace: bool,
+    /// The tree's root is pid 1 of namespaces, which are part of the image.
+    pub whole: Option<Whole>,
     /// The CRIU.
     pub install: Install,
     /// The bridge for it; not used with soft-dirty bits, since it hides them.
@@ -140,6 +142,15 @@ pub struct Source {
     pub trees: Vec<files::Source>,
     /// By which some of them are named: open for as long as this is.
     pub held: Vec<OwnedFd>,
+}
+
+/// What of a container's namespaces is not in the image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Whole {
+    /// The root directory, as this process sees it.
+    pub root: PathBuf,
+    /// Mounts and namespaces that the restoring side provides, in CRIU's notation.
+    pub external: Vec<String>,
 }
 
 /// What becomes of the tree at the end of the freeze.

@@ -1,26 +1,26 @@
 //! What a container that runs must be like to be adopted, beside what its engine says.
 
-use std::{fs, path::PathBuf};
+use std::fs;
 
 use super::{
     super::{
         inner_pid,
         keeper::{ProcessId, Stat},
-        spec::{Cidr, ContainerSpec},
+        spec::{Cidr, ContainerSpec, Way},
     },
-    engine::{self, Found, Named, Network, TreeAt},
+    engine::{self, Found, Named, Network, PidOne, TreeAt},
     error::{ContainerError, engine_error, unfit},
     has_own,
 };
 use crate::model::Name;
 
 /// A container that is to be adopted.
-pub(super) struct Candidate {
+pub struct Candidate {
     pub(super) spec: ContainerSpec,
     pub(super) init: ProcessId,
     /// The workload's root and its pid inside.
     pub(super) root: (ProcessId, u32),
-    pub(super) wrap: PathBuf,
+    pub(super) pid_one: PidOne,
     pub(super) trees: Vec<TreeAt>,
     /// Its network is the engine's, in a namespace of its own.
     pub(super) engine_net: bool,
@@ -28,12 +28,15 @@ pub(super) struct Candidate {
 
 impl Candidate {
     /// Finds it, and whether it can be protected.
-    pub(super) fn find(name: &Name, named: &Named, ips: &[Cidr]) -> Result<Self, ContainerError> {
+    pub fn find(name: &Name, named: &Named, ips: &[Cidr]) -> Result<Self, ContainerError> {
         let id = named.container();
-        let Found { engine, pid, wrap, trees, network } = engine::find(named).map_err(engine_error(id))?;
-        let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if wrapped_as != name.as_str() {
-            return Err(unfit(id, &format!("it was wrapped as {wrapped_as}; protect it under that name")));
+        let Found { engine, pid, pid_one, trees, network } = engine::find(named).map_err(engine_error(id))?;
+        if let PidOne::Init(wrap) = &pid_one {
+            let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if wrapped_as != name.as_str() {
+                let reason = format!("it was wrapped as {wrapped_as}; protect it under that name");
+                return Err(unfit(id, &reason));
+            }
         }
         if !ips.is_empty() && network == Network::Host {
             return Err(unfit(id, "it is in the host's network, where --ip has no place; leave that out"));
@@ -50,12 +53,23 @@ impl Candidate {
             );
             return Err(unfit(id, &reason));
         }
-        let root =
-            root_of(init).ok_or_else(|| unfit(id, "no command runs below its init; see its output"))?;
+        let (root, way) = match pid_one {
+            PidOne::Init(_) => {
+                let root = root_of(init);
+                let root = root.ok_or_else(|| unfit(id, "no command runs below its init; see its output"))?;
+                (root, Way::Inside)
+            }
+            PidOne::Application(_) => ((init, 1), Way::Whole),
+        };
         let (trees, places) = trees.into_iter().unzip();
         let engine_net = ips.is_empty() && network == Network::Own;
-        let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees };
-        Ok(Self { spec, init, root, wrap, trees: places, engine_net })
+        let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees, way };
+        Ok(Self { spec, init, root, pid_one, trees: places, engine_net })
+    }
+
+    /// How it will be dumped and restored.
+    pub fn way(&self) -> Way {
+        self.spec.way
     }
 }
 
@@ -70,6 +84,15 @@ fn root_of(init: ProcessId) -> Option<(ProcessId, u32)> {
     });
     let inside = children.filter_map(|id| Some((id, inner_pid(id.pid)?)));
     inside.min_by_key(|(id, inside)| (id.started, *inside))
+}
+
+/// Which of a process's standard streams (0, 1, 2) are pipes, and what CRIU calls them.
+pub(super) fn streams_of(pid: u32) -> Vec<(u8, String)> {
+    let stream = |number: u8| {
+        let link = fs::read_link(format!("/proc/{pid}/fd/{number}")).ok()?.to_str()?.to_owned();
+        link.starts_with("pipe:[").then_some((number, link))
+    };
+    (0..3).filter_map(stream).collect()
 }
 
 /// The name of one of its standard streams if it is neither a pipe nor a file of its own: CRIU cannot name that.

@@ -17,6 +17,8 @@ use super::{
 
 /// The longest one that is read.
 const CONFIG_BYTES_MAX: u64 = 256 << 10;
+/// The annotation by which runc and crun are told of settings for CRIU.
+const CRIU_SETTINGS: &str = "org.criu.config";
 /// Most mounts of a container.
 const MOUNTS_MAX: usize = 256;
 
@@ -56,7 +58,7 @@ impl Config {
         &self.0
     }
 
-    /// Whether a container made of this can be protected from inside.
+    /// Whether a container made of this can be protected.
     pub(super) fn check(&self) -> Result<(), EngineError> {
         let unfit = |reason: String| Err(EngineError::Unfit(reason));
         if self.0["process"]["terminal"] == true {
@@ -93,16 +95,10 @@ impl Config {
     }
 
     /// The host's directory of the init, if the container is wrapped.
-    pub(super) fn wrap(&self) -> Result<PathBuf, EngineError> {
+    pub(super) fn wrap(&self) -> Option<PathBuf> {
         let is_ours = self.0["process"]["args"][0] == wrap::INIT;
         let mount = self.mounts().iter().find(|mount| mount["destination"] == wrap::INSIDE);
-        match mount.and_then(|mount| mount["source"].as_str()).filter(|_| is_ours) {
-            Some(source) => Ok(source.into()),
-            None => Err(EngineError::Unfit(format!(
-                "its pid 1 is not {}; stop it, `standin wrap NAME --bundle DIR`, and start it again",
-                wrap::INIT
-            ))),
-        }
+        mount.and_then(|mount| mount["source"].as_str()).filter(|_| is_ours).map(PathBuf::from)
     }
 
     /// Has the init in front of the command, and shows its directory; what is wrapped already is brought up to date.
@@ -124,6 +120,19 @@ impl Config {
             "options": ["bind", "ro", "nosuid", "nodev"],
         }));
         Ok(())
+    }
+
+    /// The same of one that is dumped whole: to its runtime /dev is a file system in memory as any other.
+    pub(super) fn trees_of_whole(
+        &self,
+        bundle: &Path,
+    ) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
+        let mut trees = self.trees(bundle)?;
+        let dev = self.mounts().iter().filter(|mount| mount["type"] == "tmpfs");
+        trees.extend(dev.filter(|mount| mount["destination"] == "/dev").map(|_| {
+            (ContainerTree { inside: "/dev".into(), kind: ContainerTreeKind::Memory }, TreeAt::Memory)
+        }));
+        Ok(trees)
     }
 
     /// Its replicated files, in the order of their records, and where they are on this host.
@@ -165,7 +174,6 @@ impl Config {
         &mut self,
         trees: &[ContainerTree],
         places: &[TreeAt],
-        wrap: &Path,
     ) -> Result<(), EngineError> {
         for (tree, place) in trees.iter().zip(places) {
             let TreeAt::Plain(path) = place else { continue };
@@ -199,7 +207,7 @@ impl Config {
                 )));
             }
         }
-        self.wrap_with(wrap)
+        Ok(())
     }
 
     /// Whether its sockets are in a network namespace of its own.
@@ -207,8 +215,53 @@ impl Config {
         self.namespaces().any(|space| space["type"] == "network")
     }
 
-    fn root(&self, bundle: &Path) -> PathBuf {
+    pub(super) fn root(&self, bundle: &Path) -> PathBuf {
         bundle.join(self.0["root"]["path"].as_str().unwrap_or("rootfs"))
+    }
+
+    /// The network namespace that it joins, if that has a name.
+    pub(super) fn netns(&self) -> Option<PathBuf> {
+        let own = self.namespaces().find(|space| space["type"] == "network")?;
+        own["path"].as_str().map(PathBuf::from)
+    }
+
+    /// What it is not to see, over which its runtime mounts something empty.
+    pub(super) fn masked(&self) -> impl Iterator<Item = &str> {
+        self.0["linux"]["maskedPaths"].as_array().into_iter().flatten().filter_map(Value::as_str)
+    }
+
+    /// Whether it says what is mounted there.
+    pub(super) fn tells_of(&self, inside: &Path) -> bool {
+        let is_mounted = self.mounts().iter().any(|mount| mount["destination"] == path_value(inside));
+        is_mounted || self.masked().any(|masked| Path::new(masked) == inside)
+    }
+
+    /// The options of its mount on `inside`.
+    pub(super) fn options_of(&self, inside: &Path) -> impl Iterator<Item = &str> {
+        let mount = self.mounts().iter().find(|mount| mount["destination"] == path_value(inside));
+        let options = mount.and_then(|mount| mount["options"].as_array());
+        options.into_iter().flatten().filter_map(Value::as_str)
+    }
+
+    /// The same container, to be restored by its runtime: its network namespace is there, its cgroup below one of ours, and
+    /// CRIU has settings of ours.
+    pub(super) fn restore_with(&mut self, netns: Option<&Path>, cgroup: &Path, settings: &Path) {
+        if let Some(netns) = netns {
+            let spaces = self.0["linux"]["namespaces"].as_array_mut().into_iter().flatten();
+            for space in spaces.filter(|space| space["type"] == "network") {
+                space["path"] = path_value(netns);
+            }
+        }
+        self.0["linux"]["cgroupsPath"] = path_value(cgroup);
+        if !self.0["annotations"].is_object() {
+            self.0["annotations"] = serde_json::json!({});
+        }
+        self.0["annotations"][CRIU_SETTINGS] = path_value(settings);
+    }
+
+    /// Whether its operator has settings for CRIU.
+    pub(super) fn has_criu_settings(&self) -> bool {
+        self.0["annotations"][CRIU_SETTINGS].is_string()
     }
 
     fn namespaces(&self) -> impl Iterator<Item = &Value> {
@@ -263,7 +316,7 @@ mod tests {
     #[test]
     fn a_config_is_wrapped_once() {
         let mut config = config();
-        assert!(config.wrap().is_err());
+        assert!(config.wrap().is_none());
         for _ in 0..2 {
             config.wrap_with(Path::new("/var/lib/standin/wrap/web")).unwrap();
         }
@@ -287,7 +340,7 @@ mod tests {
 
         let (trees, _): (Vec<_>, Vec<_>) = trees.into_iter().unzip();
         let places: Vec<_> = (0..3).map(|number| TreeAt::Plain(format!("/here/{number}").into())).collect();
-        config.localise(&trees, &places, Path::new("/wraps/web")).unwrap();
+        config.localise(&trees, &places).unwrap();
         let again = config.trees(Path::new("/elsewhere")).unwrap();
         assert_eq!(again[0].1, TreeAt::Plain("/here/0".into()));
     }

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::{
     super::spec::{ContainerTree, ContainerTreeKind, Daemon, Engine},
-    engine::{EngineError, Found, Local, Made, Network, Survey, TreeAt, check_is_ours, is_ours},
+    engine::{EngineError, Found, Local, Made, Network, PidOne, Survey, TreeAt, check_is_ours, is_ours},
     wrap,
 };
 use crate::{model::Name, unix_http};
@@ -115,7 +115,7 @@ impl Docker {
         Ok(Found {
             engine: Engine::Docker { daemon: self.daemon, name, config },
             pid: state["Pid"].as_u64().unwrap_or(0) as u32,
-            wrap,
+            pid_one: PidOne::Init(wrap),
             trees,
             network: if network_mode(&found) == "host" { Network::Host } else { Network::Own },
         })

@@ -12,6 +12,7 @@ use super::{
     super::spec::{ContainerSpec, ContainerTree, Daemon, Engine, Runtime},
     docker::Docker,
     oci::Oci,
+    whole::runtime as whole,
 };
 use crate::model::Name;
 
@@ -77,10 +78,54 @@ pub(super) enum Network {
 pub(super) struct Found {
     pub(super) engine: Engine,
     pub(super) pid: u32,
-    /// The host's directory of the init.
-    pub(super) wrap: PathBuf,
+    /// How it can be protected.
+    pub(super) pid_one: PidOne,
     pub(super) trees: Vec<(ContainerTree, TreeAt)>,
     pub(super) network: Network,
+}
+
+/// What a container's pid 1 is.
+#[derive(Debug)]
+pub(super) enum PidOne {
+    /// Our init, of this directory of the host.
+    Init(PathBuf),
+    /// The application; of a container whose runtime can restore it whole.
+    Application(Bundle),
+}
+
+/// A container's bundle on this host, or where it will be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Bundle {
+    /// Its directory.
+    pub(super) dir: PathBuf,
+    /// The root directory, as the host sees it.
+    pub(super) root: PathBuf,
+}
+
+/// What this host lends a container that will be restored whole here.
+#[derive(Debug)]
+pub(super) struct Prepared<'a> {
+    pub(super) data_dir: &'a Path,
+    pub(super) bundle: &'a Path,
+    /// Where its file systems in memory are made, by the numbers of their trees.
+    pub(super) memory: &'a Path,
+    /// What there is of file systems and files that show nothing.
+    pub(super) nothing: &'a Path,
+    /// Its network namespace, if that is ours.
+    pub(super) netns: Option<&'a Path>,
+    /// Where its cgroup will be, from the root of the cgroup file system on.
+    pub(super) cgroup: &'a Path,
+}
+
+/// What a runtime restores, and with what.
+#[derive(Debug)]
+pub(super) struct Restore<'a> {
+    pub(super) bundle: &'a Path,
+    pub(super) images: &'a Path,
+    /// The program of CRIU.
+    pub(super) criu: &'a Path,
+    /// For the standard output and error.
+    pub(super) output: &'a OwnedFd,
 }
 
 /// What this host lends a container that is made here.
@@ -227,6 +272,43 @@ pub(super) fn end(workload: &Name, engine: &Engine, forgotten: bool) -> Result<(
             }
         }
     }
+}
+
+/// Makes ready what a container will be restored from; says where its trees are.
+pub(super) fn prepare(spec: &ContainerSpec, local: &Prepared<'_>) -> Result<Vec<TreeAt>, EngineError> {
+    match &spec.engine {
+        Engine::Oci { runtime, state, id, config } => {
+            let oci = Oci::find(*runtime, state.as_deref())?;
+            whole::prepare(&oci, &spec.trees, (&spec.name, id), config, local)
+        }
+        Engine::Docker { .. } => Err(not_whole()),
+    }
+}
+
+/// Restores one whole; returns its pid 1.
+pub(super) fn restore(engine: &Engine, restore: &Restore<'_>) -> Result<u32, EngineError> {
+    match engine {
+        Engine::Oci { runtime, state, id, .. } => {
+            Oci::find(*runtime, state.as_deref())?.restore(id, restore)
+        }
+        Engine::Docker { .. } => Err(not_whole()),
+    }
+}
+
+/// Ends one of which this is the bundle; that there is none is fine, and so is one of another bundle: it stays.
+pub(super) fn end_whole(engine: &Engine, bundle: &Path) -> Result<(), EngineError> {
+    match engine {
+        Engine::Oci { runtime, state, id, .. } => {
+            let oci = Oci::find(*runtime, state.as_deref())?;
+            let is_ours = oci.state(id)?.is_some_and(|state| state.bundle == bundle);
+            if is_ours { oci.delete(id) } else { Ok(()) }
+        }
+        Engine::Docker { .. } => Err(not_whole()),
+    }
+}
+
+fn not_whole() -> EngineError {
+    EngineError::Unfit("its engine restores no container whole".to_owned())
 }
 
 /// Whether a container is the workload's, by the host's directory of its init.

@@ -26,6 +26,7 @@ mod docker;
 mod engine;
 mod error;
 mod oci;
+pub mod whole;
 pub mod wrap;
 
 use std::{
@@ -45,12 +46,13 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use self::{
-    candidate::Candidate,
-    engine::Local,
+    engine::{Local, PidOne},
+    candidate::streams_of,
     error::{engine_error, file_error, keeper_error, network_error, unfit},
     wrap::Order,
 };
 pub use self::{
+    candidate::Candidate,
     engine::{EngineError, Named, Survey, TreeAt, survey},
     error::ContainerError,
     oci::wrap_bundle,
@@ -65,7 +67,7 @@ use super::{
         remove_run_dir, write_record,
     },
     network::{self, Gate},
-    spec::{Cidr, ContainerSpec},
+    spec::ContainerSpec,
     sys,
 };
 use crate::model::Name;
@@ -130,19 +132,13 @@ pub struct Container {
 
 impl Container {
     /// Takes a container that runs under protection.
-    pub fn adopt(
-        name: &Name,
-        named: &Named,
-        ips: &[Cidr],
-        options: &Options,
-    ) -> Result<Self, ContainerError> {
+    pub fn adopt(name: &Name, found: Candidate, options: &Options) -> Result<Self, ContainerError> {
         let dir = options.run_dir.join(name.as_str());
         match Self::open(&options.run_dir, name) {
             Err(ContainerError::Unknown(_)) if !dir.exists() => {}
             Ok(_) => return Err(ContainerError::Taken(name.clone())),
             Err(_) => Self::release(&options.run_dir, name)?,
         }
-        let found = Candidate::find(name, named, ips)?;
         Self::take(name, found, options, &dir).inspect_err(|_| {
             // The first error counts; what this leaves, the next release removes.
             let _ = Self::release(&options.run_dir, name);
@@ -150,7 +146,10 @@ impl Container {
     }
 
     fn take(name: &Name, found: Candidate, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
-        let Candidate { spec, init, root, wrap, trees, engine_net } = found;
+        let Candidate { spec, init, root, pid_one, trees, engine_net } = found;
+        let PidOne::Init(wrap) = pid_one else {
+            return Err(unfit(spec.engine.container(), "its pid 1 is not our init"));
+        };
         let record = Record {
             cgroup: container_cgroup(name, init)?,
             spec,
@@ -262,7 +261,7 @@ impl Container {
         }
         if !record.spec.ips.is_empty() && !has_device(name) {
             let netns = netns(name, init)?;
-            network::create(name, init.pid, netns.as_fd(), &record.spec.ips).map_err(network_error(name))?;
+            network::create(name, &init.pid.to_string(), netns.as_fd(), &record.spec.ips).map_err(network_error(name))?;
         }
         record.complete = true;
         write_record(&path, &record).map_err(&keeper_error)?;
@@ -443,11 +442,9 @@ impl Container {
     /// Which of its pid 1's standard streams (0, 1, 2) are pipes, and what CRIU calls them; each pipe once.
     pub fn streams(&self) -> Vec<(u8, String)> {
         let mut streams: Vec<(u8, String)> = Vec::new();
-        for stream in 0..3 {
-            let link = fs::read_link(format!("/proc/{}/fd/{stream}", self.init.pid)).unwrap_or_default();
-            let key = link.to_string_lossy();
-            if key.starts_with("pipe:[") && !streams.iter().any(|(_, other)| *other == key) {
-                streams.push((stream, key.into_owned()));
+        for (stream, key) in streams_of(self.init.pid) {
+            if !streams.iter().any(|(_, other)| *other == key) {
+                streams.push((stream, key));
             }
         }
         streams
@@ -476,20 +473,25 @@ impl Container {
     /// A file system that the container has in its memory. What its processes made of the way there leads nowhere else, and
     /// not to another file system.
     pub fn memory_at(&self, inside: &Path) -> Result<OwnedFd, ContainerError> {
-        let path = PathBuf::from(format!("/proc/{}/root", self.init.pid));
-        let error = |source| file_error(&self.record.spec.name, "open", &path.join(inside))(source);
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let root = open(&path, flags, Mode::empty()).map_err(|errno| error(errno.into()))?;
-        let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
-        let found = openat2(&root, inside, OpenHow::new().flags(flags).resolve(resolve));
-        let found = found.map_err(|errno| error(errno.into()))?;
-        let kind = fstatfs(&found).map_err(|errno| error(errno.into()))?.filesystem_type();
-        if kind == TMPFS_MAGIC { Ok(found) } else { Err(error(io::Error::other("it is no tmpfs any more"))) }
+        memory_of(&self.record.spec.name, self.init, inside)
     }
 
     fn keeper_error(&self, source: KeeperError) -> ContainerError {
         ContainerError::Keeper { name: self.record.spec.name.clone(), source }
     }
+}
+
+/// See [`Container::memory_at`].
+fn memory_of(name: &Name, init: ProcessId, inside: &Path) -> Result<OwnedFd, ContainerError> {
+    let path = PathBuf::from(format!("/proc/{}/root", init.pid));
+    let error = |source| file_error(name, "open", &path.join(inside))(source);
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = open(&path, flags, Mode::empty()).map_err(|errno| error(errno.into()))?;
+    let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+    let found = openat2(&root, inside, OpenHow::new().flags(flags).resolve(resolve));
+    let found = found.map_err(|errno| error(errno.into()))?;
+    let kind = fstatfs(&found).map_err(|errno| error(errno.into()))?.filesystem_type();
+    if kind == TMPFS_MAGIC { Ok(found) } else { Err(error(io::Error::other("it is no tmpfs any more"))) }
 }
 
 /// The container's own cgroup, if its engine uses cgroup v2. Where it uses v1 its limits are there, and the tree's v2 cgroup

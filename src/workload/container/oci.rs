@@ -21,12 +21,16 @@ use serde::Deserialize;
 use super::{
     super::spec::{ContainerTree, ContainerTreeKind, Engine, Runtime},
     config::Config,
-    engine::{EngineError, Found, Local, Made, Network, Survey, TreeAt, check_is_ours, is_ours},
+    engine::{
+        EngineError, Found, Local, Made, Network, PidOne, Restore, Survey, TreeAt, check_is_ours, is_ours,
+    },
+    whole::runtime as whole,
 };
-use crate::model::Name;
+use crate::{criu::swrk::error_lines, model::Name};
 
 /// Where a runtime is looked for: what runs as root must not depend on somebody's environment.
 const PLACES: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
+const CLEAN_PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 /// How long a verb may take.
 const VERB_LIMIT: Duration = Duration::from_secs(30);
 const VERB_POLL: Duration = Duration::from_millis(2);
@@ -112,11 +116,18 @@ impl Oci {
         let (config, text) = Config::read(&state.bundle)?;
         config.check()?;
         let (runtime, state_dir) = (self.runtime, self.state.clone());
+        let (pid_one, trees) = match config.wrap() {
+            Some(wrap) => (PidOne::Init(wrap), config.trees(&state.bundle)?),
+            None => {
+                let bundle = whole::check(self, &config, state)?;
+                (PidOne::Application(bundle), config.trees_of_whole(&state.bundle)?)
+            }
+        };
         Ok(Found {
             engine: Engine::Oci { runtime, state: state_dir, id: id.to_owned(), config: text },
             pid: state.pid,
-            wrap: config.wrap()?,
-            trees: config.trees(&state.bundle)?,
+            pid_one,
+            trees,
             network: if config.has_own_net() { Network::Own } else { Network::Host },
         })
     }
@@ -137,18 +148,45 @@ impl Oci {
         let mut config =
             Config::parse(config).map_err(|error| EngineError::Unfit(format!("its config.json: {error}")))?;
         config.check()?;
-        let places: Vec<TreeAt> = trees.iter().enumerate().map(|tree| place_of(tree, local)).collect();
-        for place in &places {
-            if let TreeAt::Plain(path) = place {
-                let made = DirBuilder::new().recursive(true).mode(0o755).create(path);
-                made.map_err(|source| EngineError::Config { path: path.clone(), source })?;
-            }
-        }
-        config.localise(trees, &places, local.wrap)?;
+        let places = places_of(trees, local.data_dir)?;
+        config.localise(trees, &places)?;
+        config.wrap_with(local.wrap)?;
         write_bundle(local.bundle, &config)?;
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| self.run_error(errno.into()))?;
         let pid = self.run(id, local.bundle, &write)?;
         Ok(Made { pid, trees: places, output: Some(read) })
+    }
+
+    /// Restores a container from CRIU's images and returns its pid 1; it runs then. What it writes goes to `restore.output`.
+    pub(super) fn restore(&self, id: &str, restore: &Restore<'_>) -> Result<u32, EngineError> {
+        let bundle = restore.bundle;
+        let (log, work) = (bundle.join("runtime.log"), bundle.join("criu"));
+        let _ = fs::remove_file(&log);
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&work);
+        made.map_err(|source| EngineError::Config { path: work.clone(), source })?;
+        let copy = || restore.output.try_clone().map_err(|source| self.run_error(source));
+        let mut command = self.command();
+        // The runtime looks for CRIU by its name.
+        command.env("PATH", format!("{}:{CLEAN_PATH}", whole::criu_dir(bundle, restore.criu)?.display()));
+        command.arg("--log").arg(&log).args(["restore", "--detach", "--bundle"]).arg(bundle);
+        command.arg("--image-path").arg(restore.images).arg("--work-path").arg(&work);
+        command.args(["--tcp-established", "--file-locks", "--ext-unix-sk", "--shell-job", id]);
+        command.stdin(Stdio::null()).stdout(copy()?).stderr(copy()?);
+        if !self.wait(&mut command, &format!("{} restore {id}", self.runtime))? {
+            let of_criu = fs::read_to_string(work.join("restore.log")).unwrap_or_default();
+            let why = match error_lines(&of_criu) {
+                why if why.is_empty() => last_words(&fs::read_to_string(&log).unwrap_or_default()),
+                why => why,
+            };
+            return Err(self.failed("restore", id, &why));
+        }
+        let state = self.state(id)?.ok_or_else(|| self.unknown(id))?;
+        Ok(state.pid)
+    }
+
+    /// Its name, and what it prints for a verb.
+    pub(super) fn say(&self, arguments: &[&str]) -> Result<(Runtime, String), EngineError> {
+        Ok((self.runtime, self.ask(arguments)?))
     }
 
     /// Whether there is one, and it is the workload's.
@@ -200,7 +238,7 @@ impl Oci {
     /// Its program with what comes before every verb.
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
-        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command.env_clear().env("PATH", CLEAN_PATH);
         if let Some(state) = &self.state {
             command.arg("--root").arg(state);
         }
@@ -274,21 +312,25 @@ fn last_words(said: &str) -> String {
 
 /// The host's directory of its init, if it is wrapped.
 fn wrap_of(state: &State) -> Option<PathBuf> {
-    Config::read(&state.bundle).and_then(|(config, _)| config.wrap()).ok()
+    Config::read(&state.bundle).ok().and_then(|(config, _)| config.wrap())
 }
 
-/// Where a tree is of a container that is made here.
-fn place_of((number, tree): (usize, &ContainerTree), local: &Local<'_>) -> TreeAt {
-    match tree.kind {
-        ContainerTreeKind::Memory => TreeAt::Memory,
+/// Where the trees are of a container that is made here; makes their directories.
+pub(super) fn places_of(trees: &[ContainerTree], data_dir: &Path) -> Result<Vec<TreeAt>, EngineError> {
+    let place = |(number, tree): (usize, &ContainerTree)| match tree.kind {
+        ContainerTreeKind::Memory => Ok(TreeAt::Memory),
         ContainerTreeKind::Root | ContainerTreeKind::Mount => {
-            TreeAt::Plain(local.data_dir.join(number.to_string()))
+            let path = data_dir.join(number.to_string());
+            let made = DirBuilder::new().recursive(true).mode(0o755).create(&path);
+            made.map_err(|source| EngineError::Config { path: path.clone(), source })?;
+            Ok(TreeAt::Plain(path))
         }
-    }
+    };
+    trees.iter().enumerate().map(place).collect()
 }
 
 /// Only root may look into it: the file may name secrets.
-fn write_bundle(bundle: &Path, config: &Config) -> Result<(), EngineError> {
+pub(super) fn write_bundle(bundle: &Path, config: &Config) -> Result<(), EngineError> {
     let path = bundle.join("config.json");
     let written = DirBuilder::new().recursive(true).mode(0o700).create(bundle).and_then(|()| {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?;

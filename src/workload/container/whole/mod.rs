@@ -1,0 +1,485 @@
+//! Containers whose pid 1 is the application: dumped with their namespaces, restored by their runtime.
+//!
+//! ```text
+//!   primary                                       standby
+//!   engine ─► pid 1: the application              bundle, files, network, guard: no container yet
+//!             (adopted: moved to a cgroup of              ▲
+//!              ours, guarded)                             └── the runtime restores it, below a cgroup of ours
+//! ```
+//!
+//! Nothing is prepared in such a container, and the runtime has to be able to restore. CRIU runs on the host and has more to
+//! dump, so epochs freeze it for longer; and memory comes at once in a takeover. What an epoch's image does not have of it the
+//! standby makes ahead: mounts of the host ([`mounts`]), file systems in memory, the network namespace.
+//!
+//! Invariants: as those of a container whose pid 1 is our init; but where its engine is told to start such a container anew,
+//! nobody is in the way.
+
+mod mounts;
+pub(super) mod runtime;
+
+use std::{
+    fs,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{fcntl::OFlag, unistd::pipe2};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    super::{
+        bare,
+        cgroup::{self, Cgroup, CgroupError},
+        control::Request,
+        init::{Log, Setup},
+        keeper::{
+            CONTROL, Keeper, KeeperError, ProcessId, WHOLE_RECORD, boot_id, private_dir, read_record,
+            remove_run_dir, write_record,
+        },
+        network::{self, Gate},
+        spec::{ContainerSpec, ContainerTree, ContainerTreeKind, Engine},
+    },
+    Candidate, ContainerError, KILL_LIMIT, LEAVE_LIMIT, Options, TreeAt,
+    candidate::streams_of,
+    config::Config,
+    container_cgroup,
+    engine::{self, Bundle, PidOne, Prepared, Restore},
+    error::{engine_error, file_error, keeper_error, network_error, unfit},
+    has_device, has_own, memory_of,
+};
+use crate::{criu::images, model::Name};
+
+/// How runtimes tell CRIU of a network namespace that is there.
+const NETNS_KEY: &str = "extRootNetNS";
+/// CRIU's image of cgroups.
+const CGROUP_IMAGE: &str = "cgroup.img";
+/// What the standard streams of pid 1 were, for the runtime.
+const DESCRIPTORS: &str = "descriptors.json";
+
+/// What the run directory keeps of it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    spec: ContainerSpec,
+    boot_id: String,
+    guard: Option<ProcessId>,
+    /// Pid 1, once there is one.
+    root: Option<ProcessId>,
+    bundle: Bundle,
+    /// The container's own cgroup, if it was there before ours.
+    cgroup: Option<PathBuf>,
+    /// Where its network namespace is until it runs, if it has one of its own.
+    netns: Option<PathBuf>,
+    trees: Vec<TreeAt>,
+    /// It is to be restored here, or was.
+    made: bool,
+    complete: bool,
+}
+
+/// A handle on such a container.
+#[derive(Debug)]
+pub struct Whole {
+    dir: PathBuf,
+    record: Record,
+    keeper: Keeper,
+    gate: Option<Gate>,
+}
+
+impl Whole {
+    /// Takes a container that runs under protection.
+    pub fn adopt(name: &Name, found: Candidate, options: &Options) -> Result<Self, ContainerError> {
+        let dir = options.run_dir.join(name.as_str());
+        if dir.exists() {
+            return Err(ContainerError::Taken(name.clone()));
+        }
+        Self::take(name, found, options, &dir).inspect_err(|_| {
+            // The first error counts; what this leaves, the next release removes.
+            let _ = Self::release(&options.run_dir, name);
+        })
+    }
+
+    fn take(name: &Name, found: Candidate, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
+        let Candidate { spec, init, pid_one, trees, .. } = found;
+        let PidOne::Application(bundle) = pid_one else {
+            return Err(unfit(spec.engine.container(), "its pid 1 is our init"));
+        };
+        let record = Record {
+            cgroup: container_cgroup(name, init)?,
+            netns: has_own("net", init.pid).then(|| netns_of(init)),
+            spec,
+            boot_id: boot_id().map_err(keeper_error(name))?,
+            guard: None,
+            root: Some(init),
+            bundle,
+            trees,
+            made: false,
+            complete: false,
+        };
+        private_dir(dir).map_err(keeper_error(name))?;
+        let whole = Self::guard(name, record, options, dir)?;
+        bare::move_tree(init.pid, whole.keeper.cgroup())
+            .map_err(|source| ContainerError::Tree { name: name.clone(), source })?;
+        Ok(whole)
+    }
+
+    /// Makes ready what a container will be restored into; silent.
+    pub fn create(spec: &ContainerSpec, options: &Options) -> Result<Self, ContainerError> {
+        let name = &spec.name;
+        let dir = options.run_dir.join(name.as_str());
+        if dir.exists() {
+            return Err(ContainerError::Taken(name.clone()));
+        }
+        Self::build(spec, options, &dir).inspect_err(|_| {
+            // The first error counts; what this leaves, the next destroy removes.
+            let _ = Self::destroy(&options.run_dir, name);
+        })
+    }
+
+    fn build(spec: &ContainerSpec, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
+        let (name, id) = (&spec.name, spec.engine.container());
+        private_dir(dir).map_err(keeper_error(name))?;
+        let (memory, nothing) = (dir.join("memory"), dir.join("nothing"));
+        let mut record = Record {
+            spec: spec.clone(),
+            boot_id: boot_id().map_err(keeper_error(name))?,
+            guard: None,
+            root: None,
+            bundle: Bundle { dir: options.bundle.clone(), root: options.data_dir.join("0") },
+            cgroup: None,
+            netns: None,
+            trees: Vec::new(),
+            made: true,
+            complete: false,
+        };
+        write_record(&dir.join(WHOLE_RECORD), &record).map_err(keeper_error(name))?;
+        let config = config_of(spec)?;
+        for (number, tree) in spec.trees.iter().enumerate().filter(|(_, tree)| is_memory(tree)) {
+            let at = memory.join(number.to_string());
+            let made = mounts::mount_memory(&at, config.options_of(&tree.inside));
+            made.map_err(file_error(name, "mount a file system in memory at", &at))?;
+        }
+        mounts::mount_nothing(&nothing).map_err(file_error(name, "mount nothing at", &nothing))?;
+        let ours = dir.join("net");
+        record.netns = match config.netns() {
+            Some(theirs) => Some(theirs),
+            None if config.has_own_net() => {
+                network::make_namespace(&ours).map_err(network_error(name))?;
+                Some(ours)
+            }
+            None => None,
+        };
+        let cgroup = cgroup_inside(name, id)?;
+        let prepared = Prepared {
+            data_dir: &options.data_dir,
+            bundle: &options.bundle,
+            memory: &memory,
+            nothing: &nothing,
+            netns: record.netns.as_deref(),
+            cgroup: &cgroup,
+        };
+        record.trees = engine::prepare(spec, &prepared).map_err(engine_error(id))?;
+        Self::guard(name, record, options, dir)
+    }
+
+    /// Starts the guard process and, where it is ours, the network.
+    fn guard(name: &Name, mut record: Record, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
+        let keeper_error = keeper_error(name);
+        let path = dir.join(WHOLE_RECORD);
+        write_record(&path, &record).map_err(&keeper_error)?;
+        let cgroup = Cgroup::within(name, record.cgroup.as_deref()).and_then(Cgroup::make);
+        let cgroup = cgroup.map_err(|error| keeper_error(error.into()))?;
+        let log = Log { path: options.log.clone(), bytes_max: options.log_bytes_max };
+        let setup =
+            Setup { control: dir.join(CONTROL), work_cgroup: cgroup.work(), place: None, log: Some(log) };
+        let keeper = Keeper::spawn(&options.program, "guard", &setup, cgroup, |id| {
+            record.guard = Some(id);
+            write_record(&path, &record)
+        })
+        .map_err(&keeper_error)?;
+        if let Some(netns) = record.netns.as_deref().filter(|_| !record.spec.ips.is_empty() && !has_device(name)) {
+            let (inside, open) = (netns.display().to_string(), open_netns(name, netns)?);
+            network::create(name, &inside, open.as_fd(), &record.spec.ips).map_err(network_error(name))?;
+        }
+        record.complete = true;
+        write_record(&path, &record).map_err(&keeper_error)?;
+        let whole = Self::with(dir.to_owned(), record, keeper)?;
+        if let Some(gate) = &whole.gate {
+            if whole.record.made {
+                gate.close().map_err(network_error(name))?;
+            }
+            let set = whole.keeper.on_fence(&gate.close_steps());
+            set.map_err(|error| keeper_error(error.into()))?;
+        }
+        Ok(whole)
+    }
+
+    /// Finds one that was adopted or created before, by this or an earlier agent.
+    pub fn open(run_dir: &Path, name: &Name) -> Result<Self, ContainerError> {
+        let dir = run_dir.join(name.as_str());
+        let record: Option<Record> = read_record(&dir.join(WHOLE_RECORD)).map_err(keeper_error(name))?;
+        let record = record.filter(|record| record.complete && boot_id().is_ok_and(|id| id == record.boot_id));
+        let unknown = || ContainerError::Unknown(name.clone());
+        let record = record.ok_or_else(unknown)?;
+        let guard = record.guard.ok_or_else(unknown)?;
+        let cgroup = Cgroup::within(name, record.cgroup.as_deref());
+        let cgroup = cgroup.map_err(|error| keeper_error(name)(error.into()))?;
+        let keeper = Keeper::attach(&dir.join(CONTROL), guard, cgroup).map_err(keeper_error(name))?;
+        Self::with(dir, record, keeper)
+    }
+
+    fn with(dir: PathBuf, record: Record, keeper: Keeper) -> Result<Self, ContainerError> {
+        let (name, ips) = (&record.spec.name, &record.spec.ips);
+        let gate = match record.netns.as_deref().map(|netns| open_netns(name, netns)) {
+            // It has gone with its last process.
+            Some(Err(_)) if record.root.is_some_and(|root| !root.is_alive()) => None,
+            Some(netns) if ips.is_empty() => {
+                Gate::of_engine(netns?.as_fd()).map_err(network_error(name))?
+            }
+            Some(netns) => Some(Gate::of(name, ips, netns?.as_fd()).map_err(network_error(name))?),
+            None => None,
+        };
+        Ok(Self { dir, record, keeper, gate })
+    }
+
+    /// Whether there is, or was, one of that name in the run directory.
+    pub fn is_known(run_dir: &Path, name: &Name) -> bool {
+        run_dir.join(name.as_str()).join(WHOLE_RECORD).exists()
+    }
+
+    /// Ends it, and what was made for it; also one that is half made or dead. Its files and its log stay.
+    pub fn destroy(run_dir: &Path, name: &Name) -> Result<(), ContainerError> {
+        let keeper_error = keeper_error(name);
+        let cgroup_error = |error: CgroupError| keeper_error(error.into());
+        let dir = run_dir.join(name.as_str());
+        // The network first: dying processes send FIN and RST.
+        network::remove(name).map_err(network_error(name))?;
+        // A record that cannot be read must not keep the rest alive.
+        let record: Option<Record> = read_record(&dir.join(WHOLE_RECORD)).unwrap_or(None);
+        let Some(record) = record else { return Ok(()) };
+        close_engine_net(&record);
+        let cgroup = Cgroup::within(name, record.cgroup.as_deref()).map_err(cgroup_error)?;
+        if cgroup.work().exists() {
+            cgroup.kill(KILL_LIMIT).map_err(cgroup_error)?;
+        }
+        let id = record.spec.engine.container();
+        engine::end_whole(&record.spec.engine, &record.bundle.dir).map_err(engine_error(id))?;
+        // The runtime's own is below it.
+        cgroup::remove_below(&cgroup.work());
+        cgroup.destroy(KILL_LIMIT).map_err(cgroup_error)?;
+        mounts::unmount_below(&dir).map_err(file_error(name, "unmount what is below", &dir))?;
+        remove_run_dir(&dir).map_err(keeper_error)
+    }
+
+    /// Ends the protection of a container that runs on. Idempotent.
+    pub fn release(run_dir: &Path, name: &Name) -> Result<(), ContainerError> {
+        let keeper_error = keeper_error(name);
+        let cgroup_error = |error: CgroupError| keeper_error(error.into());
+        let dir = run_dir.join(name.as_str());
+        let record: Option<Record> = read_record(&dir.join(WHOLE_RECORD)).unwrap_or(None);
+        let Some(record) = record else { return Ok(()) };
+        let cgroup = Cgroup::within(name, record.cgroup.as_deref()).map_err(cgroup_error)?;
+        let keeper = record.guard.map(|guard| Keeper::attach(&dir.join(CONTROL), guard, cgroup.clone()));
+        if let Some(Ok(keeper)) = keeper {
+            keeper.command(&Request::Leave).map_err(|error| keeper_error(error.into()))?;
+        }
+        if cgroup.work().exists() {
+            cgroup.thaw(KILL_LIMIT).map_err(cgroup_error)?;
+            // One that was restored here is where its runtime has put it.
+            let home = record.cgroup.map_or_else(cgroup::v2_root, Ok).map_err(cgroup_error)?;
+            bare::give_back(&cgroup, &home).map_err(cgroup_error)?;
+        }
+        cgroup.remove_if_empty(LEAVE_LIMIT);
+        mounts::unmount_below(&dir).map_err(file_error(name, "unmount what is below", &dir))?;
+        remove_run_dir(&dir).map_err(keeper_error)
+    }
+
+    /// What it is made from.
+    pub fn spec(&self) -> &ContainerSpec {
+        &self.record.spec
+    }
+
+    /// Its guard process: guard, cgroup.
+    pub fn keeper(&self) -> &Keeper {
+        &self.keeper
+    }
+
+    /// Its gate, if it has devices.
+    pub fn gate(&self) -> Option<&Gate> {
+        self.gate.as_ref()
+    }
+
+    /// Whether it waits for its first restore, guarded.
+    pub fn is_waiting(&self) -> bool {
+        self.record.made && self.record.root.is_none() && self.keeper.is_alive()
+    }
+
+    /// Whether no process of it, whole or half restored, is there.
+    pub fn is_empty(&self) -> bool {
+        self.record.root.is_none() && self.keeper.cgroup().is_empty().unwrap_or(false)
+    }
+
+    /// The root's pid here and inside, while it runs.
+    pub fn workload_pid(&self) -> Option<(u32, u32)> {
+        self.record.root.filter(|root| root.is_alive()).map(|root| (root.pid, 1))
+    }
+
+    /// Whether its engine has stopped it.
+    pub fn is_paused(&self) -> bool {
+        let name = &self.record.spec.name;
+        let own = match &self.record.cgroup {
+            Some(dir) => Ok(dir.clone()),
+            None => cgroup_of(name, self.record.spec.engine.container()).map_err(keeper_error(name)),
+        };
+        let text = own.ok().and_then(|dir| fs::read_to_string(dir.join("cgroup.freeze")).ok());
+        text.is_some_and(|text| text.trim() == "1")
+    }
+
+    /// Its root directory, as the host sees it.
+    pub fn root(&self) -> &Path {
+        &self.record.bundle.root
+    }
+
+    /// What is not in an image of it, in CRIU's notation.
+    pub fn external(&self) -> Result<Vec<String>, ContainerError> {
+        let name = &self.record.spec.name;
+        let dead = || unfit(self.record.spec.engine.container(), "it has ended");
+        let (pid, _) = self.workload_pid().ok_or_else(dead)?;
+        let path = PathBuf::from(format!("/proc/{pid}/mountinfo"));
+        let found = mounts::Mounts::of(pid).map_err(file_error(name, "read", &path))?;
+        let mut external: Vec<String> =
+            found.external().map(|inside| format!("mnt[{0}]:{0}", inside.display())).collect();
+        if has_own("net", pid) {
+            let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
+            let of = fs::metadata(&path).map_err(file_error(name, "look at", &path))?;
+            external.push(format!("net[{}]:{NETNS_KEY}", std::os::unix::fs::MetadataExt::ino(&of)));
+        }
+        Ok(external)
+    }
+
+    /// Which of its pid 1's standard streams are pipes, and what CRIU calls them.
+    pub fn streams(&self) -> Vec<(u8, String)> {
+        self.workload_pid().map(|(pid, _)| streams_of(pid)).unwrap_or_default()
+    }
+
+    /// Where its trees are on this host, in their order.
+    pub fn trees(&self) -> &[TreeAt] {
+        &self.record.trees
+    }
+
+    /// The same of one of which there is no handle.
+    pub fn trees_of(run_dir: &Path, name: &Name) -> Result<Vec<TreeAt>, ContainerError> {
+        let record: Option<Record> =
+            read_record(&run_dir.join(name.as_str()).join(WHOLE_RECORD)).map_err(keeper_error(name))?;
+        let record = record.filter(|record| record.complete);
+        record.map(|record| record.trees).ok_or_else(|| ContainerError::Unknown(name.clone()))
+    }
+
+    /// A file system that the container has in its memory, by the number of its tree; while it waits, what will be that.
+    pub fn memory(&self, number: usize) -> Result<OwnedFd, ContainerError> {
+        let name = &self.record.spec.name;
+        match self.record.root {
+            Some(root) => memory_of(name, root, &self.record.spec.trees[number].inside),
+            None => {
+                let path = self.dir.join("memory").join(number.to_string());
+                fs::File::open(&path).map(OwnedFd::from).map_err(file_error(name, "open", &path))
+            }
+        }
+    }
+
+    /// Has its runtime restore it from CRIU's images, a directory of ours, which this completes: `streams` as
+    /// [`Self::streams`] has told. It runs then, unheard. Returns its pid 1, as the host sees it.
+    pub fn restore(
+        &mut self,
+        images: &Path,
+        streams: &[(u8, String)],
+        criu: &Path,
+    ) -> Result<u32, ContainerError> {
+        let name = self.record.spec.name.clone();
+        let id = self.record.spec.engine.container().to_owned();
+        complete(images, streams, &cgroup_inside(&name, &id)?)
+            .map_err(file_error(&name, "complete the images in", images))?;
+        let pipe = pipe2(OFlag::O_CLOEXEC).map_err(|errno| errno.into());
+        let (read, write) = pipe.map_err(file_error(&name, "make a pipe for", Path::new("the output")))?;
+        let kept = self.keeper.client().ask(&Request::KeepLog, &[read.as_fd()]);
+        kept.map_err(|error| self.keeper_error(error.into()))?;
+        let restore =
+            Restore { bundle: &self.record.bundle.dir, images, criu, output: &write };
+        let pid = engine::restore(&self.record.spec.engine, &restore).map_err(engine_error(&id))?;
+        let root = ProcessId::of(pid).map_err(|_| unfit(&id, "what was restored has ended"))?;
+        self.record.root = Some(root);
+        let written = write_record(&self.dir.join(WHOLE_RECORD), &self.record);
+        written.map_err(|error| self.keeper_error(error))?;
+        Ok(pid)
+    }
+
+    fn keeper_error(&self, source: KeeperError) -> ContainerError {
+        ContainerError::Keeper { name: self.record.spec.name.clone(), source }
+    }
+}
+
+/// Whether a tree is a file system in memory.
+fn is_memory(tree: &ContainerTree) -> bool {
+    tree.kind == ContainerTreeKind::Memory
+}
+
+fn config_of(spec: &ContainerSpec) -> Result<Config, ContainerError> {
+    let id = spec.engine.container();
+    let Engine::Oci { config, .. } = &spec.engine else {
+        return Err(unfit(id, "only containers of runc and crun can be restored whole; wrap it"));
+    };
+    Config::parse(config).map_err(|error| unfit(id, &format!("its config.json: {error}")))
+}
+
+/// Where the runtime's cgroup will be of a container that is restored here: its processes are born in it, below ours.
+fn cgroup_of(name: &Name, id: &str) -> Result<PathBuf, KeeperError> {
+    Ok(Cgroup::of(name)?.work().join(id))
+}
+
+/// The same from the root of the cgroup file system on.
+fn cgroup_inside(name: &Name, id: &str) -> Result<PathBuf, ContainerError> {
+    let error = keeper_error(name);
+    let dir = cgroup_of(name, id).map_err(&error)?;
+    let root = cgroup::v2_root().map_err(|source| error(source.into()))?;
+    Ok(Path::new("/").join(dir.strip_prefix(&root).unwrap_or(&dir)))
+}
+
+fn netns_of(init: ProcessId) -> PathBuf {
+    format!("/proc/{}/ns/net", init.pid).into()
+}
+
+fn open_netns(name: &Name, path: &Path) -> Result<OwnedFd, ContainerError> {
+    fs::File::open(path).map(OwnedFd::from).map_err(file_error(name, "open", path))
+}
+
+/// Before a container of an engine's network is ended: what is left of it to say goes nowhere. It may be half made.
+fn close_engine_net(record: &Record) {
+    let Some(netns) = record.netns.as_deref().filter(|_| record.spec.ips.is_empty()) else { return };
+    let closed = open_netns(&record.spec.name, netns).and_then(|netns| {
+        let closed =
+            Gate::of_engine(netns.as_fd()).and_then(|gate| gate.as_ref().map_or(Ok(()), Gate::close));
+        closed.map_err(network_error(&record.spec.name))
+    });
+    if let Err(error) = closed {
+        tracing::debug!(%error, "the container's network is gone, or could not be closed");
+    }
+}
+
+/// Adds to CRIU's images what a runtime expects beside them, and says where the cgroup is here. In the images it is that of
+/// the other host, and below it the one of ours that the guard there has.
+fn complete(images: &Path, streams: &[(u8, String)], cgroup: &Path) -> std::io::Result<()> {
+    let stream = |number: u8| {
+        let pipe = streams.iter().find(|(stream, _)| *stream == number);
+        pipe.map_or("/dev/null", |(_, key)| key.as_str()).to_owned()
+    };
+    let descriptors: Vec<String> = (0..3).map(stream).collect();
+    put(&images.join(DESCRIPTORS), &serde_json::to_vec(&descriptors)?)?;
+    let image = images::read(images, CGROUP_IMAGE).map_err(std::io::Error::other)?;
+    let moved = images::move_cgroups(CGROUP_IMAGE, &image, &cgroup.display().to_string());
+    put(&images.join(CGROUP_IMAGE), &moved.map_err(std::io::Error::other)?)
+}
+
+/// What is there may be the store's own, under another name.
+fn put(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let next = path.with_extension("next");
+    fs::write(&next, bytes)?;
+    fs::rename(next, path)
+}

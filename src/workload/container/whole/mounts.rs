@@ -1,0 +1,117 @@
+//! What is mounted in a container, and what of it CRIU is told to leave to the restoring side.
+//!
+//! CRIU makes the kernel's own file systems anew. All others it would either refuse (what the container binds) or pack into
+//! the image with `tar`, 5 ms of the freeze for each (tmpfs): those have names, which are where they are inside.
+
+use std::{
+    fs, io,
+    path::{Component, Path, PathBuf},
+};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::super::super::cgroup::unescape;
+
+/// File systems that CRIU makes anew.
+const OF_KERNEL: [&str; 6] = ["proc", "sysfs", "cgroup", "cgroup2", "mqueue", "devpts"];
+
+/// Options of a mount that are flags; the others are the file system's.
+const FLAGS: [(&str, MsFlags); 8] = [
+    ("nosuid", MsFlags::MS_NOSUID),
+    ("nodev", MsFlags::MS_NODEV),
+    ("noexec", MsFlags::MS_NOEXEC),
+    ("noatime", MsFlags::MS_NOATIME),
+    ("relatime", MsFlags::MS_RELATIME),
+    ("strictatime", MsFlags::MS_STRICTATIME),
+    ("nodiratime", MsFlags::MS_NODIRATIME),
+    // Written to before it is shown.
+    ("ro", MsFlags::empty()),
+];
+/// Options that a file system in memory has, by their beginnings; a runtime's own words are none of them.
+const OF_TMPFS: [&str; 6] = ["size=", "mode=", "nr_inodes=", "nr_blocks=", "uid=", "gid="];
+
+/// The mounts of a process, but its root.
+pub(super) struct Mounts(Vec<(PathBuf, String)>);
+
+impl Mounts {
+    pub(super) fn of(pid: u32) -> io::Result<Self> {
+        Ok(Self::parse(&fs::read_to_string(format!("/proc/{pid}/mountinfo"))?))
+    }
+
+    fn parse(mountinfo: &str) -> Self {
+        let mounts = mountinfo.lines().filter_map(|line| {
+            let (mount, file_system) = line.split_once(" - ")?;
+            let inside = unescape(mount.split(' ').nth(4)?);
+            Some((inside, file_system.split(' ').next()?.to_owned()))
+        });
+        Self(mounts.filter(|(inside, _)| inside != Path::new("/")).collect())
+    }
+
+    /// Where those are that are not in an image.
+    pub(super) fn external(&self) -> impl Iterator<Item = &Path> {
+        let external = self.0.iter().filter(|(_, kind)| !OF_KERNEL.contains(&kind.as_str()));
+        external.map(|(inside, _)| inside.as_path())
+    }
+}
+
+/// Whether a path can stand in CRIU's notation and in its settings.
+pub(super) fn is_plain(path: &Path) -> bool {
+    let is_plain = |c: char| c.is_ascii_graphic() && !"[]\"'#\\".contains(c);
+    path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
+        && path.to_str().is_some_and(|text| text.chars().all(is_plain))
+}
+
+/// Mounts a file system in memory, with the options of a container's, over a directory that is made.
+pub(super) fn mount_memory<'a>(at: &Path, options: impl Iterator<Item = &'a str>) -> io::Result<()> {
+    fs::create_dir_all(at)?;
+    let (mut flags, mut data) = (MsFlags::empty(), Vec::new());
+    for option in options {
+        match FLAGS.iter().find(|(name, _)| *name == option) {
+            Some((_, flag)) => flags |= *flag,
+            None if OF_TMPFS.iter().any(|name| option.starts_with(name)) => data.push(option),
+            None => {}
+        }
+    }
+    Ok(mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some(data.join(",").as_str()))?)
+}
+
+/// An empty file system that nobody can write to.
+pub(super) fn mount_nothing(at: &Path) -> io::Result<()> {
+    fs::create_dir_all(at)?;
+    Ok(mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::MS_RDONLY, Some("size=0"))?)
+}
+
+/// Takes down whatever is mounted below a directory of ours.
+pub(super) fn unmount_below(dir: &Path) -> io::Result<()> {
+    let text = fs::read_to_string("/proc/self/mountinfo")?;
+    let points = text.lines().filter_map(|line| line.split(' ').nth(4)).map(unescape);
+    let mut ours: Vec<PathBuf> = points.filter(|point| point != dir && point.starts_with(dir)).collect();
+    // What lies deeper goes first.
+    ours.sort_unstable_by(|a, b| b.cmp(a));
+    ours.iter().try_for_each(|point| Ok(umount2(point, MntFlags::MNT_DETACH)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_the_kernels_is_external() {
+        let mounts = Mounts::parse(
+            "91 75 0:39 /plain/rootfs / rw,relatime - tmpfs disk rw,mode=755\n\
+             92 91 0:73 / /proc rw,relatime - proc proc rw\n\
+             76 92 0:73 /bus /proc/bus ro,relatime - proc proc rw\n\
+             81 92 0:74 /null /proc/keys rw,nosuid - tmpfs tmpfs rw\n\
+             101 91 0:39 /my\\040data /data rw,relatime shared:3 - ext4 /dev/vda rw\n",
+        );
+        assert_eq!(mounts.external().collect::<Vec<_>>(), [Path::new("/proc/keys"), Path::new("/data")]);
+    }
+
+    #[test]
+    fn only_plain_paths_go_into_settings() {
+        assert!(is_plain(Path::new("/proc/keys")));
+        for strange in ["/a b", "/a]", "/a/../b", "/a\n", "/#"] {
+            assert!(!is_plain(Path::new(strange)), "{strange:?}");
+        }
+    }
+}
