@@ -1,0 +1,118 @@
+//! Containers of which nothing was prepared: their pid 1 is the application, and their runtime restores them.
+
+use std::time::Duration;
+
+use super::{
+    cluster::wait_for,
+    containers::{COUNTS, Oci, REDIS, REDIS_PROGRAMS, redis_goes_round},
+    lab::Host,
+};
+
+#[test]
+fn an_unprepared_redis_under_runc_goes_round_three_times_and_more() {
+    redis_goes_round(Oci::unprepared("runc", "redis", &REDIS_PROGRAMS, &REDIS));
+}
+
+/// Its processes, its output, its signals and its exit code are the runtime's matter after a takeover as before.
+#[test]
+fn an_unprepared_container_is_its_runtimes_after_a_takeover() {
+    let mut oci = Oci::unprepared("runc", "counts", &[], &["sh", "-c", COUNTS]);
+    oci.start(true);
+    wait_for("output", || oci.log(Host::A, true).contains("line 3"));
+    oci.protect(&[]);
+    assert_eq!(oci.cluster.status(Host::A, "counts")["container"]["way"], "whole");
+    let said = oci.cluster.standin(Host::A, &["status", "counts"]);
+    assert!(said.contains("way       whole: slower"), "{said}");
+    oci.cluster.wait_state_of("counts", Host::B, "standby", "ready");
+    assert!(oci.state(Host::B).is_null(), "nothing runs there yet");
+    std::thread::sleep(Duration::from_millis(300));
+    oci.cluster.lab.kill(Host::A);
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "alone");
+    wait_for("output on B", || oci.log(Host::B, false).lines().count() > 5);
+    let lines: Vec<u64> = oci
+        .log(Host::B, false)
+        .lines()
+        .map(|line| line.strip_prefix("line ").expect("a line").parse().expect("a number"))
+        .collect();
+    assert!(lines[0] > 3 && lines.windows(2).all(|pair| pair[1] == pair[0] + 1), "{lines:?}");
+    assert!(oci.cluster.lab.ok(Host::B, &["runc", "list"]).contains("counts"));
+    assert!(oci.cluster.lab.ok(Host::B, &["runc", "ps", "counts"]).contains("while"));
+
+    // In the runtime's own cgroup, which is the root of its namespace, and where the runtime stops it.
+    let pid = oci.state(Host::B)["pid"].to_string();
+    let cgroup = oci.cluster.lab.ok(Host::B, &["grep", "^0::", &format!("/proc/{pid}/cgroup")]);
+    assert_eq!(cgroup.trim(), "0::/standin/counts/work/counts");
+    assert!(oci.inside(Host::B, &["cat", "/proc/1/cgroup"]).ends_with("0::/"));
+    // What it is not to see is masked as before, and devices are there.
+    assert_eq!(oci.inside(Host::B, &["cat", "/proc/keys"]), "");
+    assert_eq!(oci.inside(Host::B, &["ls", "/sys/firmware"]), "");
+    oci.inside(Host::B, &["sh", "-c", "echo x > /dev/null && head -c 4 /dev/urandom > /dev/shm/x"]);
+
+    oci.cluster.lab.boot(Host::A);
+    oci.cluster.start_agent(Host::A);
+    oci.cluster.wait_state_of("counts", Host::A, "standby", "ready");
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "protected");
+    oci.cluster.lab.ok(Host::B, &["runc", "pause", "counts"]);
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "paused");
+    assert!(oci.cluster.refused(Host::B, &["handoff", "counts"]).1.contains("unpause"));
+    oci.cluster.lab.ok(Host::B, &["runc", "resume", "counts"]);
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "protected");
+
+    // It is told to end, and ends; nobody revives it.
+    oci.cluster.lab.ok(Host::B, &["runc", "kill", "counts", "TERM"]);
+    wait_for("its end", || oci.state(Host::B)["status"] != "running");
+    assert!(oci.log(Host::B, false).ends_with("bye\n"));
+    wait_for("the protection to end", || oci.cluster.status(Host::B, "counts").is_null());
+    wait_for("the standby to forget it", || oci.cluster.status(Host::A, "counts").is_null());
+    let left = "ls -d /sys/fs/cgroup/standin/*/init /run/standin/sandboxes/* 2>/dev/null; \
+                grep ' /run/standin/' /proc/self/mounts; pgrep -f '[s]tandin guard'; true";
+    assert_eq!(oci.cluster.lab.ok(Host::A, &["sh", "-c", left]), "");
+}
+
+/// A container that cannot be protected whole is told why, and what to do.
+#[test]
+fn unprepared_containers_that_cannot_be_restored_are_refused_with_the_reason() {
+    let oci = Oci::unprepared("crun", "counts", &["mount"], &["sh", "-c", COUNTS]);
+    oci.start(true);
+    let refused = |args: &[&str]| {
+        let all = [&["protect", "counts", "--to", "b"], args].concat();
+        oci.cluster.refused(Host::A, &all).1
+    };
+    let built_with = oci.cluster.lab.ok(Host::A, &["crun", "--version"]);
+    assert!(!built_with.contains("+CRIU"), "this test is of a crun without CRIU");
+    let reason = refused(&["--oci", "counts"]);
+    assert!(reason.contains("built without CRIU") && reason.contains("standin wrap"), "{reason}");
+    assert_eq!(oci.state(Host::A)["status"], "running");
+    oci.cluster.lab.ok(Host::A, &["crun", "delete", "--force", "counts"]);
+
+    // A mount that somebody made in it later would not be there on the standby.
+    let start = "runc run -d --bundle /srv/counts counts < /dev/null > >(exec setsid cat > /srv/out 2>&1) 2>&1";
+    oci.cluster.lab.ok(Host::A, &["bash", "-c", start]);
+    let mount = "pid=$(runc state counts | sed -n 's/.*\"pid\": \\([0-9]*\\).*/\\1/p'); mkdir -p /srv/counts/rootfs/mnt; \
+                 nsenter -t $pid -m mount -t tmpfs none /mnt";
+    oci.cluster.lab.ok(Host::A, &["sh", "-c", mount]);
+    let reason = refused(&["--oci", "counts"]);
+    assert!(reason.contains("does not tell of its mount /mnt"), "{reason}");
+    oci.cluster.lab.ok(Host::A, &["runc", "delete", "--force", "counts"]);
+
+    // A container of that id that is not ours stays what it is, on the standby too.
+    oci.cluster.lab.ok(Host::A, &["bash", "-c", start]);
+    let foreign = format!(
+        "mkdir -p /srv/x && {} /srv/x/rootfs && cd /srv/x && runc spec && sed -i 's/\"terminal\": true/\"terminal\": false/; \
+         s/\"sh\"/\"sleep\", \"1000\"/' config.json && runc run -d counts < /dev/null > /dev/null 2>&1",
+        concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/rootfs")
+    );
+    oci.cluster.lab.ok(Host::B, &["sh", "-c", &foreign]);
+    let reason = refused(&["--oci", "counts"]);
+    assert!(reason.contains("another container named counts"), "{reason}");
+    let state = oci.cluster.lab.ok(Host::B, &["runc", "state", "counts"]);
+    assert!(state.contains("running"), "{state}");
+    oci.cluster.lab.ok(Host::B, &["runc", "delete", "--force", "counts"]);
+
+    // After all that it can be protected, and given back as it was.
+    oci.cluster.standin(Host::A, &["protect", "counts", "--oci", "counts", "--to", "b"]);
+    oci.cluster.wait_state_of("counts", Host::A, "primary", "protected");
+    oci.cluster.standin(Host::A, &["unprotect", "counts"]);
+    let state = oci.cluster.lab.ok(Host::A, &["runc", "state", "counts"]);
+    assert!(state.contains("running"), "{state}");
+}
