@@ -17,8 +17,6 @@ use super::{
 
 /// The longest one that is read.
 const CONFIG_BYTES_MAX: u64 = 256 << 10;
-/// The annotation by which runc and crun are told of settings for CRIU.
-const CRIU_SETTINGS: &str = "org.criu.config";
 /// Most mounts of a container.
 const MOUNTS_MAX: usize = 256;
 
@@ -243,9 +241,8 @@ impl Config {
         options.into_iter().flatten().filter_map(Value::as_str)
     }
 
-    /// The same container, to be restored by its runtime: its network namespace is there, its cgroup below one of ours, and
-    /// CRIU has settings of ours.
-    pub(super) fn restore_with(&mut self, netns: Option<&Path>, cgroup: &Path, settings: &Path) {
+    /// The same container, to be restored by its runtime: its network namespace is there, its cgroup below one of ours.
+    pub(super) fn restore_with(&mut self, netns: Option<&Path>, cgroup: &Path) {
         if let Some(netns) = netns {
             let spaces = self.0["linux"]["namespaces"].as_array_mut().into_iter().flatten();
             for space in spaces.filter(|space| space["type"] == "network") {
@@ -253,15 +250,6 @@ impl Config {
             }
         }
         self.0["linux"]["cgroupsPath"] = path_value(cgroup);
-        if !self.0["annotations"].is_object() {
-            self.0["annotations"] = serde_json::json!({});
-        }
-        self.0["annotations"][CRIU_SETTINGS] = path_value(settings);
-    }
-
-    /// Whether its operator has settings for CRIU.
-    pub(super) fn has_criu_settings(&self) -> bool {
-        self.0["annotations"][CRIU_SETTINGS].is_string()
     }
 
     fn namespaces(&self) -> impl Iterator<Item = &Value> {

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::Write as _,
-    os::unix::fs::{OpenOptionsExt as _, symlink},
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -50,9 +50,6 @@ pub(in super::super) fn check(oci: &Oci, config: &Config, state: &State) -> Resu
     if !cgroup::v1_of_process(state.pid).map_err(|error| EngineError::Unfit(error.to_string()))?.is_empty() {
         return unfit("this host has cgroup v1, whose cgroups CRIU would restore elsewhere");
     }
-    if config.has_criu_settings() {
-        return unfit("its config.json has settings for CRIU of its own (org.criu.config)");
-    }
     let mounts = match Mounts::of(state.pid) {
         Ok(mounts) => mounts,
         Err(source) => return unfit(&format!("its mounts cannot be read: {source}")),
@@ -79,7 +76,7 @@ pub(in super::super) fn prepare(
     let places = places_of(trees, local.data_dir)?;
     config.localise(trees, &places)?;
     let settings = local.bundle.join(SETTINGS);
-    config.restore_with(local.netns, local.cgroup, &settings);
+    config.restore_with(local.netns, local.cgroup);
     write_bundle(local.bundle, &config)?;
     let written = fs::OpenOptions::new()
         .write(true)
@@ -127,15 +124,17 @@ fn external(inside: &str, here: &Path) -> String {
     format!("external mnt[{inside}]:{}", here.display())
 }
 
-/// A directory in which CRIU has the name by which runtimes look for it.
+/// A directory in which CRIU has the name by which runtimes look for it, and is told of our settings: not every runtime has a
+/// way to do that.
 pub(in super::super) fn criu_dir(bundle: &Path, criu: &Path) -> Result<PathBuf, EngineError> {
     let dir = bundle.join("bin");
-    let link = dir.join("criu");
-    let made = fs::create_dir_all(&dir).and_then(|()| match fs::read_link(&link) {
-        Ok(there) if there == criu => Ok(()),
-        Ok(_) => fs::remove_file(&link).and_then(|()| symlink(criu, &link)),
-        Err(_) => symlink(criu, &link),
-    });
-    made.map_err(|source| EngineError::Config { path: link, source })?;
+    let script = dir.join("criu");
+    let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
+    let text =
+        format!("#!/bin/sh\nexec {} --config {} \"$@\"\n", quoted(criu), quoted(&bundle.join(SETTINGS)));
+    let made = fs::create_dir_all(&dir)
+        .and_then(|()| fs::write(&script, text))
+        .and_then(|()| fs::set_permissions(&script, fs::Permissions::from_mode(0o700)));
+    made.map_err(|source| EngineError::Config { path: script, source })?;
     Ok(dir)
 }
