@@ -128,6 +128,10 @@ impl page_server::Handler for Collector {
     }
 
     fn close(&mut self) -> io::Result<()> {
+        if !self.opened {
+            // It gave up before the tree stood, as when that has just ended: the reader waits for CRIU, and CRIU for this.
+            return Err(io::Error::other("CRIU has come to no memory"));
+        }
         let closed = Instant::now();
         let spaces = std::mem::take(&mut self.listed)
             .into_iter()

@@ -22,7 +22,7 @@ pub(super) struct Args {
     /// Protect what `standin run` started under this name [default: NAME]
     #[arg(long, value_name = "NAME")]
     run: Option<Name>,
-    /// Protect the container that an OCI runtime knows by this id, and that was wrapped as NAME
+    /// Protect the container that an OCI runtime knows by this id: from inside if it was wrapped as NAME, or else whole
     #[arg(long, value_name = "ID", conflicts_with_all = ["pid", "run"])]
     oci: Option<String>,
     /// With --oci: runc or crun [default: the one that knows the id]

@@ -76,11 +76,11 @@ impl Docker {
             Ok(info) => info.unwrap_or_default(),
             Err(_) if !self.socket.exists() => {
                 let found = format!("no daemon at {}", self.socket.display());
-                return Survey { engine, found, trouble: None };
+                return Survey { engine, found, trouble: None, whole: None };
             }
             Err(error) => {
                 let trouble = Some("start its daemon, or remove its socket".to_owned());
-                return Survey { engine, found: error.to_string(), trouble };
+                return Survey { engine, found: error.to_string(), trouble, whole: None };
             }
         };
         let driver = text(&info["Driver"]);
@@ -88,7 +88,7 @@ impl Docker {
         let fits = OVERLAY_DRIVERS.contains(&driver);
         let trouble =
             (!fits).then(|| "its containers cannot be protected: use overlay2 as storage driver".to_owned());
-        Survey { engine, found, trouble }
+        Survey { engine, found, trouble, whole: Some(Err("its containers have to be wrapped".to_owned())) }
     }
 
     /// A container that runs and can be protected.

@@ -226,6 +226,8 @@ pub struct Survey {
     pub found: String,
     /// Why its containers cannot be protected although it is there, and what to do.
     pub trouble: Option<String>,
+    /// Whether it restores containers of which nothing was prepared, or why not; `None` if it is not there.
+    pub whole: Option<Result<(), String>>,
 }
 
 /// Which engines there are on this host.

@@ -66,17 +66,20 @@ impl Oci {
     /// See [`super::engine::survey`].
     pub(super) fn survey(runtime: Runtime) -> Survey {
         let engine = runtime.program();
-        let asked = Self::find(runtime, None).and_then(|oci| oci.ask(&["--version"]));
+        let asked =
+            Self::find(runtime, None).and_then(|oci| oci.ask(&["--version"]).map(|said| (oci, said)));
         match asked {
-            Ok(said) => {
+            Ok((oci, said)) => {
                 let found = said.lines().next().unwrap_or(engine).to_owned();
-                Survey { engine, found, trouble: None }
+                let whole = whole::can_restore(&oci, std::process::id()).map_err(|error| error.to_string());
+                Survey { engine, found, trouble: None, whole: Some(whole) }
             }
             Err(EngineError::Missing { .. }) => {
-                Survey { engine, found: "not installed".into(), trouble: None }
+                Survey { engine, found: "not installed".into(), trouble: None, whole: None }
             }
             Err(error) => {
-                Survey { engine, found: error.to_string(), trouble: Some(format!("reinstall {engine}")) }
+                let trouble = Some(format!("reinstall {engine}"));
+                Survey { engine, found: error.to_string(), trouble, whole: None }
             }
         }
     }

@@ -22,8 +22,12 @@ use crate::{model::Name, workload::spec::Runtime};
 /// Where the settings for CRIU are in a bundle.
 const SETTINGS: &str = "criu.conf";
 
-/// Whether a runtime can restore a container, and why not.
-pub(in super::super) fn can_restore(oci: &Oci) -> Result<(), EngineError> {
+/// Whether a runtime can restore a container, with its cgroups like those of process `like`, and why not.
+pub(in super::super) fn can_restore(oci: &Oci, like: u32) -> Result<(), EngineError> {
+    if !cgroup::v1_of_process(like).map_err(|error| EngineError::Unfit(error.to_string()))?.is_empty() {
+        let reason = "this host has cgroup v1, whose cgroups CRIU would restore elsewhere; use v2 alone";
+        return Err(EngineError::Unfit(reason.to_owned()));
+    }
     let (runtime, said) = oci.say(&["--version"])?;
     if runtime == Runtime::Crun && !said.contains("+CRIU") {
         return Err(EngineError::Unfit(
@@ -43,12 +47,9 @@ pub(in super::super) fn check(oci: &Oci, config: &Config, state: &State) -> Resu
             state.bundle.display()
         )))
     };
-    match can_restore(oci) {
+    match can_restore(oci, state.pid) {
         Err(EngineError::Unfit(reason)) => return unfit(&reason),
         other => other?,
-    }
-    if !cgroup::v1_of_process(state.pid).map_err(|error| EngineError::Unfit(error.to_string()))?.is_empty() {
-        return unfit("this host has cgroup v1, whose cgroups CRIU would restore elsewhere");
     }
     let mounts = match Mounts::of(state.pid) {
         Ok(mounts) => mounts,
@@ -68,7 +69,7 @@ pub(in super::super) fn prepare(
     config: &str,
     local: &Prepared<'_>,
 ) -> Result<Vec<TreeAt>, EngineError> {
-    can_restore(oci)?;
+    can_restore(oci, std::process::id())?;
     let mut config =
         Config::parse(config).map_err(|error| EngineError::Unfit(format!("its config.json: {error}")))?;
     config.check()?;
