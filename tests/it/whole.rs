@@ -69,6 +69,55 @@ fn an_unprepared_container_is_its_runtimes_after_a_takeover() {
     assert_eq!(oci.cluster.lab.ok(Host::A, &["sh", "-c", left]), "");
 }
 
+/// Neither an agent that ends, on either side, nor a cut between the hosts makes a second copy or loses the one.
+#[test]
+fn an_unprepared_container_outlives_agents_and_cuts() {
+    let mut oci = Oci::unprepared("runc", "counts", &[], &["sh", "-c", COUNTS]);
+    oci.start(true);
+    oci.protect(&[]);
+    oci.cluster.wait_state_of("counts", Host::B, "standby", "ready");
+    for host in [Host::A, Host::B] {
+        oci.cluster.end_agent(host, "TERM");
+        oci.cluster.start_agent(host);
+        oci.cluster.wait_state_of("counts", Host::A, "primary", "protected");
+        oci.cluster.wait_state_of("counts", Host::B, "standby", "ready");
+    }
+
+    // The agents lose each other: the old copy stands still before the new one runs.
+    oci.cluster.lab.cut_between(Host::A, Host::B);
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "alone");
+    assert_eq!(oci.cluster.status(Host::A, "counts")["role"], "fenced");
+    let standing = oci.log(Host::A, true);
+    wait_for("output on B", || oci.log(Host::B, false).lines().count() > 5);
+    assert_eq!(oci.log(Host::A, true), standing, "the old copy is frozen");
+    oci.cluster.lab.heal();
+    oci.cluster.wait_state_of("counts", Host::A, "standby", "ready");
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "protected");
+    wait_for("the old copy to be gone", || oci.state(Host::A).is_null());
+
+    // What was restored outlives the agent as well, and is the same process to the next one.
+    let pid = oci.state(Host::B)["pid"].clone();
+    oci.cluster.end_agent(Host::B, "KILL");
+    oci.cluster.start_agent(Host::B);
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "protected");
+    assert_eq!(oci.state(Host::B)["pid"], pid);
+
+    // A standby that cannot restore it says so; the workload runs on, and can be moved when that is mended.
+    let runtime = "mount --bind /bin/false $(command -v runc)";
+    oci.cluster.lab.ok(Host::A, &["sh", "-c", runtime]);
+    let reason = oci.cluster.refused(Host::B, &["handoff", "counts", "--max-downtime", "3s"]).1;
+    assert!(reason.contains("runs on here"), "{reason}");
+    oci.cluster.lab.ok(Host::A, &["sh", "-c", "umount $(command -v runc)"]);
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "protected");
+    assert_eq!(oci.state(Host::B)["pid"], pid);
+    oci.cluster.wait_state_of("counts", Host::A, "standby", "ready");
+    oci.cluster.json(Host::B, &["handoff", "counts", "--max-downtime", "3s"]);
+    assert_eq!(oci.state(Host::A)["status"], "running");
+    let log = oci.log(Host::A, false);
+    let lines: Vec<u64> = log.lines().filter_map(|line| line.strip_prefix("line ")?.parse().ok()).collect();
+    assert!(lines.windows(2).all(|pair| pair[1] == pair[0] + 1), "{lines:?}");
+}
+
 /// A container that cannot be protected whole is told why, and what to do.
 #[test]
 fn unprepared_containers_that_cannot_be_restored_are_refused_with_the_reason() {

@@ -162,6 +162,10 @@ impl Oci {
 
     /// Restores a container from CRIU's images and returns its pid 1; it runs then. What it writes goes to `restore.output`.
     pub(super) fn restore(&self, id: &str, restore: &Restore<'_>) -> Result<u32, EngineError> {
+        if self.state(id)?.is_some() {
+            let reason = format!("another container named {id} is here by now; remove or rename it");
+            return Err(EngineError::Unfit(reason));
+        }
         let bundle = restore.bundle;
         let (log, work) = (bundle.join("runtime.log"), bundle.join("criu"));
         let _ = fs::remove_file(&log);
@@ -181,6 +185,10 @@ impl Oci {
                 why if why.is_empty() => last_words(&fs::read_to_string(&log).unwrap_or_default()),
                 why => why,
             };
+            // crun leaves one of which it says neither that it is there nor that it is not.
+            if let Err(error) = self.delete(id) {
+                tracing::debug!(%error, "what is left of a restore that failed");
+            }
             return Err(self.failed("restore", id, &why));
         }
         let state = self.state(id)?.ok_or_else(|| self.unknown(id))?;
