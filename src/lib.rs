@@ -21,7 +21,7 @@
 //! | [`model`] | the words that all share: names, terms, epochs, pages, an epoch's figures |
 //! | [`ha`] | pure: terms, leases, roles, decisions; simulated |
 //! | [`agent`] | the daemon: one task owns each workload; control socket; durable record |
-//! | [`workload`] | the place of a workload: sandbox with its init and guard, container of an engine, bare tree, cgroup, network |
+//! | [`workload`] | the place of a workload: sandbox with its init and guard, container of an engine (with our init, or whole), bare tree, cgroup, network |
 //! | [`criu`] | CRIU as a part: start, RPC, page server, preload bridge, lazy pages, images, probe |
 //! | [`memory`] | dirty tracking (userfaultfd write protection), batched reads of other processes, flags of their mappings |
 //! | [`capture`] | an epoch: spawn-ahead, pre-copy, freeze, read, thaw; the pace of epochs and how a handoff converges |

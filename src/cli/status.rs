@@ -98,7 +98,9 @@ fn print_workload(status: &WorkloadStatus) {
         match container.way {
             Way::Inside => println!("  way       inside"),
             Way::Whole => {
-                println!("  way       whole: slower than inside, for which `standin wrap` prepares a container");
+                println!(
+                    "  way       whole: slower than inside, for which `standin wrap` prepares a container"
+                );
             }
         }
     }

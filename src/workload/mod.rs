@@ -2,7 +2,8 @@
 //!
 //! - A [`sandbox`] is a place made by us: namespaces held by a tiny [`init`], the same on both hosts; on the
 //!   standby it waits, empty and silent.
-//! - A [`container`] is made by an engine, on the standby as well, where it waits; a guard process watches over it.
+//! - A [`container`] is made by an engine, on the standby as well, where it waits; a guard process watches over it. One of
+//!   which nothing was prepared is [`whole`](container::whole): on the standby its runtime restores it.
 //! - A [`bare`] tree was started by somebody else in the host's namespaces; a guard process watches over it.
 //!
 //! All have a [`keeper`]: the process that outlives the agent, carries the [`guard`] and is the only one

@@ -135,7 +135,8 @@ fn unprepared_containers_that_cannot_be_restored_are_refused_with_the_reason() {
     oci.cluster.lab.ok(Host::A, &["crun", "delete", "--force", "counts"]);
 
     // A mount that somebody made in it later would not be there on the standby.
-    let start = "runc run -d --bundle /srv/counts counts < /dev/null > >(exec setsid cat > /srv/out 2>&1) 2>&1";
+    let start =
+        "runc run -d --bundle /srv/counts counts < /dev/null > >(exec setsid cat > /srv/out 2>&1) 2>&1";
     oci.cluster.lab.ok(Host::A, &["bash", "-c", start]);
     let mount = "pid=$(runc state counts | sed -n 's/.*\"pid\": \\([0-9]*\\).*/\\1/p'); mkdir -p /srv/counts/rootfs/mnt; \
                  nsenter -t $pid -m mount -t tmpfs none /mnt";

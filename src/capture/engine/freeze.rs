@@ -45,6 +45,19 @@ struct Outlet<'a, 'e> {
 }
 
 impl Capturer {
+    fn dump_options(&self, finish: &Finish<'_>) -> DumpOptions {
+        let mut options = DumpOptions::new(self.source.root_inside);
+        if let Some(whole) = &self.source.whole {
+            options.pid = self.source.root.unsigned_abs();
+            options.root = Some(whole.root.display().to_string());
+            options.external.clone_from(&whole.external);
+        }
+        options.leave_running = matches!(*finish, Finish::Continue);
+        options.parent = Some(format!("../{}", parent::DIRECTORY));
+        options.silence_max = DUMP_SILENCE_MAX;
+        options
+    }
+
     /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed, and
     /// what took how long.
     pub(super) fn freeze(
@@ -58,15 +71,7 @@ impl Capturer {
         let Spare { mut swrk, dir } = self.spare.take().ok_or(CaptureError::NoMemory)?;
         let socket = swrk.take_page_server().ok_or(CaptureError::NoMemory)?;
         let version = swrk.version();
-        let mut options = DumpOptions::new(self.source.root_inside);
-        if let Some(whole) = &self.source.whole {
-            options.pid = self.source.root.unsigned_abs();
-            options.root = Some(whole.root.display().to_string());
-            options.external.clone_from(&whole.external);
-        }
-        options.leave_running = matches!(*finish, Finish::Continue);
-        options.parent = Some(format!("../{}", parent::DIRECTORY));
-        options.silence_max = DUMP_SILENCE_MAX;
+        let options = self.dump_options(finish);
         figures.frozen_at_unix_ms = unix_ms();
         let note = Note {
             frozen_at_unix_ms: figures.frozen_at_unix_ms,

@@ -121,10 +121,7 @@ impl Config {
     }
 
     /// The same of one that is dumped whole: to its runtime /dev is a file system in memory as any other.
-    pub(super) fn trees_of_whole(
-        &self,
-        bundle: &Path,
-    ) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
+    pub(super) fn trees_of_whole(&self, bundle: &Path) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
         let mut trees = self.trees(bundle)?;
         let dev = self.mounts().iter().filter(|mount| mount["type"] == "tmpfs");
         trees.extend(dev.filter(|mount| mount["destination"] == "/dev").map(|_| {
@@ -168,11 +165,7 @@ impl Config {
     }
 
     /// The same container on this host: its own files at these places, in the order of [`Self::trees`].
-    pub(super) fn localise(
-        &mut self,
-        trees: &[ContainerTree],
-        places: &[TreeAt],
-    ) -> Result<(), EngineError> {
+    pub(super) fn localise(&mut self, trees: &[ContainerTree], places: &[TreeAt]) -> Result<(), EngineError> {
         for (tree, place) in trees.iter().zip(places) {
             let TreeAt::Plain(path) = place else { continue };
             match tree.kind {

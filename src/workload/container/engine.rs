@@ -290,9 +290,7 @@ pub(super) fn prepare(spec: &ContainerSpec, local: &Prepared<'_>) -> Result<Vec<
 /// Restores one whole; returns its pid 1.
 pub(super) fn restore(engine: &Engine, restore: &Restore<'_>) -> Result<u32, EngineError> {
     match engine {
-        Engine::Oci { runtime, state, id, .. } => {
-            Oci::find(*runtime, state.as_deref())?.restore(id, restore)
-        }
+        Engine::Oci { runtime, state, id, .. } => Oci::find(*runtime, state.as_deref())?.restore(id, restore),
         Engine::Docker { .. } => Err(not_whole()),
     }
 }

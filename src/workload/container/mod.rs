@@ -45,17 +45,17 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use self::{
-    engine::{Local, PidOne},
-    candidate::streams_of,
-    error::{engine_error, file_error, keeper_error, network_error, unfit},
-    wrap::Order,
-};
 pub use self::{
     candidate::Candidate,
     engine::{EngineError, Named, Survey, TreeAt, survey},
     error::ContainerError,
     oci::wrap_bundle,
+};
+use self::{
+    candidate::streams_of,
+    engine::{Local, PidOne},
+    error::{engine_error, file_error, keeper_error, network_error, unfit},
+    wrap::Order,
 };
 use super::{
     bare,
@@ -261,7 +261,8 @@ impl Container {
         }
         if !record.spec.ips.is_empty() && !has_device(name) {
             let netns = netns(name, init)?;
-            network::create(name, &init.pid.to_string(), netns.as_fd(), &record.spec.ips).map_err(network_error(name))?;
+            network::create(name, &init.pid.to_string(), netns.as_fd(), &record.spec.ips)
+                .map_err(network_error(name))?;
         }
         record.complete = true;
         write_record(&path, &record).map_err(&keeper_error)?;

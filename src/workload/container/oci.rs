@@ -66,8 +66,7 @@ impl Oci {
     /// See [`super::engine::survey`].
     pub(super) fn survey(runtime: Runtime) -> Survey {
         let engine = runtime.program();
-        let asked =
-            Self::find(runtime, None).and_then(|oci| oci.ask(&["--version"]).map(|said| (oci, said)));
+        let asked = Self::find(runtime, None).and_then(|oci| oci.ask(&["--version"]).map(|said| (oci, said)));
         match asked {
             Ok((oci, said)) => {
                 let found = said.lines().next().unwrap_or(engine).to_owned();
@@ -119,12 +118,11 @@ impl Oci {
         let (config, text) = Config::read(&state.bundle)?;
         config.check()?;
         let (runtime, state_dir) = (self.runtime, self.state.clone());
-        let (pid_one, trees) = match config.wrap() {
-            Some(wrap) => (PidOne::Init(wrap), config.trees(&state.bundle)?),
-            None => {
-                let bundle = whole::check(self, &config, state)?;
-                (PidOne::Application(bundle), config.trees_of_whole(&state.bundle)?)
-            }
+        let (pid_one, trees) = if let Some(wrap) = config.wrap() {
+            (PidOne::Init(wrap), config.trees(&state.bundle)?)
+        } else {
+            let bundle = whole::check(self, &config, state)?;
+            (PidOne::Application(bundle), config.trees_of_whole(&state.bundle)?)
         };
         Ok(Found {
             engine: Engine::Oci { runtime, state: state_dir, id: id.to_owned(), config: text },

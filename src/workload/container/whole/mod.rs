@@ -195,7 +195,9 @@ impl Whole {
             write_record(&path, &record)
         })
         .map_err(&keeper_error)?;
-        if let Some(netns) = record.netns.as_deref().filter(|_| !record.spec.ips.is_empty() && !has_device(name)) {
+        if let Some(netns) =
+            record.netns.as_deref().filter(|_| !record.spec.ips.is_empty() && !has_device(name))
+        {
             let (inside, open) = (netns.display().to_string(), open_netns(name, netns)?);
             network::create(name, &inside, open.as_fd(), &record.spec.ips).map_err(network_error(name))?;
         }
@@ -216,7 +218,8 @@ impl Whole {
     pub fn open(run_dir: &Path, name: &Name) -> Result<Self, ContainerError> {
         let dir = run_dir.join(name.as_str());
         let record: Option<Record> = read_record(&dir.join(WHOLE_RECORD)).map_err(keeper_error(name))?;
-        let record = record.filter(|record| record.complete && boot_id().is_ok_and(|id| id == record.boot_id));
+        let record =
+            record.filter(|record| record.complete && boot_id().is_ok_and(|id| id == record.boot_id));
         let unknown = || ContainerError::Unknown(name.clone());
         let record = record.ok_or_else(unknown)?;
         let guard = record.guard.ok_or_else(unknown)?;
@@ -231,9 +234,7 @@ impl Whole {
         let gate = match record.netns.as_deref().map(|netns| open_netns(name, netns)) {
             // It has gone with its last process.
             Some(Err(_)) if record.root.is_some_and(|root| !root.is_alive()) => None,
-            Some(netns) if ips.is_empty() => {
-                Gate::of_engine(netns?.as_fd()).map_err(network_error(name))?
-            }
+            Some(netns) if ips.is_empty() => Gate::of_engine(netns?.as_fd()).map_err(network_error(name))?,
             Some(netns) => Some(Gate::of(name, ips, netns?.as_fd()).map_err(network_error(name))?),
             None => None,
         };
@@ -376,13 +377,11 @@ impl Whole {
     /// A file system that the container has in its memory, by the number of its tree; while it waits, what will be that.
     pub fn memory(&self, number: usize) -> Result<OwnedFd, ContainerError> {
         let name = &self.record.spec.name;
-        match self.record.root {
-            Some(root) => memory_of(name, root, &self.record.spec.trees[number].inside),
-            None => {
-                let path = self.dir.join("memory").join(number.to_string());
-                fs::File::open(&path).map(OwnedFd::from).map_err(file_error(name, "open", &path))
-            }
+        if let Some(root) = self.record.root {
+            return memory_of(name, root, &self.record.spec.trees[number].inside);
         }
+        let path = self.dir.join("memory").join(number.to_string());
+        fs::File::open(&path).map(OwnedFd::from).map_err(file_error(name, "open", &path))
     }
 
     /// Has its runtime restore it from CRIU's images, a directory of ours, which this completes: `streams` as
@@ -395,14 +394,16 @@ impl Whole {
     ) -> Result<u32, ContainerError> {
         let name = self.record.spec.name.clone();
         let id = self.record.spec.engine.container().to_owned();
-        complete(images, streams, &cgroup_inside(&name, &id)?)
-            .map_err(file_error(&name, "complete the images in", images))?;
-        let pipe = pipe2(OFlag::O_CLOEXEC).map_err(|errno| errno.into());
+        complete(images, streams, &cgroup_inside(&name, &id)?).map_err(file_error(
+            &name,
+            "complete the images in",
+            images,
+        ))?;
+        let pipe = pipe2(OFlag::O_CLOEXEC).map_err(std::io::Error::from);
         let (read, write) = pipe.map_err(file_error(&name, "make a pipe for", Path::new("the output")))?;
         let kept = self.keeper.client().ask(&Request::KeepLog, &[read.as_fd()]);
         kept.map_err(|error| self.keeper_error(error.into()))?;
-        let restore =
-            Restore { bundle: &self.record.bundle.dir, images, criu, output: &write };
+        let restore = Restore { bundle: &self.record.bundle.dir, images, criu, output: &write };
         let pid = engine::restore(&self.record.spec.engine, &restore).map_err(engine_error(&id))?;
         let root = ProcessId::of(pid).map_err(|_| unfit(&id, "what was restored has ended"))?;
         self.record.root = Some(root);

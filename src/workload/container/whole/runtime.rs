@@ -31,7 +31,8 @@ pub(in super::super) fn can_restore(oci: &Oci, like: u32) -> Result<(), EngineEr
     let (runtime, said) = oci.say(&["--version"])?;
     if runtime == Runtime::Crun && !said.contains("+CRIU") {
         return Err(EngineError::Unfit(
-            "this crun was built without CRIU; use one that `crun --version` says +CRIU of, or runc".to_owned(),
+            "this crun was built without CRIU; use one that `crun --version` says +CRIU of, or runc"
+                .to_owned(),
         ));
     }
     Ok(())
