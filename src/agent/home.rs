@@ -102,7 +102,7 @@ impl Home {
             PlaceSpec::Container(spec) => {
                 let options = container_options(agent, &spec.name);
                 if spec.way == Way::Whole {
-                    let whole = Place::Whole(Box::new(Whole::create(spec, &options)?));
+                    let whole = Place::Whole(Box::new(Whole::create(spec, &options, fresh)?));
                     return Ok(Self { place: whole, addresses: None });
                 }
                 Place::Container(Box::new(Container::create(spec, &options, fresh)?))
@@ -145,6 +145,8 @@ impl Home {
         let dir = agent.sandboxes_dir();
         if Container::is_known(&dir, name) {
             Ok(Container::remove(&dir, name)?)
+        } else if Whole::is_known(&dir, name) {
+            Ok(Whole::remove(&dir, name)?)
         } else {
             Self::destroy(agent, name)
         }
@@ -324,7 +326,8 @@ impl Home {
             }
             Place::Whole(whole) => {
                 let (root, external) = (whole.root().to_owned(), whole.external()?);
-                source.whole = Some(capture::Whole { root, external });
+                let empty_net = whole.has_new_net();
+                source.whole = Some(capture::Whole { root, external, empty_net });
                 let streams = whole.streams().into_iter();
                 source.outside = streams.map(|(stream, key)| Outside { key, stream: Some(stream) }).collect();
                 (source.trees, source.held) = trees::of_container(whole.as_ref())?;

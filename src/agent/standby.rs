@@ -415,6 +415,9 @@ fn restore_whole(
     let whole = home.whole().context("the place is no container that is restored whole")?;
     let streams = note.outside.iter().filter_map(|outside| Some((outside.stream?, outside.key.clone())));
     let root = whole.restore(dir, &streams.collect::<Vec<_>>(), &agent.install.path)?;
+    let spec = durable::Place::of(&agent.config.state_dir, &whole.spec().name).read()?.spec;
+    // The guard closes what an engine has made only now.
+    home.prepare(&spec.place, &spec.vips)?;
     let all = began.elapsed().as_secs_f64() * 1e3;
     Ok((BTreeMap::from([("prepare".to_owned(), prepared), ("criu".to_owned(), all - prepared)]), root))
 }

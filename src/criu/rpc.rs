@@ -89,6 +89,8 @@ pub(super) struct Options {
     pub(super) ghost_limit: Option<u32>,
     #[prost(string, repeated, tag = "37")]
     pub(super) external: Vec<String>,
+    #[prost(uint32, optional, tag = "38")]
+    pub(super) empty_ns: Option<u32>,
     #[prost(uint32, optional, tag = "45")]
     pub(super) timeout: Option<u32>,
     #[prost(bool, optional, tag = "46")]

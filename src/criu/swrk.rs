@@ -100,6 +100,8 @@ pub struct DumpOptions {
     pub external: Vec<String>,
     /// Root directory of a tree that is dumped with its mount namespace.
     pub root: Option<String>,
+    /// Its network namespace is in the image as an empty one.
+    pub empty_net: bool,
     /// Largest deleted file that is carried inside the image, bytes.
     pub ghost_bytes_max: u32,
     /// How long CRIU may be silent between two notifications.
@@ -115,6 +117,7 @@ impl DumpOptions {
             parent: None,
             external: Vec::new(),
             root: None,
+            empty_net: false,
             ghost_bytes_max: 64 << 20,
             silence_max: Duration::from_secs(60),
         }
@@ -256,6 +259,7 @@ impl Swrk {
         wanted.parent_img.clone_from(&options.parent);
         wanted.root.clone_from(&options.root);
         // The restoring side must say so as well, and a runtime does.
+        wanted.empty_ns = options.empty_net.then_some(nix::sched::CloneFlags::CLONE_NEWNET.bits() as u32);
         wanted.ext_unix_sk = options.root.is_some().then_some(true);
         wanted.ps = self.has_pages.then_some(rpc::PageServerInfo { fd: Some(slot::PAGES) });
         self.run("dump", Kind::Dump, wanted, options.silence_max, DUMP_LOG, notify)?;

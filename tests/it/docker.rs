@@ -11,8 +11,10 @@ use super::{
 const ROOTFS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/rootfs");
 
 /// A daemon with Docker's API, and how it is started by hand: nothing is configured, not even experimental features.
-struct Daemon {
+pub(super) struct Daemon {
     name: &'static str,
+    /// Its containers have our init.
+    wraps: bool,
     command: &'static [&'static str],
     start: &'static str,
     /// Of `run`, where a host has no controllers of cgroups.
@@ -23,14 +25,27 @@ struct Daemon {
 
 const DOCKER: Daemon = Daemon {
     name: "docker",
+    wraps: true,
     command: &["docker"],
     start: "dockerd --storage-driver overlay2 --exec-opt native.cgroupdriver=cgroupfs",
     flags: &["--memory", "1g", "--restart", "always"],
     restarts: true,
 };
 
+/// With what it needs to restore containers whole.
+pub(super) const DOCKER_WHOLE: Daemon = Daemon {
+    wraps: false,
+    start: "mkdir -p /etc/docker /etc/criu; echo '{\"experimental\":true}' > /etc/docker/daemon.json; \
+            echo tcp-established > /etc/criu/runc.conf; PATH=/opt/standin/criu/bin:$PATH \
+            dockerd --storage-driver overlay2 --exec-opt native.cgroupdriver=cgroupfs",
+    flags: &["--memory", "1g"],
+    restarts: false,
+    ..DOCKER
+};
+
 const PODMAN: Daemon = Daemon {
     name: "podman",
+    wraps: true,
     command: &["podman", "--remote", "--url", "unix:///run/podman/podman.sock"],
     // crun would raise a limit, for which hosts without CAP_SYS_RESOURCE have no right. Leases of addresses from before go at
     // boot: podman's tmpfiles.d says so.
@@ -41,14 +56,14 @@ const PODMAN: Daemon = Daemon {
     restarts: false,
 };
 
-struct Docker {
-    cluster: Cluster,
+pub(super) struct Docker {
+    pub(super) cluster: Cluster,
     daemon: &'static Daemon,
 }
 
 impl Docker {
     /// A daemon on each host; an image and a network on A.
-    fn up(hint: &str, daemon: &'static Daemon) -> Self {
+    pub(super) fn up(hint: &str, daemon: &'static Daemon) -> Self {
         let docker = Self { cluster: Cluster::up(hint), daemon };
         docker.start_daemon(Host::A);
         docker.start_daemon(Host::B);
@@ -58,7 +73,9 @@ impl Docker {
              {command} network create --subnet 172.30.0.0/24 app"
         );
         docker.cluster.lab.ok(Host::A, &["sh", "-c", &import]);
-        docker.cluster.standin(Host::A, &["wrap", "redis"]);
+        if daemon.wraps {
+            docker.cluster.standin(Host::A, &["wrap", "redis"]);
+        }
         docker
     }
 
@@ -82,13 +99,13 @@ impl Docker {
         assert!(load.success() && save.wait().unwrap().success());
     }
 
-    /// `docker run` of a wrapped container.
-    fn run(&self, flags: &[&str], command: &[&str]) {
-        let fixed = [
-            ["run", "-d", "--name", "redis", "--entrypoint", "/.standin/init"].as_slice(),
-            &["-v", "/var/lib/standin/wrap/redis:/.standin:ro"],
-        ];
-        self.docker(Host::A, &[&fixed.concat(), self.daemon.flags, flags, &["lab"], command].concat());
+    /// `docker run` of a container, wrapped if that is how the daemon's are.
+    pub(super) fn run(&self, flags: &[&str], command: &[&str]) {
+        let wrap =
+            ["--entrypoint", "/.standin/init", "-v", "/var/lib/standin/wrap/redis:/.standin:ro"].as_slice();
+        let wrap = if self.daemon.wraps { wrap } else { &[] };
+        let fixed = [["run", "-d", "--name", "redis"].as_slice(), wrap].concat();
+        self.docker(Host::A, &[&fixed, self.daemon.flags, flags, &["lab"], command].concat());
     }
 
     fn protect(&self, more: &[&str]) {
@@ -98,7 +115,7 @@ impl Docker {
         self.cluster.wait_state(Host::A, "primary", "protected");
     }
 
-    fn docker(&self, host: Host, args: &[&str]) -> String {
+    pub(super) fn docker(&self, host: Host, args: &[&str]) -> String {
         self.cluster.lab.ok(host, &[self.daemon.command, args].concat()).trim().to_owned()
     }
 
@@ -177,8 +194,9 @@ fn docker_pauses_restarts_logs_and_stops_a_protected_container() {
     }
 }
 
-fn redis_goes_round(daemon: &'static Daemon) {
-    let mut docker = Docker::up(&format!("{}-redis", daemon.name), daemon);
+/// See that of [`super::containers`].
+pub(super) fn redis_goes_round(daemon: &'static Daemon) {
+    let mut docker = Docker::up(&format!("{}-redis{}", daemon.name, u8::from(daemon.wraps)), daemon);
     let redis = ["redis-server", "--save", "", "--protected-mode", "no", "--enable-debug-command", "yes"];
     let files = ["--dir", "/data", "--appendonly", "yes"];
     docker.run(

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{
     cluster::wait_for,
     containers::{COUNTS, Oci, REDIS, REDIS_PROGRAMS, redis_goes_round},
+    docker::{self, DOCKER_WHOLE, Docker},
     lab::Host,
 };
 
@@ -165,4 +166,28 @@ fn unprepared_containers_that_cannot_be_restored_are_refused_with_the_reason() {
     oci.cluster.standin(Host::A, &["unprotect", "counts"]);
     let state = oci.cluster.lab.ok(Host::A, &["runc", "state", "counts"]);
     assert!(state.contains("running"), "{state}");
+}
+
+#[test]
+fn an_unprepared_redis_in_docker_goes_round_three_times_and_more() {
+    docker::redis_goes_round(&DOCKER_WHOLE);
+}
+
+#[test]
+fn unprepared_containers_of_docker_that_would_run_twice_are_refused() {
+    let docker = Docker::up("docker-refusals", &DOCKER_WHOLE);
+    let command = ["sh", "-c", COUNTS];
+    let refused =
+        || docker.cluster.refused(Host::A, &["protect", "redis", "--docker", "redis", "--to", "b"]).1;
+    docker.run(&["--restart", "always"], &command);
+    let reason = refused();
+    assert!(reason.contains("docker update --restart no") && reason.contains("standin wrap"), "{reason}");
+    docker.docker(Host::A, &["rm", "--force", "redis"]);
+    docker.run(&["--ipc", "shareable"], &command);
+    assert!(refused().contains("--ipc private"));
+    docker.docker(Host::A, &["rm", "--force", "redis"]);
+    docker.run(&[], &command);
+    docker.cluster.lab.ok(Host::A, &["rm", "/etc/criu/runc.conf"]);
+    assert!(refused().contains("echo tcp-established"));
+    assert_eq!(docker.docker(Host::A, &["inspect", "-f", "{{.State.Status}}", "redis"]), "running");
 }

@@ -51,6 +51,7 @@ impl Capturer {
             options.pid = self.source.root.unsigned_abs();
             options.root = Some(whole.root.display().to_string());
             options.external.clone_from(&whole.external);
+            options.empty_net = whole.empty_net;
         }
         options.leave_running = matches!(*finish, Finish::Continue);
         options.parent = Some(format!("../{}", parent::DIRECTORY));

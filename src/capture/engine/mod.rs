@@ -151,6 +151,8 @@ pub struct Whole {
     pub root: PathBuf,
     /// Mounts and namespaces that the restoring side provides, in CRIU's notation.
     pub external: Vec<String>,
+    /// The restoring side makes its network.
+    pub empty_net: bool,
 }
 
 /// What becomes of the tree at the end of the freeze.

@@ -27,23 +27,23 @@ use crate::{model::Name, unix_http};
 /// How long a request may take.
 const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 /// Says of a container that was made here from what.
-const LABEL: &str = "org.standin.spec";
+pub(super) const LABEL: &str = "org.standin.spec";
 /// Drivers whose writable layer is an overlay's upper directory.
 const OVERLAY_DRIVERS: [&str; 2] = ["overlay2", "overlay"];
 
 /// What a container is made from.
 #[derive(Debug, Serialize, Deserialize)]
-struct Recipe {
+pub(super) struct Recipe {
     /// What people call its image, which is known by its digest.
     image_name: String,
     /// The body of the request that creates it.
-    create: Value,
+    pub(super) create: Value,
     /// Its networks, each with what makes it where it is missing.
-    networks: Vec<NetworkRecipe>,
+    pub(super) networks: Vec<NetworkRecipe>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct NetworkRecipe {
+pub(super) struct NetworkRecipe {
     name: String,
     /// `None`: the daemon's own.
     create: Option<Value>,
@@ -88,7 +88,11 @@ impl Docker {
         let fits = OVERLAY_DRIVERS.contains(&driver);
         let trouble =
             (!fits).then(|| "its containers cannot be protected: use overlay2 as storage driver".to_owned());
-        Survey { engine, found, trouble, whole: Some(Err("its containers have to be wrapped".to_owned())) }
+        let whole = match self.daemon {
+            Daemon::Docker => self.can_restore().map(drop).map_err(|error| error.to_string()),
+            Daemon::Podman => Err("its containers have to be wrapped".to_owned()),
+        };
+        Survey { engine, found, trouble, whole: Some(whole) }
     }
 
     /// A container that runs and can be protected.
@@ -103,19 +107,26 @@ impl Docker {
             return unfit(format!("it is {}, not running; start it first", text(&state["Status"])));
         }
         check(&found)?;
-        let wrap = wrap_of(&found)?;
-        let trees = self.trees(&found)?;
+        let mut trees = self.trees(&found)?;
+        let pid_one = match (wrap_of(&found), self.daemon) {
+            (Ok(wrap), _) => PidOne::Init(wrap),
+            (Err(_), Daemon::Docker) => {
+                let bundle = self.check_whole(&found)?;
+                // They go with the image.
+                trees.retain(|(tree, _)| tree.kind != ContainerTreeKind::Memory);
+                PidOne::Application(bundle)
+            }
+            (Err(reason), Daemon::Podman) => return Err(reason),
+        };
         let networks = self.networks(&found)?;
         let name = text(&found["Name"]).trim_start_matches('/').to_owned();
-        let mut create = found["Config"].clone();
-        create["HostConfig"] = found["HostConfig"].clone();
-        create["Image"] = found["Image"].clone();
-        let recipe = Recipe { image_name: text(&found["Config"]["Image"]).to_owned(), create, networks };
+        let (image_name, create) = (text(&found["Config"]["Image"]).to_owned(), create_of(&found));
+        let recipe = Recipe { image_name, create, networks };
         let config = serde_json::to_string(&recipe).map_err(|error| EngineError::Unfit(error.to_string()))?;
         Ok(Found {
             engine: Engine::Docker { daemon: self.daemon, name, config },
             pid: state["Pid"].as_u64().unwrap_or(0) as u32,
-            pid_one: PidOne::Init(wrap),
+            pid_one,
             trees,
             network: if network_mode(&found) == "host" { Network::Host } else { Network::Own },
         })
@@ -149,7 +160,7 @@ impl Docker {
             }
         }
         if !is_there {
-            self.create(name, &recipe, &digest, trees, local)?;
+            self.create(name, recipe.create.clone(), &recipe, &digest, (trees, local))?;
         }
         self.post(&format!("/containers/{name}/start"), &Value::Null)?;
         let found = self.inspect(name)?.ok_or_else(|| self.unknown(name))?;
@@ -163,15 +174,15 @@ impl Docker {
         Ok(Made { pid: found["State"]["Pid"].as_u64().unwrap_or(0) as u32, trees: places, output: None })
     }
 
-    fn create(
+    /// `body`: the recipe's, perhaps with changes.
+    pub(super) fn create(
         &self,
         name: &str,
+        mut body: Value,
         recipe: &Recipe,
         digest: &str,
-        trees: &[ContainerTree],
-        local: &Local<'_>,
+        (trees, local): (&[ContainerTree], &Local<'_>),
     ) -> Result<(), EngineError> {
-        let mut body = recipe.create.clone();
         if !body["Labels"].is_object() {
             body["Labels"] = json!({});
         }
@@ -221,7 +232,7 @@ impl Docker {
         }
     }
 
-    fn inspect(&self, id: &str) -> Result<Option<Value>, EngineError> {
+    pub(super) fn inspect(&self, id: &str) -> Result<Option<Value>, EngineError> {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
         if id.is_empty() || !id.chars().all(is_plain) {
             return unfit(format!("{id:?} is no container's name"));
@@ -229,7 +240,7 @@ impl Docker {
         self.get(&format!("/containers/{id}/json"))
     }
 
-    fn check_image(&self, recipe: &Recipe) -> Result<(), EngineError> {
+    pub(super) fn check_image(&self, recipe: &Recipe) -> Result<(), EngineError> {
         let id = text(&recipe.create["Image"]);
         if self.get(&format!("/images/{id}/json"))?.is_some() {
             return Ok(());
@@ -278,7 +289,7 @@ impl Docker {
         Ok(networks)
     }
 
-    fn provide_network(&self, network: &NetworkRecipe) -> Result<(), EngineError> {
+    pub(super) fn provide_network(&self, network: &NetworkRecipe) -> Result<(), EngineError> {
         match (&network.create, self.get(&format!("/networks/{}", network.name))?) {
             (_, Some(_)) => Ok(()),
             (Some(create), None) => self.post("/networks/create", create).map(drop),
@@ -287,7 +298,7 @@ impl Docker {
     }
 
     /// Its replicated files, in the order of their records, and where they are on this host.
-    fn trees(&self, found: &Value) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
+    pub(super) fn trees(&self, found: &Value) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
         let (driver, data) = (text(&found["GraphDriver"]["Name"]), &found["GraphDriver"]["Data"]);
         let (upper, merged) = (text(&data["UpperDir"]), text(&data["MergedDir"]));
         if !OVERLAY_DRIVERS.contains(&driver) || upper.is_empty() || merged.is_empty() {
@@ -361,7 +372,7 @@ impl Docker {
         }
     }
 
-    fn get(&self, path: &str) -> Result<Option<Value>, EngineError> {
+    pub(super) fn get(&self, path: &str) -> Result<Option<Value>, EngineError> {
         let (status, said) = self.ask(&Method::GET, path, &Value::Null)?;
         match status {
             StatusCode::NOT_FOUND => Ok(None),
@@ -370,7 +381,7 @@ impl Docker {
         }
     }
 
-    fn post(&self, path: &str, body: &Value) -> Result<Value, EngineError> {
+    pub(super) fn post(&self, path: &str, body: &Value) -> Result<Value, EngineError> {
         let (status, said) = self.ask(&Method::POST, path, body)?;
         // Already as it should be.
         if status.is_success() || status == StatusCode::NOT_MODIFIED {
@@ -392,7 +403,7 @@ impl Docker {
         Ok((status, serde_json::from_slice(&said).unwrap_or_default()))
     }
 
-    fn unknown(&self, id: &str) -> EngineError {
+    pub(super) fn unknown(&self, id: &str) -> EngineError {
         EngineError::Unknown {
             engine: self.daemon.program(),
             id: id.to_owned(),
@@ -408,11 +419,19 @@ impl Docker {
     }
 }
 
-fn unfit<T>(reason: String) -> Result<T, EngineError> {
+pub(super) fn unfit<T>(reason: String) -> Result<T, EngineError> {
     Err(EngineError::Unfit(reason))
 }
 
-fn text(value: &Value) -> &str {
+/// What creates another one like it, but for its networks.
+pub(super) fn create_of(found: &Value) -> Value {
+    let mut create = found["Config"].clone();
+    create["HostConfig"] = found["HostConfig"].clone();
+    create["Image"] = found["Image"].clone();
+    create
+}
+
+pub(super) fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
 }
 
@@ -498,7 +517,7 @@ fn localise(host: &mut Value, trees: &[ContainerTree], local: &Local<'_>) -> Res
 }
 
 /// Connections are restored with the addresses that they had.
-fn check_addresses(found: &Value, recipe: &Recipe) -> Result<(), EngineError> {
+pub(super) fn check_addresses(found: &Value, recipe: &Recipe) -> Result<(), EngineError> {
     for network in &recipe.networks {
         let (wanted, got) =
             (&network.address, text(&found["NetworkSettings"]["Networks"][&network.name]["IPAddress"]));

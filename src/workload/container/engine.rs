@@ -93,13 +93,15 @@ pub(super) enum PidOne {
     Application(Bundle),
 }
 
-/// A container's bundle on this host, or where it will be.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What this host has of a container that is dumped or restored whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Bundle {
-    /// Its directory.
+    /// Its directory: that of its bundle, or the one that a daemon keeps for it. No other container has it.
     pub(super) dir: PathBuf,
     /// The root directory, as the host sees it.
     pub(super) root: PathBuf,
+    /// The last part of its cgroup's path.
+    pub(super) leaf: String,
 }
 
 /// What this host lends a container that will be restored whole here.
@@ -113,14 +115,18 @@ pub(super) struct Prepared<'a> {
     pub(super) nothing: &'a Path,
     /// Its network namespace, if that is ours.
     pub(super) netns: Option<&'a Path>,
-    /// Where its cgroup will be, from the root of the cgroup file system on.
+    /// Below which its cgroup will be, from the root of the cgroup file system on.
     pub(super) cgroup: &'a Path,
+    /// Where an overlay is mounted until it is restored.
+    pub(super) merged: &'a Path,
+    /// Its files are to be those of its image.
+    pub(super) fresh: bool,
 }
 
 /// What a runtime restores, and with what.
 #[derive(Debug)]
 pub(super) struct Restore<'a> {
-    pub(super) bundle: &'a Path,
+    pub(super) bundle: &'a Bundle,
     pub(super) images: &'a Path,
     /// The program of CRIU.
     pub(super) criu: &'a Path,
@@ -277,13 +283,19 @@ pub(super) fn end(workload: &Name, engine: &Engine, forgotten: bool) -> Result<(
 }
 
 /// Makes ready what a container will be restored from; says where its trees are.
-pub(super) fn prepare(spec: &ContainerSpec, local: &Prepared<'_>) -> Result<Vec<TreeAt>, EngineError> {
+pub(super) fn prepare(
+    spec: &ContainerSpec,
+    local: &Prepared<'_>,
+) -> Result<(Bundle, Vec<TreeAt>), EngineError> {
     match &spec.engine {
         Engine::Oci { runtime, state, id, config } => {
             let oci = Oci::find(*runtime, state.as_deref())?;
             whole::prepare(&oci, &spec.trees, (&spec.name, id), config, local)
         }
-        Engine::Docker { .. } => Err(not_whole()),
+        Engine::Docker { daemon, name, config } => {
+            let docker = Docker::of(*daemon);
+            docker.prepare_whole((&spec.name, name), &spec.trees, config, local)
+        }
     }
 }
 
@@ -291,24 +303,21 @@ pub(super) fn prepare(spec: &ContainerSpec, local: &Prepared<'_>) -> Result<Vec<
 pub(super) fn restore(engine: &Engine, restore: &Restore<'_>) -> Result<u32, EngineError> {
     match engine {
         Engine::Oci { runtime, state, id, .. } => Oci::find(*runtime, state.as_deref())?.restore(id, restore),
-        Engine::Docker { .. } => Err(not_whole()),
+        Engine::Docker { daemon, name, config } => Docker::of(*daemon).restore_whole(name, config, restore),
     }
 }
 
-/// Ends one of which this is the bundle; that there is none is fine, and so is one of another bundle: it stays.
-pub(super) fn end_whole(engine: &Engine, bundle: &Path) -> Result<(), EngineError> {
+/// Ends one of which this is the directory; that there is none is fine, and so is one of another: it stays. `forgotten`: it was
+/// made for a workload that this host no longer stands by for.
+pub(super) fn end_whole(engine: &Engine, bundle: &Path, forgotten: bool) -> Result<(), EngineError> {
     match engine {
         Engine::Oci { runtime, state, id, .. } => {
             let oci = Oci::find(*runtime, state.as_deref())?;
             let is_ours = oci.state(id)?.is_some_and(|state| state.bundle == bundle);
             if is_ours { oci.delete(id) } else { Ok(()) }
         }
-        Engine::Docker { .. } => Err(not_whole()),
+        Engine::Docker { daemon, name, .. } => Docker::of(*daemon).end_whole(name, bundle, forgotten),
     }
-}
-
-fn not_whole() -> EngineError {
-    EngineError::Unfit("its engine restores no container whole".to_owned())
 }
 
 /// Whether a container is the workload's, by the host's directory of its init.

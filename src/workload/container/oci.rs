@@ -164,7 +164,7 @@ impl Oci {
             let reason = format!("another container named {id} is here by now; remove or rename it");
             return Err(EngineError::Unfit(reason));
         }
-        let bundle = restore.bundle;
+        let bundle = restore.bundle.dir.as_path();
         let (log, work) = (bundle.join("runtime.log"), bundle.join("criu"));
         let _ = fs::remove_file(&log);
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&work);

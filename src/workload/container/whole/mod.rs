@@ -14,6 +14,7 @@
 //! Invariants: as those of a container whose pid 1 is our init; but where its engine is told to start such a container anew,
 //! nobody is in the way.
 
+mod docker;
 mod mounts;
 pub(super) mod runtime;
 
@@ -51,6 +52,8 @@ use crate::{criu::images, model::Name};
 
 /// How runtimes tell CRIU of a network namespace that is there.
 const NETNS_KEY: &str = "extRootNetNS";
+/// In the run directory, where a daemon's overlay is mounted until its container is restored.
+const MERGED: &str = "merged";
 /// CRIU's image of cgroups.
 const CGROUP_IMAGE: &str = "cgroup.img";
 /// What the standard streams of pid 1 were, for the runtime.
@@ -122,19 +125,25 @@ impl Whole {
     }
 
     /// Makes ready what a container will be restored into; silent.
-    pub fn create(spec: &ContainerSpec, options: &Options) -> Result<Self, ContainerError> {
+    /// `fresh`: whatever an engine has of its files is not those of an epoch.
+    pub fn create(spec: &ContainerSpec, options: &Options, fresh: bool) -> Result<Self, ContainerError> {
         let name = &spec.name;
         let dir = options.run_dir.join(name.as_str());
         if dir.exists() {
             return Err(ContainerError::Taken(name.clone()));
         }
-        Self::build(spec, options, &dir).inspect_err(|_| {
+        Self::build(spec, options, &dir, fresh).inspect_err(|_| {
             // The first error counts; what this leaves, the next destroy removes.
             let _ = Self::destroy(&options.run_dir, name);
         })
     }
 
-    fn build(spec: &ContainerSpec, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
+    fn build(
+        spec: &ContainerSpec,
+        options: &Options,
+        dir: &Path,
+        fresh: bool,
+    ) -> Result<Self, ContainerError> {
         let (name, id) = (&spec.name, spec.engine.container());
         private_dir(dir).map_err(keeper_error(name))?;
         let (memory, nothing) = (dir.join("memory"), dir.join("nothing"));
@@ -143,7 +152,7 @@ impl Whole {
             boot_id: boot_id().map_err(keeper_error(name))?,
             guard: None,
             root: None,
-            bundle: Bundle { dir: options.bundle.clone(), root: options.data_dir.join("0") },
+            bundle: Bundle::default(),
             cgroup: None,
             netns: None,
             trees: Vec::new(),
@@ -151,23 +160,31 @@ impl Whole {
             complete: false,
         };
         write_record(&dir.join(WHOLE_RECORD), &record).map_err(keeper_error(name))?;
-        let config = config_of(spec)?;
+        let config = match &spec.engine {
+            Engine::Oci { config, .. } => {
+                let parsed = Config::parse(config);
+                Some(parsed.map_err(|error| unfit(id, &format!("its config.json: {error}")))?)
+            }
+            Engine::Docker { .. } => None,
+        };
         for (number, tree) in spec.trees.iter().enumerate().filter(|(_, tree)| is_memory(tree)) {
             let at = memory.join(number.to_string());
-            let made = mounts::mount_memory(&at, config.options_of(&tree.inside));
+            let made =
+                mounts::mount_memory(&at, config.iter().flat_map(|config| config.options_of(&tree.inside)));
             made.map_err(file_error(name, "mount a file system in memory at", &at))?;
         }
         mounts::mount_nothing(&nothing).map_err(file_error(name, "mount nothing at", &nothing))?;
         let ours = dir.join("net");
-        record.netns = match config.netns() {
-            Some(theirs) => Some(theirs),
-            None if config.has_own_net() => {
+        record.netns = match &config {
+            Some(config) if config.netns().is_some() => config.netns(),
+            Some(config) if config.has_own_net() => {
                 network::make_namespace(&ours).map_err(network_error(name))?;
                 Some(ours)
             }
-            None => None,
+            // A daemon makes it when it starts the container.
+            _ => None,
         };
-        let cgroup = cgroup_inside(name, id)?;
+        let (cgroup, merged) = (cgroup_inside(name)?, dir.join(MERGED));
         let prepared = Prepared {
             data_dir: &options.data_dir,
             bundle: &options.bundle,
@@ -175,8 +192,10 @@ impl Whole {
             nothing: &nothing,
             netns: record.netns.as_deref(),
             cgroup: &cgroup,
+            merged: &merged,
+            fresh,
         };
-        record.trees = engine::prepare(spec, &prepared).map_err(engine_error(id))?;
+        (record.bundle, record.trees) = engine::prepare(spec, &prepared).map_err(engine_error(id))?;
         Self::guard(name, record, options, dir)
     }
 
@@ -248,6 +267,15 @@ impl Whole {
 
     /// Ends it, and what was made for it; also one that is half made or dead. Its files and its log stay.
     pub fn destroy(run_dir: &Path, name: &Name) -> Result<(), ContainerError> {
+        Self::end(run_dir, name, false)
+    }
+
+    /// The same for good: what was made for a workload that this host no longer stands by for, its engine forgets.
+    pub fn remove(run_dir: &Path, name: &Name) -> Result<(), ContainerError> {
+        Self::end(run_dir, name, true)
+    }
+
+    fn end(run_dir: &Path, name: &Name, for_good: bool) -> Result<(), ContainerError> {
         let keeper_error = keeper_error(name);
         let cgroup_error = |error: CgroupError| keeper_error(error.into());
         let dir = run_dir.join(name.as_str());
@@ -262,11 +290,13 @@ impl Whole {
             cgroup.kill(KILL_LIMIT).map_err(cgroup_error)?;
         }
         let id = record.spec.engine.container();
-        engine::end_whole(&record.spec.engine, &record.bundle.dir).map_err(engine_error(id))?;
+        // An overlay of ours would keep the engine from removing it.
+        mounts::unmount_below(&dir).map_err(file_error(name, "unmount what is below", &dir))?;
+        let ended = engine::end_whole(&record.spec.engine, &record.bundle.dir, for_good && record.made);
+        ended.map_err(engine_error(id))?;
         // The runtime's own is below it.
         cgroup::remove_below(&cgroup.work());
         cgroup.destroy(KILL_LIMIT).map_err(cgroup_error)?;
-        mounts::unmount_below(&dir).map_err(file_error(name, "unmount what is below", &dir))?;
         remove_run_dir(&dir).map_err(keeper_error)
     }
 
@@ -328,7 +358,7 @@ impl Whole {
         let name = &self.record.spec.name;
         let own = match &self.record.cgroup {
             Some(dir) => Ok(dir.clone()),
-            None => cgroup_of(name, self.record.spec.engine.container()).map_err(keeper_error(name)),
+            None => work_of(name).map(|work| work.join(&self.record.bundle.leaf)),
         };
         let text = own.ok().and_then(|dir| fs::read_to_string(dir.join("cgroup.freeze")).ok());
         text.is_some_and(|text| text.trim() == "1")
@@ -339,6 +369,12 @@ impl Whole {
         &self.record.bundle.root
     }
 
+    /// Its network is made by who restores it, and CRIU leaves it out.
+    pub fn has_new_net(&self) -> bool {
+        matches!(self.record.spec.engine, Engine::Docker { .. })
+            && self.workload_pid().is_some_and(|(pid, _)| has_own("net", pid))
+    }
+
     /// What is not in an image of it, in CRIU's notation.
     pub fn external(&self) -> Result<Vec<String>, ContainerError> {
         let name = &self.record.spec.name;
@@ -346,9 +382,13 @@ impl Whole {
         let (pid, _) = self.workload_pid().ok_or_else(dead)?;
         let path = PathBuf::from(format!("/proc/{pid}/mountinfo"));
         let found = mounts::Mounts::of(pid).map_err(file_error(name, "read", &path))?;
-        let mut external: Vec<String> =
-            found.external().map(|inside| format!("mnt[{0}]:{0}", inside.display())).collect();
-        if has_own("net", pid) {
+        let of_daemon = matches!(self.record.spec.engine, Engine::Docker { .. });
+        let mut external: Vec<String> = if of_daemon {
+            found.as_a_daemon_names_them().collect()
+        } else {
+            found.external().map(|inside| format!("mnt[{0}]:{0}", inside.display())).collect()
+        };
+        if has_own("net", pid) && !of_daemon {
             let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
             let of = fs::metadata(&path).map_err(file_error(name, "look at", &path))?;
             external.push(format!("net[{}]:{NETNS_KEY}", std::os::unix::fs::MetadataExt::ino(&of)));
@@ -394,19 +434,24 @@ impl Whole {
     ) -> Result<u32, ContainerError> {
         let name = self.record.spec.name.clone();
         let id = self.record.spec.engine.container().to_owned();
-        complete(images, streams, &cgroup_inside(&name, &id)?).map_err(file_error(
-            &name,
-            "complete the images in",
-            images,
-        ))?;
+        let cgroup = cgroup_inside(&name)?.join(&self.record.bundle.leaf);
+        complete(images, streams, &cgroup).map_err(file_error(&name, "complete the images in", images))?;
+        let merged = self.dir.join(MERGED);
+        mounts::unmount_at(&merged).map_err(file_error(&name, "unmount", &merged))?;
         let pipe = pipe2(OFlag::O_CLOEXEC).map_err(std::io::Error::from);
         let (read, write) = pipe.map_err(file_error(&name, "make a pipe for", Path::new("the output")))?;
         let kept = self.keeper.client().ask(&Request::KeepLog, &[read.as_fd()]);
         kept.map_err(|error| self.keeper_error(error.into()))?;
-        let restore = Restore { bundle: &self.record.bundle.dir, images, criu, output: &write };
+        let restore = Restore { bundle: &self.record.bundle, images, criu, output: &write };
         let pid = engine::restore(&self.record.spec.engine, &restore).map_err(engine_error(&id))?;
         let root = ProcessId::of(pid).map_err(|_| unfit(&id, "what was restored has ended"))?;
         self.record.root = Some(root);
+        if self.record.netns.is_none() && has_own("net", pid) {
+            // The engine has made it only now.
+            self.record.netns = Some(netns_of(root));
+            let open = open_netns(&name, &netns_of(root))?;
+            self.gate = Gate::of_engine(open.as_fd()).map_err(network_error(&name))?;
+        }
         let written = write_record(&self.dir.join(WHOLE_RECORD), &self.record);
         written.map_err(|error| self.keeper_error(error))?;
         Ok(pid)
@@ -422,24 +467,15 @@ fn is_memory(tree: &ContainerTree) -> bool {
     tree.kind == ContainerTreeKind::Memory
 }
 
-fn config_of(spec: &ContainerSpec) -> Result<Config, ContainerError> {
-    let id = spec.engine.container();
-    let Engine::Oci { config, .. } = &spec.engine else {
-        return Err(unfit(id, "only containers of runc and crun can be restored whole; wrap it"));
-    };
-    Config::parse(config).map_err(|error| unfit(id, &format!("its config.json: {error}")))
-}
-
-/// Where the runtime's cgroup will be of a container that is restored here: its processes are born in it, below ours.
-fn cgroup_of(name: &Name, id: &str) -> Result<PathBuf, KeeperError> {
-    Ok(Cgroup::of(name)?.work().join(id))
+/// Below which the runtime's cgroup is of a container that is restored here: its processes are born in it.
+fn work_of(name: &Name) -> Result<PathBuf, ContainerError> {
+    Ok(Cgroup::of(name).map_err(|source| keeper_error(name)(source.into()))?.work())
 }
 
 /// The same from the root of the cgroup file system on.
-fn cgroup_inside(name: &Name, id: &str) -> Result<PathBuf, ContainerError> {
-    let error = keeper_error(name);
-    let dir = cgroup_of(name, id).map_err(&error)?;
-    let root = cgroup::v2_root().map_err(|source| error(source.into()))?;
+fn cgroup_inside(name: &Name) -> Result<PathBuf, ContainerError> {
+    let dir = work_of(name)?;
+    let root = cgroup::v2_root().map_err(|source| keeper_error(name)(source.into()))?;
     Ok(Path::new("/").join(dir.strip_prefix(&root).unwrap_or(&dir)))
 }
 

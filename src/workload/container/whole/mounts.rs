@@ -8,7 +8,10 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::{
+    errno::Errno,
+    mount::{MntFlags, MsFlags, mount, umount2},
+};
 
 use super::super::super::cgroup::unescape;
 
@@ -30,8 +33,16 @@ const FLAGS: [(&str, MsFlags); 8] = [
 /// Options that a file system in memory has, by their beginnings; a runtime's own words are none of them.
 const OF_TMPFS: [&str; 6] = ["size=", "mode=", "nr_inodes=", "nr_blocks=", "uid=", "gid="];
 
+/// One of a process.
+struct Mount {
+    inside: PathBuf,
+    /// What of the file system is shown.
+    part: String,
+    kind: String,
+}
+
 /// The mounts of a process, but its root.
-pub(super) struct Mounts(Vec<(PathBuf, String)>);
+pub(super) struct Mounts(Vec<Mount>);
 
 impl Mounts {
     pub(super) fn of(pid: u32) -> io::Result<Self> {
@@ -41,16 +52,33 @@ impl Mounts {
     fn parse(mountinfo: &str) -> Self {
         let mounts = mountinfo.lines().filter_map(|line| {
             let (mount, file_system) = line.split_once(" - ")?;
-            let inside = unescape(mount.split(' ').nth(4)?);
-            Some((inside, file_system.split(' ').next()?.to_owned()))
+            let mut fields = mount.split(' ').skip(3);
+            let (part, inside) = (fields.next()?.to_owned(), unescape(fields.next()?));
+            Some(Mount { inside, part, kind: file_system.split(' ').next()?.to_owned() })
         });
-        Self(mounts.filter(|(inside, _)| inside != Path::new("/")).collect())
+        Self(mounts.filter(|mount| mount.inside != Path::new("/")).collect())
     }
 
     /// Where those are that are not in an image.
     pub(super) fn external(&self) -> impl Iterator<Item = &Path> {
-        let external = self.0.iter().filter(|(_, kind)| !OF_KERNEL.contains(&kind.as_str()));
-        external.map(|(inside, _)| inside.as_path())
+        let external = self.0.iter().filter(|mount| !OF_KERNEL.contains(&mount.kind.as_str()));
+        external.map(|mount| mount.inside.as_path())
+    }
+
+    /// Those of a container whose daemon has it restored by runc, with no settings of ours: CRIU has to pack file systems in
+    /// memory, and what is masked has the name that runc gives it.
+    pub(super) fn as_a_daemon_names_them(&self) -> impl Iterator<Item = String> {
+        let external = self.0.iter().filter(|mount| {
+            !OF_KERNEL.contains(&mount.kind.as_str()) && !(mount.kind == "tmpfs" && mount.part == "/")
+        });
+        external.map(|Mount { inside, part, .. }| {
+            let inside = inside.display();
+            if part == "/null" {
+                format!("mnt[{inside}]:/dev/null")
+            } else {
+                format!("mnt[{inside}]:{inside}")
+            }
+        })
     }
 }
 
@@ -79,6 +107,22 @@ pub(super) fn mount_memory<'a>(at: &Path, options: impl Iterator<Item = &'a str>
 pub(super) fn mount_nothing(at: &Path) -> io::Result<()> {
     fs::create_dir_all(at)?;
     Ok(mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::MS_RDONLY, Some("size=0"))?)
+}
+
+/// Mounts an overlay.
+pub(super) fn mount_overlay(at: &Path, [lower, upper, work]: [&str; 3]) -> io::Result<()> {
+    fs::create_dir_all(at)?;
+    let data = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+    Ok(mount(Some("overlay"), at, Some("overlay"), MsFlags::empty(), Some(data.as_str()))?)
+}
+
+/// Takes down what is mounted there; nothing is fine.
+pub(super) fn unmount_at(at: &Path) -> io::Result<()> {
+    match umount2(at, MntFlags::empty()) {
+        // Not a mount, or not there.
+        Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// Takes down whatever is mounted below a directory of ours.

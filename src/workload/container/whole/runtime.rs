@@ -59,7 +59,8 @@ pub(in super::super) fn check(oci: &Oci, config: &Config, state: &State) -> Resu
     if let Some(strange) = mounts.external().find(|inside| !config.tells_of(inside) || !is_plain(inside)) {
         return unfit(&format!("its config.json does not tell of its mount {}", strange.display()));
     }
-    Ok(Bundle { dir: state.bundle.clone(), root: config.root(&state.bundle) })
+    // Nobody asks for the leaf of one that was not restored by us.
+    Ok(Bundle { dir: state.bundle.clone(), root: config.root(&state.bundle), leaf: String::new() })
 }
 
 /// Makes the bundle from which a container will be restored.
@@ -69,7 +70,7 @@ pub(in super::super) fn prepare(
     (name, id): (&Name, &str),
     config: &str,
     local: &Prepared<'_>,
-) -> Result<Vec<TreeAt>, EngineError> {
+) -> Result<(Bundle, Vec<TreeAt>), EngineError> {
     can_restore(oci, std::process::id())?;
     let mut config =
         Config::parse(config).map_err(|error| EngineError::Unfit(format!("its config.json: {error}")))?;
@@ -78,7 +79,7 @@ pub(in super::super) fn prepare(
     let places = places_of(trees, local.data_dir)?;
     config.localise(trees, &places)?;
     let settings = local.bundle.join(SETTINGS);
-    config.restore_with(local.netns, local.cgroup);
+    config.restore_with(local.netns, &local.cgroup.join(id));
     write_bundle(local.bundle, &config)?;
     let written = fs::OpenOptions::new()
         .write(true)
@@ -88,7 +89,8 @@ pub(in super::super) fn prepare(
         .open(&settings)
         .and_then(|mut file: File| file.write_all(settings_of(trees, &config, local).as_bytes()));
     written.map_err(|source| EngineError::Config { path: settings, source })?;
-    Ok(places)
+    let root = config.root(local.bundle);
+    Ok((Bundle { dir: local.bundle.to_owned(), root, leaf: id.to_owned() }, places))
 }
 
 /// Ends what a runtime has of the container from before; one that is not of this bundle is in the way.

@@ -1,0 +1,225 @@
+//! Docker's containers, whole: its daemon restores them from a checkpoint that is put before it, into a container that it has
+//! created ahead.
+//!
+//! It has no way to be told anything of CRIU but runc's settings for all containers, `/etc/criu/runc.conf`, and is slow: it
+//! packs the images and unpacks them. What is in memory of the container's file systems goes with the images. Its network it
+//! makes only then.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use super::{
+    super::{
+        docker::{Docker, LABEL, Recipe, check_addresses, create_of, text, unfit},
+        engine::{Bundle, EngineError, Local, Prepared, Restore, TreeAt},
+        wrap,
+    },
+    mounts,
+};
+use crate::{criu::Install, model::Name, workload::spec::ContainerTree};
+
+/// runc's settings for CRIU, where it is told of none else.
+const SETTINGS: &str = "/etc/criu/runc.conf";
+/// Where the daemon says which process it is.
+const PID_FILES: [&str; 2] = ["/run/docker.pid", "/var/run/docker.pid"];
+/// What the daemon calls the images.
+const CHECKPOINT: &str = "standin";
+/// Says of a container that was made here for which workload.
+const OF_WORKLOAD: &str = "org.standin.workload";
+
+impl Docker {
+    /// Whether the daemon can restore containers, and why not. Returns its directory.
+    pub(in super::super) fn can_restore(&self) -> Result<PathBuf, EngineError> {
+        let info = self.get("/info")?.unwrap_or_default();
+        if info["ExperimentalBuild"] != true {
+            return unfit(
+                "the daemon restores none: put \"experimental\": true into /etc/docker/daemon.json and restart it".into(),
+            );
+        }
+        if info["CgroupVersion"] != "2" || info["CgroupDriver"] != "cgroupfs" {
+            return unfit(
+                "the daemon must use cgroup v2, itself: --exec-opt native.cgroupdriver=cgroupfs".into(),
+            );
+        }
+        let settings = fs::read_to_string(SETTINGS).unwrap_or_default();
+        if !settings.lines().any(|line| line.trim() == "tcp-established") {
+            return unfit(format!("connections would be lost: echo tcp-established >> {SETTINGS}"));
+        }
+        if let Err(reason) = criu_of_daemon() {
+            return unfit(format!(
+                "{reason}; put a link to a newer one into its PATH, such as /usr/local/sbin/criu"
+            ));
+        }
+        Ok(text(&info["DockerRootDir"]).into())
+    }
+
+    /// Whether a container that runs, and whose pid 1 is not our init, can be dumped and restored whole.
+    pub(in super::super) fn check_whole(&self, found: &Value) -> Result<Bundle, EngineError> {
+        let refused = |reason: &str| {
+            unfit(format!(
+                "its pid 1 is not {}, and it cannot be protected whole either: {reason}. `standin wrap NAME` says how to \
+                 start it with our init",
+                wrap::INIT
+            ))
+        };
+        let data = match self.can_restore() {
+            Err(EngineError::Unfit(reason)) => return refused(&reason),
+            other => other?,
+        };
+        let host = &found["HostConfig"];
+        if !matches!(text(&host["RestartPolicy"]["Name"]), "" | "no") {
+            let mend = "docker update --restart no";
+            return refused(&format!("the daemon would start it anew, as a second copy ({mend} ends that)"));
+        }
+        if text(&host["Runtime"]) != "runc" {
+            return refused("its runtime is not runc");
+        }
+        if text(&host["IpcMode"]) != "private" {
+            return refused("its /dev/shm is not its own (--ipc private)");
+        }
+        let id = text(&found["Id"]).to_owned();
+        let root = text(&found["GraphDriver"]["Data"]["MergedDir"]).into();
+        Ok(Bundle { dir: data.join("containers").join(&id), root, leaf: id })
+    }
+
+    /// Creates the container that will be restored. One that was created before has the files of the last epoch.
+    pub(in super::super) fn prepare_whole(
+        &self,
+        (workload, name): (&Name, &str),
+        trees: &[ContainerTree],
+        config: &str,
+        local: &Prepared<'_>,
+    ) -> Result<(Bundle, Vec<TreeAt>), EngineError> {
+        let data = self.can_restore()?;
+        let recipe = recipe_of(config)?;
+        self.check_image(&recipe)?;
+        for network in &recipe.networks {
+            self.provide_network(network)?;
+        }
+        let digest = blake3::hash(config.as_bytes()).to_hex().to_string();
+        if !self.is_created((workload, name), &recipe, &digest, local.fresh)? {
+            let mut body = recipe.create.clone();
+            if !body["Labels"].is_object() {
+                body["Labels"] = serde_json::json!({});
+            }
+            body["Labels"][OF_WORKLOAD] = workload.as_str().into();
+            body["HostConfig"]["CgroupParent"] = local.cgroup.display().to_string().into();
+            let none = Path::new("/");
+            let there = Local { wrap: none, data_dir: local.data_dir, bundle: local.bundle, fresh: true };
+            self.create(name, body, &recipe, &digest, (trees, &there))?;
+        }
+        let found = self.inspect(name)?.ok_or_else(|| self.unknown(name))?;
+        let layers = &found["GraphDriver"]["Data"];
+        let parts = ["LowerDir", "UpperDir", "WorkDir"].map(|part| text(&layers[part]));
+        mounts::mount_overlay(local.merged, parts)
+            .map_err(|source| EngineError::Config { path: local.merged.to_owned(), source })?;
+        let here = self.trees(&found)?;
+        let place = |tree: &ContainerTree| {
+            let (_, at) = here.iter().find(|(other, _)| other == tree)?;
+            Some(match at {
+                TreeAt::Overlay { upper, .. } => {
+                    TreeAt::Overlay { upper: upper.clone(), merged: local.merged.to_owned() }
+                }
+                other => other.clone(),
+            })
+        };
+        let places: Option<Vec<TreeAt>> = trees.iter().map(place).collect();
+        let places =
+            places.ok_or_else(|| EngineError::Unfit("it has other mounts than it should".to_owned()))?;
+        let (id, root) = (text(&found["Id"]).to_owned(), text(&layers["MergedDir"]).into());
+        Ok((Bundle { dir: data.join("containers").join(&id), root, leaf: id }, places))
+    }
+
+    /// Whether there is one that is to be kept; others of the workload go.
+    fn is_created(
+        &self,
+        (workload, name): (&Name, &str),
+        recipe: &Recipe,
+        digest: &str,
+        fresh: bool,
+    ) -> Result<bool, EngineError> {
+        let Some(found) = self.inspect(name)? else { return Ok(false) };
+        let labels = &found["Config"]["Labels"];
+        let is_ours = labels[OF_WORKLOAD] == workload.as_str();
+        // What was started here has ended when it went to the other host. Its host name tells it from any other.
+        let is_the_first = found["State"]["Status"] == "exited" && create_of(&found) == recipe.create;
+        if !is_ours && !is_the_first {
+            return unfit(format!(
+                "another container named {name} is on the standby, which is not this workload's; remove or rename it there"
+            ));
+        }
+        if is_ours && !fresh && labels[LABEL] == digest {
+            return self.kill(name).map(|()| true);
+        }
+        self.remove(name).map(|()| false)
+    }
+
+    /// Has the daemon start it from CRIU's images; returns its pid 1.
+    pub(in super::super) fn restore_whole(
+        &self,
+        name: &str,
+        config: &str,
+        restore: &Restore<'_>,
+    ) -> Result<u32, EngineError> {
+        let recipe = recipe_of(config)?;
+        let checkpoint = restore.bundle.dir.join("checkpoints").join(CHECKPOINT);
+        let failed = |source| EngineError::Config { path: checkpoint.clone(), source };
+        let _ = fs::remove_dir_all(&checkpoint);
+        let copied = copy_images(restore.images, &checkpoint).map_err(failed);
+        let path = format!("/containers/{name}/start?checkpoint={CHECKPOINT}");
+        let started = copied.and_then(|()| self.post(&path, &Value::Null));
+        // They hold the workload's memory.
+        fs::remove_dir_all(&checkpoint).map_err(failed)?;
+        started?;
+        let found = self.inspect(name)?.ok_or_else(|| self.unknown(name))?;
+        check_addresses(&found, &recipe)?;
+        match found["State"]["Pid"].as_u64() {
+            Some(pid) if pid > 0 => Ok(pid as u32),
+            _ => unfit("it has ended at once; see `docker logs`".into()),
+        }
+    }
+
+    /// See [`super::super::engine::end_whole`].
+    pub(in super::super) fn end_whole(
+        &self,
+        name: &str,
+        dir: &Path,
+        forgotten: bool,
+    ) -> Result<(), EngineError> {
+        let Some(found) = self.inspect(name)? else { return Ok(()) };
+        if dir.file_name().and_then(|id| id.to_str()) != found["Id"].as_str() {
+            return Ok(());
+        }
+        if forgotten { self.remove(name) } else { self.kill(name) }
+    }
+}
+
+fn recipe_of(config: &str) -> Result<Recipe, EngineError> {
+    serde_json::from_str(config)
+        .map_err(|error| EngineError::Unfit(format!("what it is made from is not understood: {error}")))
+}
+
+fn copy_images(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        fs::copy(entry.path(), to.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
+/// The CRIU that runc finds when the daemon starts it.
+fn criu_of_daemon() -> Result<Install, String> {
+    let pid = PID_FILES.iter().find_map(|path| fs::read_to_string(path).ok());
+    let pid = pid.ok_or("the daemon's process is not known")?;
+    let environ = fs::read(format!("/proc/{}/environ", pid.trim())).map_err(|error| error.to_string())?;
+    let path = environ.split(|byte| *byte == 0).find_map(|entry| entry.strip_prefix(b"PATH="));
+    let path = String::from_utf8_lossy(path.unwrap_or(b"/usr/sbin:/usr/bin:/sbin:/bin")).into_owned();
+    let found = path.split(':').map(|dir| Path::new(dir).join("criu")).find(|criu| criu.is_file());
+    let found = found.ok_or("the daemon finds no CRIU")?;
+    Install::find(Some(&found)).map_err(|error| format!("what the daemon finds does not serve: {error}"))
+}
