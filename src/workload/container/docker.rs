@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use super::{
     super::spec::{ContainerTree, ContainerTreeKind, Daemon, Engine},
     engine::{EngineError, Found, Local, Made, Network, PidOne, Survey, TreeAt, check_is_ours, is_ours},
+    whole::HIDDEN,
     wrap,
 };
 use crate::{model::Name, unix_http};
@@ -107,14 +108,10 @@ impl Docker {
             return unfit(format!("it is {}, not running; start it first", text(&state["Status"])));
         }
         check(&found)?;
-        let mut trees = self.trees(&found)?;
-        let pid_one = match (wrap_of(&found), self.daemon) {
-            (Ok(wrap), _) => PidOne::Init(wrap),
+        let (pid_one, trees) = match (wrap_of(&found), self.daemon) {
+            (Ok(wrap), _) => (PidOne::Init(wrap), self.trees(&found)?),
             (Err(_), Daemon::Docker) => {
-                let bundle = self.check_whole(&found)?;
-                // They go with the image.
-                trees.retain(|(tree, _)| tree.kind != ContainerTreeKind::Memory);
-                PidOne::Application(bundle)
+                (PidOne::Application(self.check_whole(&found)?), self.trees_of_whole(&found)?)
             }
             (Err(reason), Daemon::Podman) => return Err(reason),
         };
@@ -310,7 +307,7 @@ impl Docker {
         let mut trees = vec![(root, TreeAt::Overlay { upper: upper.into(), merged: merged.into() })];
         for mount in found["Mounts"].as_array().into_iter().flatten() {
             let inside = PathBuf::from(text(&mount["Destination"]));
-            if inside == Path::new(wrap::INSIDE) || mount["RW"] != true {
+            if inside == Path::new(wrap::INSIDE) || inside.starts_with(HIDDEN) || mount["RW"] != true {
                 continue;
             }
             match text(&mount["Type"]) {
@@ -428,6 +425,9 @@ pub(super) fn create_of(found: &Value) -> Value {
     let mut create = found["Config"].clone();
     create["HostConfig"] = found["HostConfig"].clone();
     create["Image"] = found["Image"].clone();
+    if let Some(binds) = create["HostConfig"]["Binds"].as_array_mut() {
+        binds.retain(|bind| !text(bind).contains(&format!(":{HIDDEN}/")));
+    }
     create
 }
 

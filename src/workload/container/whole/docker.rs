@@ -2,8 +2,8 @@
 //! created ahead.
 //!
 //! It has no way to be told anything of CRIU but runc's settings for all containers, `/etc/criu/runc.conf`, and is slow: it
-//! packs the images and unpacks them. What is in memory of the container's file systems goes with the images. Its network it
-//! makes only then.
+//! packs the images and unpacks them. So what is not in the images the container is made to bind, in a place where it never
+//! shows ([`mounts::HIDDEN`]). Its network the daemon makes only then.
 
 use std::{
     fs,
@@ -20,7 +20,11 @@ use super::{
     },
     mounts,
 };
-use crate::{criu::Install, model::Name, workload::spec::ContainerTree};
+use crate::{
+    criu::Install,
+    model::Name,
+    workload::spec::{ContainerTree, ContainerTreeKind},
+};
 
 /// runc's settings for CRIU, where it is told of none else.
 const SETTINGS: &str = "/etc/criu/runc.conf";
@@ -108,6 +112,11 @@ impl Docker {
             }
             body["Labels"][OF_WORKLOAD] = workload.as_str().into();
             body["HostConfig"]["CgroupParent"] = local.cgroup.display().to_string().into();
+            if !body["HostConfig"]["Binds"].is_array() {
+                body["HostConfig"]["Binds"] = serde_json::json!([]);
+            }
+            let binds = body["HostConfig"]["Binds"].as_array_mut().into_iter();
+            binds.for_each(|binds| binds.extend(hidden_binds(trees, local).map(Value::from)));
             let none = Path::new("/");
             let there = Local { wrap: none, data_dir: local.data_dir, bundle: local.bundle, fresh: true };
             self.create(name, body, &recipe, &digest, (trees, &there))?;
@@ -117,7 +126,7 @@ impl Docker {
         let parts = ["LowerDir", "UpperDir", "WorkDir"].map(|part| text(&layers[part]));
         mounts::mount_overlay(local.merged, parts)
             .map_err(|source| EngineError::Config { path: local.merged.to_owned(), source })?;
-        let here = self.trees(&found)?;
+        let here = self.trees_of_whole(&found)?;
         let place = |tree: &ContainerTree| {
             let (_, at) = here.iter().find(|(other, _)| other == tree)?;
             Some(match at {
@@ -132,6 +141,17 @@ impl Docker {
             places.ok_or_else(|| EngineError::Unfit("it has other mounts than it should".to_owned()))?;
         let (id, root) = (text(&found["Id"]).to_owned(), text(&layers["MergedDir"]).into());
         Ok((Bundle { dir: data.join("containers").join(&id), root, leaf: id }, places))
+    }
+
+    /// Its replicated files, and where they are on this host. /dev is among them: of what is in memory nothing is in the image.
+    pub(in super::super) fn trees_of_whole(
+        &self,
+        found: &Value,
+    ) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
+        let mut trees = self.trees(found)?;
+        let dev = ContainerTree { inside: "/dev".into(), kind: ContainerTreeKind::Memory };
+        trees.push((dev, TreeAt::Memory));
+        Ok(trees)
     }
 
     /// Whether there is one that is to be kept; others of the workload go.
@@ -201,6 +221,36 @@ impl Docker {
 fn recipe_of(config: &str) -> Result<Recipe, EngineError> {
     serde_json::from_str(config)
         .map_err(|error| EngineError::Unfit(format!("what it is made from is not understood: {error}")))
+}
+
+/// What it binds beside its own mounts; see [`mounts::HIDDEN`].
+fn hidden_binds<'a>(
+    trees: &'a [ContainerTree],
+    local: &'a Prepared<'_>,
+) -> impl Iterator<Item = String> + 'a {
+    let memory = trees.iter().enumerate().filter(|(_, tree)| super::is_memory(tree));
+    let memory =
+        memory.map(|(number, tree)| (local.memory.join(number.to_string()), mounts::hidden(&tree.inside)));
+    let all = memory.chain([(local.nothing.to_owned(), mounts::hidden(mounts::NOTHING.as_ref()))]);
+    all.map(|(here, inside)| format!("{}:{}", here.display(), inside.display()))
+}
+
+/// The options of a container's file system in memory.
+pub(super) fn options_of(config: &str, inside: &Path) -> Vec<String> {
+    let recipe = recipe_of(config).map(|recipe| recipe.create).unwrap_or_default();
+    let host = &recipe["HostConfig"];
+    let given = host["Tmpfs"][inside.display().to_string()].as_str().map(str::to_owned);
+    let options = given.unwrap_or_else(|| match inside.to_str() {
+        Some("/dev") => "nosuid,strictatime,mode=755,size=65536k".to_owned(),
+        Some("/dev/shm") => {
+            format!("nosuid,nodev,noexec,mode=1777,size={}", host["ShmSize"].as_u64().unwrap_or(64 << 20))
+        }
+        _ => String::new(),
+    });
+    // As the daemon adds them.
+    let always = ["noexec", "nosuid", "nodev"].map(str::to_owned);
+    let always = always.into_iter().filter(|_| inside != Path::new("/dev"));
+    options.split(',').map(str::to_owned).chain(always).collect()
 }
 
 fn copy_images(from: &Path, to: &Path) -> std::io::Result<()> {

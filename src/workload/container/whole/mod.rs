@@ -24,6 +24,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub(super) use self::mounts::HIDDEN;
 use nix::{fcntl::OFlag, unistd::pipe2};
 use serde::{Deserialize, Serialize};
 
@@ -169,8 +170,7 @@ impl Whole {
         };
         for (number, tree) in spec.trees.iter().enumerate().filter(|(_, tree)| is_memory(tree)) {
             let at = memory.join(number.to_string());
-            let made =
-                mounts::mount_memory(&at, config.iter().flat_map(|config| config.options_of(&tree.inside)));
+            let made = mounts::mount_memory(&at, &memory_options(spec, config.as_ref(), &tree.inside));
             made.map_err(file_error(name, "mount a file system in memory at", &at))?;
         }
         mounts::mount_nothing(&nothing).map_err(file_error(name, "mount nothing at", &nothing))?;
@@ -384,7 +384,9 @@ impl Whole {
         let found = mounts::Mounts::of(pid).map_err(file_error(name, "read", &path))?;
         let of_daemon = matches!(self.record.spec.engine, Engine::Docker { .. });
         let mut external: Vec<String> = if of_daemon {
-            found.as_a_daemon_names_them().collect()
+            let memory = self.record.spec.trees.iter().filter(|tree| is_memory(tree));
+            let memory: Vec<&Path> = memory.map(|tree| tree.inside.as_path()).collect();
+            found.as_a_daemon_names_them(&memory).collect()
         } else {
             found.external().map(|inside| format!("mnt[{0}]:{0}", inside.display())).collect()
         };
@@ -459,6 +461,15 @@ impl Whole {
 
     fn keeper_error(&self, source: KeeperError) -> ContainerError {
         ContainerError::Keeper { name: self.record.spec.name.clone(), source }
+    }
+}
+
+/// The options of a container's file system in memory.
+fn memory_options(spec: &ContainerSpec, config: Option<&Config>, inside: &Path) -> Vec<String> {
+    match (config, &spec.engine) {
+        (Some(config), _) => config.options_of(inside).map(str::to_owned).collect(),
+        (None, Engine::Docker { config, .. }) => docker::options_of(config, inside),
+        (None, Engine::Oci { .. }) => Vec::new(),
     }
 }
 

@@ -33,6 +33,17 @@ const FLAGS: [(&str, MsFlags); 8] = [
 /// Options that a file system in memory has, by their beginnings; a runtime's own words are none of them.
 const OF_TMPFS: [&str; 6] = ["size=", "mode=", "nr_inodes=", "nr_blocks=", "uid=", "gid="];
 
+/// What a container of a daemon is made to bind so that it can be restored, and never shows: it is not in the image. It lies
+/// in a file system in memory, where runc makes no directory for it.
+pub(in super::super) const HIDDEN: &str = "/dev/.standin";
+/// Below that, what shows nothing.
+pub(super) const NOTHING: &str = "nothing";
+
+/// Where a container of a daemon is made to bind what will be its file system in memory.
+pub(super) fn hidden(inside: &Path) -> PathBuf {
+    Path::new(HIDDEN).join(inside.strip_prefix("/").unwrap_or(inside))
+}
+
 /// One of a process.
 struct Mount {
     inside: PathBuf,
@@ -65,19 +76,19 @@ impl Mounts {
         external.map(|mount| mount.inside.as_path())
     }
 
-    /// Those of a container whose daemon has it restored by runc, with no settings of ours: CRIU has to pack file systems in
-    /// memory, and what is masked has the name that runc gives it.
-    pub(super) fn as_a_daemon_names_them(&self) -> impl Iterator<Item = String> {
-        let external = self.0.iter().filter(|mount| {
-            !OF_KERNEL.contains(&mount.kind.as_str()) && !(mount.kind == "tmpfs" && mount.part == "/")
-        });
-        external.map(|Mount { inside, part, .. }| {
-            let inside = inside.display();
-            if part == "/null" {
-                format!("mnt[{inside}]:/dev/null")
-            } else {
-                format!("mnt[{inside}]:{inside}")
-            }
+    /// Those of a container whose daemon has it restored by runc, with the names that runc has for them: what the container
+    /// binds, and `/dev/null` for a file that is masked. `memory` are the container's own file systems in memory: those, and
+    /// the directories that are masked, have names of what it is made to bind for that on the standby.
+    pub(super) fn as_a_daemon_names_them(&self, memory: &[&Path]) -> impl Iterator<Item = String> {
+        let external = self.0.iter().filter(|mount| !OF_KERNEL.contains(&mount.kind.as_str()));
+        external.map(|Mount { inside, part, kind }| {
+            let name = match part.as_str() {
+                "/null" => PathBuf::from("/dev/null"),
+                "/" if memory.contains(&inside.as_path()) => hidden(inside),
+                "/" if kind == "tmpfs" => hidden(NOTHING.as_ref()),
+                _ => inside.clone(),
+            };
+            format!("mnt[{}]:{}", inside.display(), name.display())
         })
     }
 }
@@ -90,13 +101,13 @@ pub(super) fn is_plain(path: &Path) -> bool {
 }
 
 /// Mounts a file system in memory, with the options of a container's, over a directory that is made.
-pub(super) fn mount_memory<'a>(at: &Path, options: impl Iterator<Item = &'a str>) -> io::Result<()> {
+pub(super) fn mount_memory(at: &Path, options: &[String]) -> io::Result<()> {
     fs::create_dir_all(at)?;
     let (mut flags, mut data) = (MsFlags::empty(), Vec::new());
     for option in options {
-        match FLAGS.iter().find(|(name, _)| *name == option) {
+        match FLAGS.iter().find(|(name, _)| name == option) {
             Some((_, flag)) => flags |= *flag,
-            None if OF_TMPFS.iter().any(|name| option.starts_with(name)) => data.push(option),
+            None if OF_TMPFS.iter().any(|name| option.starts_with(name)) => data.push(option.as_str()),
             None => {}
         }
     }
