@@ -90,7 +90,7 @@ impl Docker {
     }
 
     /// What an operator does who has no registry.
-    fn ship_image(&self) {
+    pub(super) fn ship_image(&self) {
         let (lab, command) = (&self.cluster.lab, self.daemon.command);
         let mut save = lab.command(Host::A, &[command, &["save", "lab"]].concat());
         let mut save = save.stdout(Stdio::piped()).spawn().unwrap();
@@ -108,7 +108,7 @@ impl Docker {
         self.docker(Host::A, &[&fixed, self.daemon.flags, flags, &["lab"], command].concat());
     }
 
-    fn protect(&self, more: &[&str]) {
+    pub(super) fn protect(&self, more: &[&str]) {
         let daemon = format!("--{}", self.daemon.name);
         let args = ["protect", "redis", &daemon, "redis", "--to", "b", "--every", "100ms"];
         self.cluster.standin(Host::A, &[&args, more].concat());

@@ -173,6 +173,39 @@ fn an_unprepared_redis_in_docker_goes_round_three_times_and_more() {
     docker::redis_goes_round(&DOCKER_WHOLE);
 }
 
+/// Its output, its pause and its end are the daemon's after a takeover as before.
+#[test]
+fn an_unprepared_container_is_docker_s_after_a_takeover() {
+    let docker = Docker::up("docker-whole", &DOCKER_WHOLE);
+    docker.ship_image();
+    docker.run(&["--tmpfs", "/scratch:size=1m"], &["sh", "-c", COUNTS]);
+    docker.protect(&[]);
+    assert_eq!(docker.cluster.status(Host::A, "redis")["container"]["way"], "whole");
+    docker.cluster.wait_state(Host::B, "standby", "ready");
+    let inside = |host, script: &str| docker.docker(host, &["exec", "redis", "sh", "-c", script]);
+    inside(Host::A, "echo kept > /scratch/file");
+    docker.cluster.json(Host::A, &["handoff", "redis", "--max-downtime", "3s"]);
+    wait_for("output", || docker.docker(Host::B, &["logs", "redis"]).lines().count() > 5);
+    let log = docker.docker(Host::B, &["logs", "redis"]);
+    let lines: Vec<u64> =
+        log.lines().map(|line| line.strip_prefix("line ").unwrap().parse().unwrap()).collect();
+    assert!(lines[0] > 3 && lines.windows(2).all(|pair| pair[1] == pair[0] + 1), "{lines:?}");
+    let found = "cat /scratch/file; ls /dev/null; ls /sys/firmware; [ -e /dev/.standin ] || echo hidden";
+    assert_eq!(inside(Host::B, found), "kept\n/dev/null\nhidden");
+    assert!(docker.docker(Host::B, &["top", "redis"]).contains("while"));
+
+    docker.cluster.wait_state(Host::B, "primary", "protected");
+    docker.docker(Host::B, &["pause", "redis"]);
+    docker.cluster.wait_state(Host::B, "primary", "paused");
+    docker.docker(Host::B, &["unpause", "redis"]);
+    docker.cluster.wait_state(Host::B, "primary", "protected");
+    docker.docker(Host::B, &["stop", "redis"]);
+    assert_eq!(docker.docker(Host::B, &["inspect", "-f", "{{.State.ExitCode}}", "redis"]), "7");
+    assert!(docker.docker(Host::B, &["logs", "redis"]).ends_with("bye"));
+    wait_for("the protection to end", || docker.cluster.status(Host::B, "redis").is_null());
+    wait_for("the standby to forget it", || docker.cluster.status(Host::A, "redis").is_null());
+}
+
 #[test]
 fn unprepared_containers_of_docker_that_would_run_twice_are_refused() {
     let docker = Docker::up("docker-refusals", &DOCKER_WHOLE);
