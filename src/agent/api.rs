@@ -130,9 +130,9 @@ pub enum Source {
     Run(Name),
     /// The tree of processes below this one.
     Pid(i32),
-    /// A wrapped container of an OCI runtime.
+    /// A container of an OCI runtime.
     Oci(OciContainer),
-    /// A wrapped container of a daemon with Docker's API.
+    /// A container of a daemon with Docker's API.
     Docker(DockerContainer),
 }
 

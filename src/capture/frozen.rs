@@ -488,6 +488,13 @@ mod tests {
         assert_eq!(frozen.pieces.len(), 1);
     }
 
+    /// CRIU asks the page server to close and waits for it also when the tree has just ended, and nothing stands.
+    #[test]
+    fn a_criu_that_gives_up_early_is_not_kept_waiting() {
+        let (_starter, mut collector, _ends) = channels(None);
+        assert!(collector.close().is_err());
+    }
+
     #[test]
     fn a_piece_keeps_just_the_listed_pages() {
         let page = |n: u8| vec![n; PAGE_SIZE as usize];

@@ -31,7 +31,7 @@ pub(super) struct Args {
     /// With --oci: the runtime's directory of containers, its own --root
     #[arg(long, value_name = "DIR", requires = "oci")]
     root: Option<PathBuf>,
-    /// Protect the container that Docker knows by this name or id, and that was wrapped as NAME
+    /// Protect the container that Docker knows by this name or id: from inside if it was wrapped as NAME, or else whole
     #[arg(long, value_name = "CONTAINER", conflicts_with_all = ["pid", "run", "oci"])]
     docker: Option<String>,
     /// Protect the container that Podman's service knows by this name or id, and that was wrapped as NAME

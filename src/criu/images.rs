@@ -497,6 +497,30 @@ mod tests {
     }
 
     #[test]
+    fn cgroups_are_moved_with_the_root_of_their_namespace() {
+        let member = |controller: &str, outside| CgroupMember {
+            controller: controller.to_owned(),
+            path: "/web/standin".to_owned(),
+            outside,
+        };
+        let set = |id, outside| CgroupSet { id, members: vec![member("pids", None), member("", outside)] };
+        let controllers = vec![CgroupController { names: vec!["pids".to_owned()] }];
+        let image = CgroupEntry { sets: vec![set(2, Some(4)), set(3, None)], controllers };
+        let mut bytes = [COMMON_MAGIC.to_le_bytes(), CGROUP_MAGIC.to_le_bytes()].concat();
+        push_entry(&mut bytes, &image);
+
+        let moved = move_cgroups("cgroup.img", &bytes, "/there").unwrap();
+        let moved =
+            Entries::open("cgroup.img", &moved, CGROUP_MAGIC).unwrap().first::<CgroupEntry>().unwrap();
+        let there =
+            |outside| vec![CgroupMember { controller: String::new(), path: "/there".to_owned(), outside }];
+        let expected =
+            [CgroupSet { id: 2, members: there(Some(6)) }, CgroupSet { id: 3, members: there(None) }];
+        assert_eq!(moved.sets, expected);
+        assert!(move_cgroups("cgroup.img", b"something else", "/there").is_err());
+    }
+
+    #[test]
     fn stack_pages_files_and_locked_memory_are_not_lazy() {
         let private = libc::MAP_PRIVATE;
         let anonymous = private | libc::MAP_ANONYMOUS;

@@ -9,7 +9,7 @@
 //!
 //! CRIU dumps and restores a container's tree from inside its namespaces, as that of a sandbox; the engine knows nothing of
 //! it, needs no support for checkpoints, and lists, limits, logs and stops the container as any other. What it takes is
-//! that pid 1 is not the application: see [`wrap`].
+//! that pid 1 is not the application: see [`wrap`]. Where it is, see [`whole`].
 //!
 //! It lives in the kernel, in its engine and in its guard process, not in the agent: [`Container`] is a handle, and
 //! [`Container::open`] makes another one after the agent's restart.
