@@ -9,7 +9,7 @@
 //!
 //! Nothing is prepared in such a container, and the runtime has to be able to restore. CRIU runs on the host and has more to
 //! dump, so epochs freeze it for longer; and memory comes at once in a takeover. What an epoch's image does not have of it the
-//! standby makes ahead: mounts of the host ([`mounts`]), file systems in memory, the network namespace.
+//! standby makes ahead: mounts of the host (`mounts`), file systems in memory, the network namespace.
 //!
 //! Invariants: as those of a container whose pid 1 is our init; but where its engine is told to start such a container anew,
 //! nobody is in the way.
