@@ -76,7 +76,8 @@ impl Capturer {
         let lists = gate.clone().map(|gate| Lists {
             dir: outlet.dir.clone(),
             gate,
-            ahead: self.guards_doubted == 0,
+            // A handoff is not given up for what an epoch in a row of them may be.
+            ahead: self.guards_doubted == 0 && options.leave_running,
             vmas: self.source.vmas.as_deref(),
         });
         // They go to the reader and come back when it ends.
