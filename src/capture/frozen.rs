@@ -286,7 +286,8 @@ impl Freeze<'_, '_> {
             if let Some(lists) = &self.lists {
                 let guards = tracked.tracker.guards().cloned().unwrap_or_default();
                 let told = self.listed.told_ahead.remove(&space);
-                if told && tracked.guards != guards {
+                // Where it was looked may differ: the mappings are those that were told of, and CRIU's own among them.
+                if told && tracked.guards.found != guards.found {
                     tracing::warn!(told = ?tracked.guards, now = ?guards, pid, "guard regions are others now");
                     return Err(CaptureError::Guards(pid));
                 }

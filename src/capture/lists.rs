@@ -75,9 +75,11 @@ impl Lists<'_> {
                 listed.ours.insert(space, own);
             }
             let tracked = trackers.get(&task.pid).filter(|_| self.ahead);
-            let steady = |tracked: &&Tracked| tracked.tracker.likely_guards(maps) == Some(&tracked.guards);
-            if let Some(tracked) = tracked.filter(steady) {
-                self.write_guards(space, &tracked.guards)?;
+            let likely = tracked.and_then(|tracked| {
+                tracked.tracker.likely_guards(maps).filter(|likely| likely.found == tracked.guards.found)
+            });
+            if let Some(guards) = likely {
+                self.write_guards(space, guards)?;
                 listed.told_ahead.insert(space);
             }
             let Some(vmas) = self.vmas else { continue };

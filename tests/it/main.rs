@@ -12,4 +12,5 @@ mod paths;
 mod postgres;
 mod redis;
 mod refusals;
+mod restoring;
 mod turns;
