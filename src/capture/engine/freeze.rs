@@ -76,8 +76,7 @@ impl Capturer {
         let lists = gate.clone().map(|gate| Lists {
             dir: outlet.dir.clone(),
             gate,
-            // A handoff is not given up for what an epoch in a row of them may be.
-            ahead: self.guards_doubted == 0 && options.leave_running,
+            ahead: self.guards_doubted == 0,
             vmas: self.source.vmas.as_deref(),
         });
         // They go to the reader and come back when it ends.
@@ -86,6 +85,7 @@ impl Capturer {
             tasks: &mut self.tasks,
             dumped: &mut self.dumped,
             known: &mut self.known,
+            shared: &mut self.shared,
             files: &mut self.files,
         });
         // What was read, and how it went out if that was before the thaw.
