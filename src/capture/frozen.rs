@@ -205,6 +205,9 @@ impl Reader<'_> {
         // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
         // run beside CRIU's work.
         let early = tasks.len() == 1;
+        if result.is_ok() && !early {
+            result = freeze.lent.files.as_mut().map_or(Ok(()), Files::freeze).map_err(CaptureError::from);
+        }
         let (manifest, sent, closed) = loop {
             // CRIU closes soon after it has left the last task.
             let last = freeze.left.len() == freeze.lent.tasks.len();
