@@ -279,6 +279,11 @@ impl PlaceSpec {
         }
     }
 
+    /// Whether it is a container that its runtime restores.
+    pub fn is_whole(&self) -> bool {
+        matches!(self, Self::Container(spec) if spec.way == Way::Whole)
+    }
+
     /// How its sockets are reached.
     pub fn net(&self) -> Net {
         match self {

@@ -12,5 +12,6 @@ mod paths;
 mod postgres;
 mod redis;
 mod refusals;
+mod restoring;
 mod turns;
 mod whole;
