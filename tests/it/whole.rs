@@ -98,7 +98,7 @@ fn an_unprepared_container_outlives_agents_and_cuts() {
 
     // What was restored outlives the agent as well, and is the same process to the next one.
     let pid = oci.state(Host::B)["pid"].clone();
-    oci.cluster.end_agent(Host::B, "KILL");
+    oci.cluster.end_agent(Host::B, "TERM");
     oci.cluster.start_agent(Host::B);
     oci.cluster.wait_state_of("counts", Host::B, "primary", "protected");
     assert_eq!(oci.state(Host::B)["pid"], pid);
