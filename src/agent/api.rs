@@ -264,6 +264,9 @@ pub struct ContainerStatus {
     pub engine: String,
     /// The engine's name of it.
     pub id: String,
+    /// Processes of it that the kernel has killed for want of memory since it came to this host or the agent was started.
+    #[serde(default)]
+    pub oom_kills: u64,
 }
 
 /// When epochs start, as wanted and as it is.

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     ha::{Input, Standing},
     transport::block_in_place,
-    workload::spec::PlaceSpec,
+    workload::{container::Container, spec::PlaceSpec},
 };
 
 impl Owner {
@@ -115,6 +115,7 @@ impl Owner {
     /// The workload has ended by itself: that is not its host's death, and nobody shall revive it.
     pub(super) fn workload_ended(&mut self) {
         self.end_session();
+        self.watch_memory();
         let message = format!("{} has ended by itself", self.name);
         self.event("workload-ended", &message, None);
         self.error = Some(message.clone());
@@ -122,5 +123,20 @@ impl Owner {
             let _ = answer.send(Err(ApiError::refused(message)));
         }
         self.feed(Input::Withdraw);
+    }
+
+    /// A process that the kernel kills for want of memory is gone as one that ends: the rest is protected on. But people want
+    /// to know. The count is that of the place, which is another after each takeover.
+    pub(super) fn watch_memory(&mut self) {
+        let container = self.home.as_ref().and_then(|home| home.container());
+        let Some(kills) = container.and_then(Container::oom_kills) else { return };
+        if kills > self.oom_kills {
+            let detail = format!(
+                "the kernel has killed {} of its processes for want of memory; see its limit, or that of the host",
+                kills - self.oom_kills
+            );
+            self.event("oom-kill", &detail, None);
+        }
+        self.oom_kills = kills;
     }
 }

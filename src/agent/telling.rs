@@ -76,6 +76,7 @@ impl Owner {
                 PlaceSpec::Container(spec) => Some(ContainerStatus {
                     engine: spec.engine.name().to_owned(),
                     id: spec.engine.container().to_owned(),
+                    oom_kills: self.oom_kills,
                 }),
             },
             pid: root.map(|root| root.host as i32),

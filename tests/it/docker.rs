@@ -11,7 +11,7 @@ use super::{
 const ROOTFS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/rootfs");
 
 /// A daemon with Docker's API, and how it is started by hand: nothing is configured, not even experimental features.
-struct Daemon {
+pub(crate) struct Daemon {
     name: &'static str,
     command: &'static [&'static str],
     start: &'static str,
@@ -21,7 +21,7 @@ struct Daemon {
     restarts: bool,
 }
 
-const DOCKER: Daemon = Daemon {
+pub(crate) const DOCKER: Daemon = Daemon {
     name: "docker",
     command: &["docker"],
     start: "dockerd --storage-driver overlay2 --exec-opt native.cgroupdriver=cgroupfs",
@@ -41,14 +41,14 @@ const PODMAN: Daemon = Daemon {
     restarts: false,
 };
 
-struct Docker {
-    cluster: Cluster,
+pub(crate) struct Docker {
+    pub(crate) cluster: Cluster,
     daemon: &'static Daemon,
 }
 
 impl Docker {
     /// A daemon on each host; an image and a network on A.
-    fn up(hint: &str, daemon: &'static Daemon) -> Self {
+    pub(crate) fn up(hint: &str, daemon: &'static Daemon) -> Self {
         let docker = Self { cluster: Cluster::up(hint), daemon };
         docker.start_daemon(Host::A);
         docker.start_daemon(Host::B);
@@ -72,8 +72,18 @@ impl Docker {
         self.cluster.lab.ok(host, &["setsid", "sh", "-c", &script]);
     }
 
+    /// The image is made anew with more programs.
+    pub(crate) fn add_programs(&self, programs: &[&str]) {
+        let import = format!(
+            "{ROOTFS} /srv/rootfs {} && tar -C /srv/rootfs -c . | {} import - lab",
+            programs.join(" "),
+            self.daemon.command.join(" ")
+        );
+        self.cluster.lab.ok(Host::A, &["sh", "-c", &import]);
+    }
+
     /// What an operator does who has no registry.
-    fn ship_image(&self) {
+    pub(crate) fn ship_image(&self) {
         let (lab, command) = (&self.cluster.lab, self.daemon.command);
         let mut save = lab.command(Host::A, &[command, &["save", "lab"]].concat());
         let mut save = save.stdout(Stdio::piped()).spawn().unwrap();
@@ -83,7 +93,7 @@ impl Docker {
     }
 
     /// `docker run` of a wrapped container.
-    fn run(&self, flags: &[&str], command: &[&str]) {
+    pub(crate) fn run(&self, flags: &[&str], command: &[&str]) {
         let fixed = [
             ["run", "-d", "--name", "redis", "--entrypoint", "/.standin/init"].as_slice(),
             &["-v", "/var/lib/standin/wrap/redis:/.standin:ro"],
@@ -91,23 +101,23 @@ impl Docker {
         self.docker(Host::A, &[&fixed.concat(), self.daemon.flags, flags, &["lab"], command].concat());
     }
 
-    fn protect(&self, more: &[&str]) {
+    pub(crate) fn protect(&self, more: &[&str]) {
         let daemon = format!("--{}", self.daemon.name);
         let args = ["protect", "redis", &daemon, "redis", "--to", "b", "--every", "100ms"];
         self.cluster.standin(Host::A, &[&args, more].concat());
         self.cluster.wait_state(Host::A, "primary", "protected");
     }
 
-    fn docker(&self, host: Host, args: &[&str]) -> String {
+    pub(crate) fn docker(&self, host: Host, args: &[&str]) -> String {
         self.cluster.lab.ok(host, &[self.daemon.command, args].concat()).trim().to_owned()
     }
 
-    fn inside(&self, host: Host, script: &str) -> String {
+    pub(crate) fn inside(&self, host: Host, script: &str) -> String {
         self.docker(host, &["exec", "redis", "sh", "-c", script])
     }
 
     /// What the daemon says of the container; nothing if it knows none.
-    fn state(&self, host: Host) -> String {
+    pub(crate) fn state(&self, host: Host) -> String {
         let args = ["inspect", "-f", "{{.State.Status}}", "redis"];
         let output = self.cluster.lab.on(host, &[self.daemon.command, &args].concat());
         String::from_utf8_lossy(&output.stdout).trim().to_owned()

@@ -10,7 +10,7 @@ use super::{
     },
     engine::{self, Found, Named, Network, TreeAt},
     error::{ContainerError, engine_error, unfit},
-    has_own,
+    has_own, sharing,
 };
 use crate::model::Name;
 
@@ -52,6 +52,9 @@ impl Candidate {
         }
         let root =
             root_of(init).ok_or_else(|| unfit(id, "no command runs below its init; see its output"))?;
+        if let Some(shared) = trees.iter().find_map(|(_, at)| shared_with_others(at, pid)) {
+            return Err(unfit(id, &shared));
+        }
         let (trees, places) = trees.into_iter().unzip();
         let engine_net = ips.is_empty() && network == Network::Own;
         let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees };
@@ -70,6 +73,23 @@ fn root_of(init: ProcessId) -> Option<(ProcessId, u32)> {
     });
     let inside = children.filter_map(|id| Some((id, inner_pid(id.pid)?)));
     inside.min_by_key(|(id, inside)| (id.started, *inside))
+}
+
+/// Why a directory of its cannot be replicated, if others have it mounted too. Readers stay behind as well.
+fn shared_with_others(at: &TreeAt, init: u32) -> Option<String> {
+    let TreeAt::Plain(dir) = at else { return None };
+    let other = sharing::other_user(dir, init);
+    if let Err(error) = &other {
+        tracing::warn!(%error, dir = %dir.display(), "whether others have it mounted is not known");
+    }
+    let pid = other.ok().flatten()?;
+    let program = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Some(format!(
+        "its directory {} is mounted by another container too, of process {pid} ({}), which does not move with it; \
+         stop that one, or give each a directory of its own",
+        dir.display(),
+        program.trim()
+    ))
 }
 
 /// The name of one of its standard streams if it is neither a pipe nor a file of its own: CRIU cannot name that.

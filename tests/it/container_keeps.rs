@@ -1,0 +1,202 @@
+//! What a container keeps over takeovers: the limits of its processes; and that nothing is left behind, however often it moves.
+
+use std::collections::BTreeMap;
+
+use super::{
+    cluster::{Cluster, wait_for},
+    container_faults::COUNTS,
+    containers::Oci,
+    docker::{DOCKER, Docker},
+    lab::Host,
+    redis::VIP,
+};
+
+/// It tries a system call that its profile forbids, and has a child with limits of its own.
+const LIMITED: &str = "umask 027
+(ulimit -n 100; trap '' USR1; exec sleep 1000) &
+while :; do mkdir /tmp/made 2>/dev/null && echo made > /tmp/tried || echo refused > /tmp/tried; sleep 0.05; done";
+
+/// What a process may do, of `/proc/PID/status`.
+const STATUS: &str =
+    "^(Umask|Uid|Gid|Groups|SigBlk|SigIgn|SigCgt|Cap...|NoNewPrivs|Seccomp|Seccomp_filters|THP_enabled):";
+
+/// Controllers and a limit of each.
+const CGROUP_LIMITS: [(&str, &str, &str); 3] = [
+    ("memory", "memory.limit_in_bytes", "67108864"),
+    ("pids", "pids.max", "77"),
+    ("cpu", "cpu.cfs_quota_us", "90000"),
+];
+
+const CONFIGURE: &str = "
+process = config['process']
+process['user'] = {'uid': 1000, 'gid': 1000, 'additionalGids': [10, 20], 'umask': 18}
+process['noNewPrivileges'] = True
+process['oomScoreAdj'] = 300
+process['rlimits'] = [{'type': 'RLIMIT_' + name, 'soft': soft, 'hard': hard} for name, soft, hard in
+                      [('NOFILE', 200, 500), ('CORE', 0, 0), ('STACK', 4 << 20, 8 << 20), ('FSIZE', 1 << 30, 1 << 30)]]
+for kind in process['capabilities']:
+    process['capabilities'][kind] = ['CAP_KILL', 'CAP_CHOWN'] if kind == 'bounding' else []
+config['linux']['seccomp'] = {'defaultAction': 'SCMP_ACT_ALLOW', 'architectures': ['SCMP_ARCH_X86_64'],
+                              'syscalls': [{'names': ['mkdir', 'mkdirat'], 'action': 'SCMP_ACT_ERRNO'}]}
+config['linux']['resources'] = {'memory': {'limit': 64 << 20}, 'pids': {'limit': 77},
+                                'cpu': {'quota': 90000, 'period': 100000}}
+";
+
+/// All that limits a process of a host, the same text for the same limits.
+fn limits_of(cluster: &Cluster, host: Host, pid: &str) -> String {
+    let script = format!(
+        "grep -E '{STATUS}' /proc/{pid}/status; cat /proc/{pid}/limits /proc/{pid}/oom_score_adj; \
+         ps -o ni=,cls=,rtprio= -p {pid}"
+    );
+    let mut text = cluster.lab.ok(host, &["sh", "-c", &script]);
+    for (controller, file, _) in CGROUP_LIMITS {
+        let script = format!(
+            "path=$(sed -n 's/^[0-9]*:{controller}://p' /proc/{pid}/cgroup); \
+             echo $path {file} $(cat /sys/fs/cgroup/{controller}$path/{file})"
+        );
+        text += &cluster.lab.ok(host, &["sh", "-c", &script]);
+    }
+    text
+}
+
+#[test]
+fn a_containers_processes_may_do_after_a_takeover_what_they_might_before() {
+    let cluster = Cluster::hybrid("limits");
+    let oci = Oci::prepare_in(cluster, "runc", "limited", &[], &["sh", "-c", LIMITED]);
+    oci.configure(CONFIGURE);
+    oci.start(true);
+    oci.protect(&[]);
+    let limits = |oci: &Oci, host| {
+        let root = oci.cluster.status(host, "limited")["pid"].to_string();
+        let child = oci.cluster.lab.ok(host, &["pgrep", "-f", "-P", &root, "^sleep 1000"]);
+        [limits_of(&oci.cluster, host, &root), limits_of(&oci.cluster, host, child.trim())]
+    };
+    let before = limits(&oci, Host::A);
+    for (_, file, limit) in CGROUP_LIMITS {
+        assert!(before[0].contains(&format!("/limited {file} {limit}")), "{}", before[0]);
+    }
+    assert!(before[0].contains("Seccomp:\t2") && before[1].contains("100 "), "{before:?}");
+    let executed = |oci: &Oci, host| oci.inside(host, &["cat", "/proc/self/status"]);
+    let kept = |status: &str| {
+        let lines = status.lines().filter(|line| line.starts_with("Cap") || line.starts_with("Secc"));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let beside = kept(&executed(&oci, Host::A));
+
+    oci.cluster.wait_state_of("limited", Host::B, "standby", "ready");
+    oci.cluster.json(Host::A, &["handoff", "limited", "--max-downtime", "2s"]);
+    assert_eq!(limits(&oci, Host::B), before);
+    oci.cluster.wait_state_of("limited", Host::B, "primary", "protected");
+    oci.cluster.wait_state_of("limited", Host::A, "standby", "ready");
+    oci.cluster.lab.kill(Host::B);
+    oci.cluster.wait_state_of("limited", Host::A, "primary", "alone");
+    assert_eq!(limits(&oci, Host::A), before);
+    assert_eq!(kept(&executed(&oci, Host::A)), beside);
+    // And they hold.
+    oci.inside(Host::A, &["rm", "-f", "/tmp/tried"]);
+    wait_for("it to try", || oci.inside(Host::A, &["sh", "-c", "cat /tmp/tried || true"]) == "refused");
+}
+
+/// What a host has of everything that could grow, by name.
+fn census(cluster: &Cluster, host: Host, name: &str) -> BTreeMap<String, usize> {
+    let agent = cluster.agent_pid(host);
+    let pid = "$(cat /run/standin/sandboxes/*/container.json | grep -o '\"pid\": *[0-9]*' | head -1 | grep -o '[0-9]*$')";
+    // Numbers are those of epochs, processes and the like: the same thing with another number is no other thing.
+    let script = format!(
+        "ls /proc/{agent}/fd | sed 's/.*/descriptors/'
+         ls /proc/{agent}/task | sed 's/.*/threads/'
+         sed 's/.*/mounts/' /proc/1/mountinfo
+         sed 's/.*/mounts in the container/' /proc/{pid}/mountinfo
+         find /sys/fs/cgroup -type d
+         nft list ruleset | sed 's/packets.*//; s/^/nft /'
+         nsenter -t {pid} -n nft list ruleset | sed 's/packets.*//; s/^/nft inside /'
+         ip -o link | cut -d' ' -f2 | cut -d@ -f1 | sed 's/^/link /'
+         ip -o address | awk '{{ print \"address\", $4 }}'
+         ip route | sed 's/^/route /'
+         find /var/lib/standin /run/standin /dev/shm
+         ps -e -o comm= | sed 's/^/process /'"
+    );
+    let text = cluster.lab.ok(host, &["sh", "-c", &format!("{{ {script}\n}} 2>/dev/null; true")]);
+    let mut counts = BTreeMap::new();
+    for line in text.lines() {
+        // What looks and asks is not meant.
+        if ["process sh", "process ps", "process sed", "process find"].contains(&line) {
+            continue;
+        }
+        let plain = line.replace(name, "NAME");
+        let mut key = String::new();
+        for c in plain.chars() {
+            match c {
+                '0'..='9' => key.push('N'),
+                'a'..='f' if key.ends_with('N') => key.push('N'),
+                c => key.push(c),
+            }
+        }
+        while key.contains("NN") {
+            key = key.replace("NN", "N");
+        }
+        *counts.entry(key).or_default() += 1;
+    }
+    counts
+}
+
+/// What there is more of.
+fn grown(before: &BTreeMap<String, usize>, now: &BTreeMap<String, usize>) -> Vec<String> {
+    let more = now.iter().filter(|(key, count)| before.get(*key).is_none_or(|before| before < count));
+    more.map(|(key, count)| format!("{key}: {:?}, now {count}", before.get(key))).collect()
+}
+
+/// There and back three times, after which there is nothing that was not there after the first.
+fn nothing_grows(cluster: &Cluster, name: &str) {
+    let round = || {
+        for (from, to) in [(Host::A, Host::B), (Host::B, Host::A)] {
+            cluster.wait_state_of(name, to, "standby", "ready");
+            cluster.json(from, &["handoff", name, "--max-downtime", "2s"]);
+            cluster.wait_state_of(name, to, "primary", "protected");
+        }
+        cluster.wait_state_of(name, Host::B, "standby", "ready");
+    };
+    round();
+    // What is there at times only, is there: of several looks the most of each.
+    let mut first = [Host::A, Host::B].map(|host| census(cluster, host, name));
+    for _ in 0..10 {
+        for (host, first) in [Host::A, Host::B].into_iter().zip(&mut first) {
+            for (key, count) in census(cluster, host, name) {
+                let most = first.entry(key).or_default();
+                *most = (*most).max(count);
+            }
+        }
+    }
+    round();
+    round();
+    for (host, first) in [Host::A, Host::B].into_iter().zip(&first) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        loop {
+            let more = grown(first, &census(cluster, host, name));
+            if more.is_empty() {
+                break;
+            }
+            assert!(std::time::Instant::now() < deadline, "{host} has more of: {more:#?}");
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+    }
+}
+
+#[test]
+fn nothing_grows_when_a_runc_container_goes_round_three_times() {
+    let cluster = Cluster::up("grows-runc");
+    let oci = Oci::prepare_in(cluster, "runc", "counts", &[], &["sh", "-c", COUNTS]);
+    oci.start(true);
+    oci.protect(&["--ip", &format!("{VIP}/24"), "--vip", &format!("{VIP}/24@eth0")]);
+    nothing_grows(&oci.cluster, "counts");
+}
+
+#[test]
+fn nothing_grows_when_a_docker_container_goes_round_three_times() {
+    let docker = Docker::up("grows-docker", &DOCKER);
+    docker.ship_image();
+    let published = ["--network", "app", "-v", "data:/data", "-p", "6379:6379"];
+    docker.run(&published, &["sh", "-c", COUNTS]);
+    docker.protect(&["--vip", &format!("{VIP}/24@eth0")]);
+    nothing_grows(&docker.cluster, "redis");
+}
