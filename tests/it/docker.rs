@@ -29,7 +29,7 @@ pub(crate) const DOCKER: Daemon = Daemon {
     restarts: true,
 };
 
-const PODMAN: Daemon = Daemon {
+pub(crate) const PODMAN: Daemon = Daemon {
     name: "podman",
     command: &["podman", "--remote", "--url", "unix:///run/podman/podman.sock"],
     // crun would raise a limit, for which hosts without CAP_SYS_RESOURCE have no right. Leases of addresses from before go at
@@ -49,7 +49,12 @@ pub(crate) struct Docker {
 impl Docker {
     /// A daemon on each host; an image and a network on A.
     pub(crate) fn up(hint: &str, daemon: &'static Daemon) -> Self {
-        let docker = Self { cluster: Cluster::up(hint), daemon };
+        Self::up_in(Cluster::up(hint), daemon)
+    }
+
+    /// The same in a cluster that is there.
+    pub(crate) fn up_in(cluster: Cluster, daemon: &'static Daemon) -> Self {
+        let docker = Self { cluster, daemon };
         docker.start_daemon(Host::A);
         docker.start_daemon(Host::B);
         let command = daemon.command.join(" ");
