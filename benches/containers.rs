@@ -10,9 +10,10 @@
 //! is: of Standin until the standby holds it and what was sent; of the others until the images lie in the source's memory.
 //!
 //! **Moves** to the other host and back, in turn. `downtime` is the longest time without an answer of a client on the lab's
-//! network that asks every millisecond; `total ms` from the order until both hosts are done; `MB` what the source has sent
-//! meanwhile. Standin's standby holds an epoch already when the order comes: `first MB` is what that took before, once.
-//! How the others move is told in `containers/theirs.rs`. A move in which an acknowledged increment is lost is an error.
+//! network that asks every millisecond; `total ms` from the order until it runs on the target and is gone from the source;
+//! `MB` what the source has sent meanwhile. Standin's standby holds an epoch already when the order comes: `first MB` is what
+//! that took before, once, files included. How the others move is told in `containers/theirs.rs`. A move in which an
+//! acknowledged increment is lost is an error.
 //!
 //! Where a method does not work here, its row says why.
 

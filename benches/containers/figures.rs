@@ -15,8 +15,10 @@ pub(crate) struct Epoch {
 pub(crate) struct Move {
     /// The longest time without an answer that the client saw.
     pub(crate) downtime_ms: f64,
-    /// From the order until both hosts have done their part.
+    /// From the order until it runs on the target and is gone from the source.
     pub(crate) total_ms: f64,
+    /// From the order until that is told: Standin makes the source ready for the way back before.
+    pub(crate) command_ms: f64,
     /// What the source has sent on the network meanwhile.
     pub(crate) bytes: u64,
 }
@@ -42,6 +44,7 @@ pub(crate) struct Row {
     moves: usize,
     downtime_ms: Option<f64>,
     total_ms: Option<f64>,
+    command_ms: Option<f64>,
     bytes: Option<u64>,
     first_epoch_ms: Option<f64>,
     first_epoch_bytes: Option<u64>,
@@ -62,6 +65,7 @@ impl Row {
             moves: moves.len(),
             downtime_ms: median(moves.iter().map(|it| it.downtime_ms)),
             total_ms: median(moves.iter().map(|it| it.total_ms)),
+            command_ms: median(moves.iter().map(|it| it.command_ms)),
             bytes: bytes(median(moves.iter().map(|it| it.bytes as f64))),
             first_epoch_ms: first.map(|(ms, _)| ms),
             first_epoch_bytes: first.map(|(_, bytes)| bytes),

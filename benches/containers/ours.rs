@@ -150,8 +150,9 @@ fn relocate(cluster: &Cluster, (from, to): (Host, Host)) -> Result<Move> {
     std::thread::sleep(SETTLE);
     let before = sent_bytes(&cluster.lab, from)?;
     let began = Instant::now();
-    cluster.json(from, &["handoff", "redis", "--max-downtime", DOWNTIME_MAX]);
-    let total_ms = began.elapsed().as_secs_f64() * 1e3;
+    let report = cluster.json(from, &["handoff", "redis", "--max-downtime", DOWNTIME_MAX]);
+    let command_ms = began.elapsed().as_secs_f64() * 1e3;
+    let total_ms = report["total_ms"].as_f64().ok_or("a handoff without a total")?;
     let bytes = sent_bytes(&cluster.lab, from)? - before;
     std::thread::sleep(SETTLE);
     let ended = Instant::now();
@@ -159,5 +160,5 @@ fn relocate(cluster: &Cluster, (from, to): (Host, Host)) -> Result<Move> {
     if answers.rolled_back() > 0 {
         return Err("the client was told of increments that were forgotten".into());
     }
-    Ok(Move { downtime_ms: answers.longest_gap_ms(began, ended), total_ms, bytes })
+    Ok(Move { downtime_ms: answers.longest_gap_ms(began, ended), total_ms, command_ms, bytes })
 }

@@ -5,6 +5,8 @@
 //! whose dump would only cost time; its address is moved between the checkpoint and the restore, and announced.
 
 use std::{
+    fs::File,
+    io::{Read, Seek},
     process::{Child, Stdio},
     time::{Duration, Instant},
 };
@@ -62,6 +64,10 @@ json.dump(config, open(path, "w"))
 const PODMAN: &str = "podman --root /srv/containers --runroot /run/containers --runtime /usr/sbin/runc \
                       --storage-driver overlay --cgroup-manager cgroupfs --events-backend file";
 
+/// What runc passes on to CRIU, and Docker has no flags for. Whoever knocks while the container stands still would make a
+/// checkpoint fail.
+const CRIU_OPTIONS: &str = "tcp-established\nfile-locks\nskip-in-flight";
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Theirs {
     Runc,
@@ -94,26 +100,58 @@ impl Theirs {
         }
     }
 
-    /// What a host must have before there is a container; `true`: also the container, which does not run.
+    /// What a host must have before there is a container.
     fn prepare(self) -> String {
         let program = self.program();
         let root = format!("mkdir -p {DIR} /srv/redis && {ROOTFS} /srv/redis/rootfs redis-server redis-cli");
-        let import = format!("tar -C /srv/redis/rootfs -c . | {program} import - lab");
         match self {
             Self::Runc | Self::RuncPreDump | Self::Crun => format!(
                 "{root} && cd /srv/redis && {program} spec && python3 -c '{CONFIGURE}' /srv/redis {}",
                 quoted(REDIS)
             ),
             Self::Docker => format!(
-                "{root} && mkdir -p /etc/criu /var/lib/docker && \
-                 printf 'tcp-established\nfile-locks\n' > /etc/criu/runc.conf && \
+                "{root} && mkdir -p /var/lib/docker && \
                  {{ setsid dockerd --experimental --storage-driver overlay2 --exec-opt native.cgroupdriver=cgroupfs \
                     > /srv/daemon.log 2>&1 < /dev/null & }} ; \
-                 for i in $(seq 300); do docker info > /dev/null 2>&1 && break; sleep 0.1; done; {import} && \
-                 docker create --name redis --network host lab {}",
-                quoted(REDIS)
+                 for i in $(seq 300); do docker info > /dev/null 2>&1 && exit 0; sleep 0.1; done; exit 1"
             ),
-            Self::Podman => format!("{root} && {import}"),
+            Self::Podman => root,
+        }
+    }
+
+    /// The image is the same on both hosts.
+    fn ship_image(self, lab: &Lab) -> Result<()> {
+        let program = self.program();
+        if !matches!(self, Self::Docker | Self::Podman) {
+            return Ok(());
+        }
+        shell(lab, Host::A, &format!("tar -C /srv/redis/rootfs -c . | {program} import - lab"))?;
+        let mut save = lab.command(Host::A, &["sh", "-c", &format!("{program} save lab")]);
+        let mut save = save.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
+        let saved = save.stdout.take().ok_or("no pipe")?;
+        let mut load = lab.command(Host::B, &["sh", "-c", &format!("{program} load")]);
+        let loaded = load.stdin(saved).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        if !save.wait()?.success() || !loaded.success() {
+            return Err("the image could not be brought from one host to the other".into());
+        }
+        Ok(())
+    }
+
+    /// A host has no container any more.
+    fn forget(self) -> String {
+        match self {
+            Self::Docker => "docker rm -f redis > /dev/null 2>&1; true".to_owned(),
+            _ => self.clear(),
+        }
+    }
+
+    /// What must be on the target before it can restore.
+    fn create(self) -> String {
+        match self {
+            Self::Docker => {
+                format!("docker create --name redis --network host lab {}", quoted(REDIS))
+            }
+            _ => "true".to_owned(),
         }
     }
 
@@ -122,7 +160,7 @@ impl Theirs {
             Self::Runc | Self::RuncPreDump | Self::Crun => {
                 format!("{} run -d --bundle /srv/redis redis < /dev/null > /dev/null 2>&1", self.program())
             }
-            Self::Docker => "docker start redis".to_owned(),
+            Self::Docker => format!("{} && docker start redis", self.create()),
             Self::Podman => {
                 format!("{PODMAN} run -d --name redis --network host --pids-limit -1 lab {}", quoted(REDIS))
             }
@@ -195,7 +233,7 @@ impl Theirs {
         };
         // What CRIU has locked of a network whose container has left stays locked.
         format!(
-            "{engine} > /dev/null 2>&1; rm -rf {DIR} {dir}/images; mkdir -p {DIR} {dir}; \
+            "{engine} > /dev/null 2>&1; rm -rf {DIR} {dir}/images; mkdir -p {DIR}; \
              ip address del {VIP}/24 dev eth0 2> /dev/null; \
              for tool in iptables ip6tables; do $tool -F INPUT; $tool -F OUTPUT; done 2> /dev/null; true"
         )
@@ -213,7 +251,13 @@ fn shell(lab: &Lab, host: Host, script: &str) -> Result<String> {
     }
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said);
-    Err(said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it did not say why").trim().into())
+    let said = last_line(&said);
+    let criu = lab.on(host, &["sh", "-c", &format!("grep -hs Error {DIR}/work/*.log | head -1")]);
+    Err(format!("{said} {}", String::from_utf8_lossy(&criu.stdout).trim()).trim().into())
+}
+
+fn last_line(said: &str) -> &str {
+    said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it did not say why").trim()
 }
 
 /// All figures of one method.
@@ -224,29 +268,47 @@ pub(crate) fn measure(method: Theirs, size: Size, epochs: usize, moves: usize) -
         let criu =
             "[ ! -e /opt/standin/criu/bin/criu ] || ln -sf /opt/standin/criu/bin/criu /usr/local/sbin/criu";
         shell(&lab, host, criu)?;
+        shell(&lab, host, &format!("mkdir -p /etc/criu && echo '{CRIU_OPTIONS}' > /etc/criu/runc.conf"))?;
         shell(&lab, host, &method.prepare())?;
     }
-    shell(&lab, Host::A, &format!("ip address add {VIP}/24 dev eth0; {}", method.start()))?;
-    populate(&lab, size)?;
+    method.ship_image(&lab)?;
+    begin(&lab, method, size)?;
     let mut figures = Figures::default();
     for _ in 0..epochs {
         figures.epochs.push(epoch(&lab, method)?);
     }
     let mut at = (Host::A, Host::B);
-    for _ in 0..moves {
-        let moved = relocate(&lab, method, at);
-        if moved.is_err() && !figures.epochs.is_empty() {
-            figures.note = moved.err().map(|error| format!("no move: {error}"));
-            break;
+    for round in 0..moves {
+        if round > 0 && method == Theirs::Docker {
+            // Its runc makes no checkpoint of a container that it has restored.
+            begin(&lab, method, size)?;
+        } else if round > 0 {
+            at = (at.1, at.0);
         }
-        figures.moves.push(moved?);
-        at = (at.1, at.0);
+        match relocate(&lab, method, at) {
+            Ok(moved) => figures.moves.push(moved),
+            Err(error) => {
+                figures.note = Some(format!("after {round} moves: {error}"));
+                break;
+            }
+        }
     }
     Ok(figures)
 }
 
+/// A new container on A, and what B must have to restore it.
+fn begin(lab: &Lab, method: Theirs, size: Size) -> Result<()> {
+    for host in [Host::A, Host::B] {
+        shell(lab, host, &method.clear())?;
+        shell(lab, host, &method.forget())?;
+    }
+    shell(lab, Host::B, &method.create())?;
+    shell(lab, Host::A, &format!("ip address add {VIP}/24 dev eth0; {}", method.start()))?;
+    populate(lab, size)
+}
+
 fn client_of(lab: &Lab) -> Result<Client> {
-    let netns = std::fs::File::open(format!("/proc/{}/ns/net", lab.pid(Host::Client)))?;
+    let netns = File::open(format!("/proc/{}/ns/net", lab.pid(Host::Client)))?;
     let client = Client::start(netns);
     std::thread::sleep(Duration::from_millis(300));
     Ok(client)
@@ -293,16 +355,18 @@ fn criu_frozen_ms(lab: &Lab, method: Theirs, said: &str) -> Result<Option<f64>> 
     }
 }
 
-/// Waits on the target for the images, and restores them.
-fn target(lab: &Lab, method: Theirs, to: Host) -> Result<Child> {
+/// Waits on the target for the images, and restores them. What it says goes to a file: a pipe would stay open as long as
+/// anything that it has started.
+fn target(lab: &Lab, method: Theirs, to: Host, said: &File) -> Result<Child> {
     let (dir, _) = method.images();
     let script = format!(
-        "python3 -c \"{RECEIVE}\" {PORT} | tar -x -C {dir} && ip address add {VIP}/24 dev eth0 && {} && \
+        "mkdir -p {dir}; python3 -c \"{RECEIVE}\" {PORT} | tar -x -C {dir} && ip address add {VIP}/24 dev eth0 && {} && \
          {{ arping -q -U -c 2 -I eth0 {VIP} > /dev/null 2>&1 & }}",
         method.restore()
     );
     let mut command = lab.command(to, &["timeout", &STEP_S.to_string(), "sh", "-c", &script]);
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    command.stdin(Stdio::null()).stdout(said.try_clone()?).stderr(said.try_clone()?);
+    let child = command.spawn()?;
     std::thread::sleep(Duration::from_millis(200));
     Ok(child)
 }
@@ -311,7 +375,8 @@ fn relocate(lab: &Lab, method: Theirs, (from, to): (Host, Host)) -> Result<Move>
     shell(lab, to, &method.clear())?;
     let (dir, images) = method.images();
     shell(lab, from, &format!("rm -rf {DIR} {dir}/images; mkdir -p {DIR} {dir}"))?;
-    let mut restoring = target(lab, method, to)?;
+    let mut heard = tempfile::tempfile()?;
+    let mut restoring = target(lab, method, to, &heard)?;
     let client = client_of(lab)?;
     let sent = || sent_bytes(lab, from);
     let sent_before = sent()?;
@@ -327,21 +392,23 @@ fn relocate(lab: &Lab, method: Theirs, (from, to): (Host, Host)) -> Result<Move>
     if checkpointed.is_err() {
         let _ = restoring.kill();
     }
-    let restored = restoring.wait_with_output()?;
+    let restored = restoring.wait()?;
     let total_ms = began.elapsed().as_secs_f64() * 1e3;
     let bytes = sent()? - sent_before;
     std::thread::sleep(SETTLE);
     let ended = Instant::now();
     let answers: Answers = client.stop();
     checkpointed?;
-    if !restored.status.success() {
-        let said = String::from_utf8_lossy(&restored.stderr).trim().to_owned();
-        return Err(format!("the restore failed: {said}").into());
+    if !restored.success() {
+        let mut said = String::new();
+        heard.rewind()?;
+        heard.read_to_string(&mut said)?;
+        return Err(format!("the restore failed: {}", last_line(&said)).into());
     }
     if answers.rolled_back() > 0 {
         return Err("the client was told of increments that were forgotten".into());
     }
-    Ok(Move { downtime_ms: answers.longest_gap_ms(began, ended), total_ms, bytes })
+    Ok(Move { downtime_ms: answers.longest_gap_ms(began, ended), total_ms, command_ms: total_ms, bytes })
 }
 
 /// What a host has sent on the lab's network so far.
