@@ -7,7 +7,7 @@ use standin::model::EpochFigures;
 use crate::{
     REDIS, Result, Size,
     client::Client,
-    cluster::Cluster,
+    cluster::{Cluster, wait_for},
     containers::Oci,
     docker::{DOCKER, Daemon, Docker, PODMAN},
     figures::{Epoch, Figures, Move},
@@ -86,20 +86,21 @@ impl Ours {
 pub(crate) fn measure(method: Ours, size: Size, epochs: usize, moves: usize) -> Result<Figures> {
     let (engine, flags) = method.start();
     let cluster = engine.cluster();
-    let protect = |every: &str| {
-        let fixed = ["protect", "redis", "--to", "b", "--every", every];
+    let protect = || {
+        let fixed = ["protect", "redis", "--to", "b", "--every", "200ms"];
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         cluster.standin(Host::A, &[fixed.as_slice(), &flags].concat());
         cluster.wait_state(Host::A, "primary", "protected");
     };
     // It has an address on the lab's network from here on only.
-    protect("200ms");
+    protect();
     populate(&cluster.lab, size)?;
     // The standby has nothing of it yet, as on the first day.
     cluster.standin(Host::A, &["unprotect", "redis"]);
+    wait_for("the standby to forget it", || cluster.status(Host::B, "redis").is_null());
     let before = sent_bytes(&cluster.lab, Host::A)?;
     let began = Instant::now();
-    protect("200ms");
+    protect();
     let first = (began.elapsed().as_secs_f64() * 1e3, sent_bytes(&cluster.lab, Host::A)? - before);
     cluster.wait_state(Host::B, "standby", "ready");
 

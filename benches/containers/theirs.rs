@@ -241,7 +241,7 @@ impl Theirs {
 }
 
 fn quoted(words: &[&str]) -> String {
-    words.iter().map(|word| format!("'{word}' ")).collect()
+    words.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ")
 }
 
 fn shell(lab: &Lab, host: Host, script: &str) -> Result<String> {
@@ -252,8 +252,11 @@ fn shell(lab: &Lab, host: Host, script: &str) -> Result<String> {
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said);
     let said = last_line(&said);
+    // What runc and crun write is for machines.
+    let said = said.split_once("msg=\"").map_or(said, |(_, said)| said.trim_end_matches('"'));
     let criu = lab.on(host, &["sh", "-c", &format!("grep -hs Error {DIR}/work/*.log | head -1")]);
-    Err(format!("{said} {}", String::from_utf8_lossy(&criu.stdout).trim()).trim().into())
+    let verb = script.split_whitespace().next().unwrap_or_default();
+    Err(format!("{verb}: {said} {}", String::from_utf8_lossy(&criu.stdout).trim()).trim().into())
 }
 
 fn last_line(said: &str) -> &str {
@@ -319,7 +322,9 @@ fn epoch(lab: &Lab, method: Theirs) -> Result<Epoch> {
     let (dir, images) = method.images();
     shell(lab, Host::A, &format!("rm -rf {DIR} {dir}/images; mkdir -p {DIR} {dir}"))?;
     if let Some(ahead) = method.ahead() {
-        shell(lab, Host::A, &ahead)?;
+        let refused =
+            |error| format!("`runc checkpoint --pre-dump`, which needs the kernel's soft-dirty: {error}");
+        shell(lab, Host::A, &ahead).map_err(refused)?;
     }
     let client = client_of(lab)?;
     let began = Instant::now();
