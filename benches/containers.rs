@@ -15,7 +15,8 @@
 //! that took before, once, files included. How the others move is told in `containers/theirs.rs`. A move in which an
 //! acknowledged increment is lost is an error.
 //!
-//! Where a method does not work here, its row says why.
+//! The keys are redis' own for tests, whose values are mostly zeroes: what Standin sends of them is little because it packs
+//! what it sends, which the others could do too, at a cost. Where a method does not work here, its row says why.
 
 use std::{
     error::Error,

@@ -35,7 +35,7 @@ impl Cluster {
         Self::strangers(hint, flags).paired()
     }
 
-    /// The same on hosts that have cgroup v1 too.
+    /// The same on hosts that can limit what a cgroup takes.
     pub(crate) fn hybrid(hint: &str) -> Self {
         Self::start(Lab::hybrid(hint), &[]).paired()
     }

@@ -105,7 +105,8 @@ fn what_is_killed_for_want_of_memory_is_told_and_protection_goes_on_with_the_res
 
     // All of it: that is its end and not its host's, so nobody revives it, and its runtime knows how it ended.
     oci.cluster.wait_state_of("grows", Host::B, "primary", "protected");
-    let limit = oci.cluster.lab.ok(Host::B, &["cat", "/sys/fs/cgroup/memory/grows/memory.limit_in_bytes"]);
+    let read = "cat /sys/fs/cgroup/memory/grows/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/grows/memory.max";
+    let limit = oci.cluster.lab.ok(Host::B, &["sh", "-c", read]);
     assert_eq!(limit.trim(), (32 * MIB).to_string());
     oci.inside(Host::B, &["touch", "/grow-itself"]);
     wait_for("its end", || oci.state(Host::B)["status"] != "running");

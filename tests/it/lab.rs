@@ -76,20 +76,16 @@ impl Lab {
     /// # Panics
     /// If it cannot be made: nearly always because the test does not run as root.
     pub(crate) fn up(hint: &str) -> Self {
-        Self::up_owned_by(hint, id())
+        Self::up_with(hint, id(), &[])
     }
 
-    /// As [`Lab::up`], for a lab that goes with the process `owner_pid`.
-    pub(crate) fn up_owned_by(hint: &str, owner_pid: u32) -> Self {
-        Self::up_with(hint, owner_pid, &[])
-    }
-
-    /// As [`Lab::up`], with this machine's cgroup v1 hierarchies beside that of version 2, which has no controllers then.
+    /// As [`Lab::up`], with what controllers of cgroups this machine has: they are with version 1 or with version 2.
     pub(crate) fn hybrid(hint: &str) -> Self {
         Self::up_with(hint, id(), &["--hybrid"])
     }
 
-    fn up_with(hint: &str, owner_pid: u32, flags: &[&str]) -> Self {
+    /// For a lab that goes with the process `owner_pid`; `flags` of `scripts/lab up`.
+    pub(crate) fn up_with(hint: &str, owner_pid: u32, flags: &[&str]) -> Self {
         static LABS: AtomicU32 = AtomicU32::new(0);
         assert!(
             nix::unistd::geteuid().is_root(),
