@@ -117,9 +117,9 @@ fn what_is_killed_for_want_of_memory_is_told_and_protection_goes_on_with_the_res
     assert!(kinds(&oci.cluster, Host::A, "grows").contains(&"forgotten".to_owned()));
 }
 
-#[test]
-fn a_standby_without_room_for_a_containers_files_keeps_its_epoch_and_goes_on_later() {
-    let cluster = Cluster::up("no-room-files");
+/// A protected container whose standby keeps files on a small disk of their own.
+fn with_small_disk(hint: &str) -> Oci {
+    let cluster = Cluster::up(hint);
     // What the standby keeps files on is small, and none of the container's own file systems.
     cluster.lab.ok(
         Host::B,
@@ -129,6 +129,23 @@ fn a_standby_without_room_for_a_containers_files_keeps_its_epoch_and_goes_on_lat
     oci.start(true);
     oci.protect(&[]);
     oci.cluster.wait_state_of("counts", Host::B, "standby", "ready");
+    oci
+}
+
+/// Leaves that disk no room.
+fn fill_disk(oci: &Oci) {
+    let ballast = format!("{WORKLOADS}/ballast");
+    let fill = format!("dd if=/dev/zero of={ballast} bs=64k 2>/dev/null; truncate -s -1M {ballast}");
+    oci.cluster.lab.ok(Host::B, &["sh", "-c", &fill]);
+}
+
+fn empty_disk(oci: &Oci) {
+    oci.cluster.lab.ok(Host::B, &["rm", &format!("{WORKLOADS}/ballast")]);
+}
+
+#[test]
+fn a_standby_without_room_for_a_containers_files_keeps_its_epoch_and_goes_on_later() {
+    let oci = with_small_disk("no-room-files");
     let write = |file: &str| {
         oci.inside(Host::A, &["dd", "if=/dev/urandom", &format!("of={file}"), "bs=1M", "count=8"]);
     };
@@ -150,13 +167,10 @@ fn a_standby_without_room_for_a_containers_files_keeps_its_epoch_and_goes_on_lat
     };
 
     // The disk is full when the epoch's files are brought to it.
-    let fill = format!(
-        "dd if=/dev/zero of={WORKLOADS}/ballast bs=64k 2>/dev/null; truncate -s -1M {WORKLOADS}/ballast"
-    );
-    oci.cluster.lab.ok(Host::B, &["sh", "-c", &fill]);
+    fill_disk(&oci);
     write("/data/applied");
     refused("the epoch after it to be refused");
-    oci.cluster.lab.ok(Host::B, &["rm", &format!("{WORKLOADS}/ballast")]);
+    empty_disk(&oci);
     goes_on();
 
     // The memory that the store is in is full when the epoch is half received.
@@ -171,6 +185,24 @@ fn a_standby_without_room_for_a_containers_files_keeps_its_epoch_and_goes_on_lat
     hand_off(&oci.cluster, Host::A, "counts");
     assert_eq!(sums(Host::B), before);
     oci.assert_counts(Host::B);
+}
+
+/// The host dies while the standby's disk is full: what the standby has is an epoch all the same, and lives once there is room.
+#[test]
+fn a_standby_without_room_promotes_when_it_has_some() {
+    let oci = with_small_disk("no-room-promote");
+    fill_disk(&oci);
+    oci.inside(Host::A, &["dd", "if=/dev/urandom", "of=/data/applied", "bs=1M", "count=8"]);
+    wait_for("the epoch after it to be refused", || oci.error().contains("space"));
+    oci.cluster.lab.kill(Host::A);
+    oci.cluster.wait_state_of("counts", Host::B, "standby", "promoting");
+    let status = oci.cluster.status(Host::B, "counts");
+    assert!(status["error"].as_str().is_some_and(|error| error.contains("space")), "{status:#}");
+    empty_disk(&oci);
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "alone");
+    oci.assert_counts(Host::B);
+    // As far as it was written at the epoch that did not fit.
+    oci.inside(Host::B, &["sh", "-c", "[ -s /data/applied ]"]);
 }
 
 /// Makes `DIR/FROM-TO` of each kind, and then of each other; the third step says what they are.
