@@ -286,7 +286,7 @@ impl Freeze<'_, '_> {
             if let Some(lists) = &self.lists {
                 let guards = tracked.tracker.guards().cloned().unwrap_or_default();
                 let told = self.listed.told_ahead.remove(&space);
-                if told && !tracked.tracker.confirms(&tracked.guards) {
+                if told && tracked.guards != guards {
                     tracing::warn!(told = ?tracked.guards, now = ?guards, pid, "guard regions are others now");
                     return Err(CaptureError::Guards(pid));
                 }

@@ -224,18 +224,6 @@ impl Tracker {
         self.guards().filter(|_| self.maps_text == maps)
     }
 
-    /// Whether what somebody was told of a process that stands still since before is what the last
-    /// [`take_dirty`](Self::take_dirty) found. Whoever dumps it may have mapped something of his own meanwhile, which divides
-    /// what a pass looks at and hides none of the process' mappings.
-    pub fn confirms(&self, told: &Guards) -> bool {
-        let now = &self.guards;
-        let unseen = extents::subtract(&told.looked, &now.looked);
-        let is_unseen = |t: &Tracked| {
-            t.mapping.is_private() && !extents::intersect(&[t.mapping.extent], &unseen).is_empty()
-        };
-        now.found == told.found && !self.tracked.iter().any(is_unseen)
-    }
-
     /// All pages of private memory that exist now, as of the mappings of the last pass or registration.
     pub fn populated(&mut self, out: &mut Vec<Extent>) -> Result<(), TrackError> {
         out.clear();

@@ -260,23 +260,6 @@ fn a_guard_region_is_no_page() {
     assert!(!holds(&dirty, at[0]) && holds(&dirty, at[0] + 9 * PAGE));
 }
 
-/// As CRIU does to a process that it has frozen.
-#[test]
-fn a_mapping_that_comes_in_between_is_no_change_of_guard_regions() {
-    let (mut target, mut tracker, mut replica, _) = followed(&["anon a 16", "fill a 1"]);
-    let Some(told) = tracker.guards().cloned() else {
-        println!("this kernel has no guard regions");
-        return;
-    };
-    target.ask("shared between 4");
-    frozen_pass(&target, &mut tracker, &mut replica);
-    assert_ne!(tracker.guards(), Some(&told), "it divides what is looked at");
-    assert!(tracker.confirms(&told));
-    assert_eq!(target.ask("guard a 8"), "0");
-    frozen_pass(&target, &mut tracker, &mut replica);
-    assert!(!tracker.confirms(&told));
-}
-
 #[test]
 fn an_exec_is_noticed() {
     let (mut target, mut tracker, mut replica, _) = followed(&["anon a 16"]);
