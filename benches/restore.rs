@@ -45,7 +45,7 @@ use standin::{
         swrk::{RestoreOptions, Swrk},
     },
     model::{Epoch, EpochId, Extent, PAGE_SIZE, Space, Term},
-    restore::{self, Ahead, Mode, Recency, Site},
+    restore::{self, Ahead, Mode, Recency, Site, Step},
     store::{Durability, Store, View},
     wire::message::FrameHead,
     workload::control::{Command, User},
@@ -454,7 +454,11 @@ impl Image {
         let pages = restore::page_files(&view, &self.recency);
         let pager = Pager::start(&self.install, &self.lazy, mark, &pages)?;
         let name = self.lazy.file_name().and_then(|name| name.to_str()).ok_or("no name")?;
-        let root = criu.restore(name, self.note.keys(), Some(&pager.handle()?))?;
+        let handle = pager.handle()?;
+        let root = criu.restore(name, self.note.keys(), true, &mut |step| match step {
+            Step::Restored => handle.hold(),
+            Step::Resuming => Ok(()),
+        })?;
         pager.wait()?;
         Ok((root, ordered, Some(now_ns())))
     }

@@ -281,7 +281,7 @@ def main():
     ends = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     for end in ends:
         signal.signal(end, interrupt)
-    story, lab = Story(options.json, brief=options.rounds > 1), Lab()
+    story, lab = Story(options.json, brief=options.rounds > 1), Lab(options.keep)
     logs = {host: "/tmp/standin-%s-%s.log" % (lab.name, host) for host in "AB"}
     logs_matter = True
     try:

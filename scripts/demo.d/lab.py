@@ -34,8 +34,10 @@ def wait_for(what, test, timeout_s=60):
 
 
 class Lab:
-    def __init__(self):
+    def __init__(self, keep=False):
         self.name = "demo%d" % os.getpid()
+        # It goes when its owner does, whichever way that ends.
+        self.owner = [] if keep else ["--owner", str(os.getpid())]
 
     def command(self, *args):
         return [os.path.join(SCRIPTS, "lab"), "--name", self.name, *args]
@@ -48,7 +50,7 @@ class Lab:
 
     def up(self):
         # Of the machine's /tmp, for one, the hosts see nothing.
-        self.run("up", "--owner", str(os.getpid()), "--share", os.path.dirname(STANDIN))
+        self.run("up", *self.owner, "--share", os.path.dirname(STANDIN))
 
     def on(self, host, *args, check=True):
         return self.run("on", host, *args, check=check).stdout

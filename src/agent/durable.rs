@@ -77,6 +77,11 @@ impl Place {
         self.dir.join("lazy-restore.json")
     }
 
+    /// Says which epoch was let run here: see [`super::standby`].
+    pub(super) fn run_mark(&self) -> PathBuf {
+        self.dir.join("running.json")
+    }
+
     /// Makes the directory, 0700.
     pub(super) fn make(&self) -> io::Result<()> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)

@@ -25,6 +25,7 @@ mod http;
 mod inbound;
 mod links;
 mod owner;
+mod promotion;
 mod roles;
 mod session;
 mod standby;

@@ -1,6 +1,7 @@
-//! What an owner does when its host's part changes: begins to protect, becomes a standby, promotes, is demoted.
+//! What an owner does when its host's part changes: begins to protect, becomes a standby, is demoted; for promotion see
+//! [`super::promotion`].
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
@@ -8,16 +9,16 @@ use super::{
     api::{ApiError, ProtectRequest, Source, WorkloadStatus},
     home::Home,
     links::Link,
-    owner::{Answer, Msg, Offer, Owner, Promotion, Running, boot_now},
+    owner::{Answer, Msg, Offer, Owner, Running, boot_now},
     session::{Permit, Session},
-    standby::{RestorePlan, Standby},
+    standby::Standby,
     trees,
 };
 use crate::{
     capture::Capturer,
     ha::{self, Copy, Core, Input, Message, Record, Standing, Start},
-    model::{Epoch, EpochId, Term},
-    takeover::{announce::SCHEDULE, check::check_vip},
+    model::{Epoch, Term},
+    takeover::check::check_vip,
     transport::block_in_place,
     wire::message::Reply,
     workload::{
@@ -44,9 +45,10 @@ impl Owner {
         let marked = Standby::marked(&self.agent, &self.name);
         self.lazy_pages = marked.is_some() && Standby::is_served(&self.agent, &self.name);
         if let (Some(epoch), ha::Role::Primary { .. }, false) = (marked, record.role, self.lazy_pages) {
-            // The tree lacks pages that nobody brings any more: it is restored anew from the same epoch.
+            // The tree lacks pages that nobody brings any more: it is restored anew from the same epoch, if that can be.
+            let once = trees::has_files(&self.agent.config, &self.durable.spec.place);
             self.event(
-                "restored-anew",
+                if once { "pages-lost" } else { "restored-anew" },
                 "what brought the workload its pages ended before the last one was there",
                 Some(epoch),
             );
@@ -373,7 +375,7 @@ impl Owner {
     }
 
     /// The place into which the workload would be restored: there, empty, silent.
-    fn warm_place(&mut self) -> anyhow::Result<()> {
+    pub(super) fn warm_place(&mut self) -> anyhow::Result<()> {
         if self.home.as_ref().is_some_and(Home::can_take_a_tree) {
             return Ok(());
         }
@@ -421,138 +423,6 @@ impl Owner {
             self.error = Some(format!("this host cannot be the standby: {error:#}"));
         }
         self.answer_waiting_offer();
-    }
-
-    // Promotion.
-
-    pub(super) fn restore(&mut self, epoch: EpochId, term: Term, eager: bool) {
-        let silent_ms = self.lease_renewed.map_or(0.0, |at| at.elapsed().as_secs_f64() * 1e3);
-        let handed = self.taken_over == Some(epoch);
-        let cause = if handed { "handed over by the primary" } else { "the primary's lease ran out" };
-        let mut phases = BTreeMap::new();
-        if !handed {
-            phases.insert("detect".to_owned(), silent_ms);
-        }
-        if let Some(lag) = self.standby.as_ref().and_then(|standby| standby.lag_ms()) {
-            phases.insert("lag".to_owned(), lag as f64);
-        }
-        self.promotion = Some(Promotion { cause: cause.to_owned(), phases, decided: Instant::now(), epoch });
-        tracing::info!(%term, %epoch, eager, cause, "restoring");
-        let (Some(standby), to_self) = (self.standby.clone(), self.to_self.clone()) else {
-            self.feed(Input::RestoreFailed { reason: "the image is gone".into() });
-            return;
-        };
-        // A place that an attempt has used is not used again.
-        let waiting = standby.waiting();
-        let used = eager || self.home.as_ref().is_none_or(|home| !home.is_empty_but(&waiting));
-        if used {
-            self.kill_copy();
-        }
-        if let Err(error) = self.warm_place() {
-            let _ = to_self.try_send(Msg::RestoreFailed(format!("{error:#}")));
-            return;
-        }
-        let Some(mut home) = self.home.take() else { return };
-        // Should the pages not come, memory is restored anew from the same epoch; files that the workload has written
-        // meanwhile would not be of it. So with files of its own it gets all pages at once.
-        let eager = eager || self.eager || trees::has_files(&self.agent.config, &self.durable.spec.place);
-        let (agent, plan) = (Arc::clone(&self.agent), RestorePlan { epoch, eager, owner: to_self.clone() });
-        self.lazy_pages = !eager;
-        tokio::task::spawn_blocking(move || {
-            let message = match standby.restore(&agent, &mut home, &plan) {
-                Ok((phases, root)) => Msg::Restored { home: Box::new(home), phases, root },
-                Err(error) => {
-                    drop(home);
-                    Msg::RestoreFailed(format!("{error:#}"))
-                }
-            };
-            let _ = to_self.blocking_send(message);
-        });
-    }
-
-    pub(super) fn restored(&mut self, home: Home, phases: BTreeMap<String, f64>) {
-        self.home = Some(home);
-        if let Some(promotion) = &mut self.promotion {
-            promotion.phases.extend(phases);
-            promotion.phases.insert("restore".into(), promotion.decided.elapsed().as_secs_f64() * 1e3);
-        }
-        match self.pages_lost.take() {
-            Some(reason) => self.feed(Input::RestoreFailed { reason }),
-            None => self.feed(Input::Restored),
-        }
-    }
-
-    pub(super) fn announce(&mut self, term: Term) {
-        self.error = None;
-        let opening = Instant::now();
-        self.speak();
-        let Some(mut promotion) = self.promotion.take() else { return };
-        promotion.phases.insert("network".into(), opening.elapsed().as_secs_f64() * 1e3);
-        let detail = format!("{}; epoch {} runs here under term {term}", promotion.cause, promotion.epoch);
-        self.event_with("promoted", &detail, Some(promotion.epoch), promotion.phases);
-        self.last_committed = None;
-        if !self.lazy_pages {
-            self.pages_served();
-        }
-    }
-
-    /// Lets the workload be heard, and tells the network where it is: now, and again by the schedule.
-    fn speak(&mut self) {
-        let Some(home) = &self.home else { return };
-        if let Err(error) = block_in_place(|| home.open_up().and_then(|()| home.announce())) {
-            self.error = Some(format!("the workload cannot be heard: {error:#}"));
-        }
-        self.announced = Some((Instant::now(), 1));
-    }
-
-    /// Repeats an announcement that is due.
-    pub(super) fn repeat_announcement(&mut self) {
-        let Some((since, round)) = self.announced else { return };
-        let Some(&at) = SCHEDULE.get(round) else {
-            self.announced = None;
-            return;
-        };
-        if since.elapsed() < at {
-            return;
-        }
-        if self.standing() == Some(Standing::Primary)
-            && let Some(Err(error)) = self.home.as_ref().map(Home::announce)
-        {
-            tracing::debug!(%error, "announcing the address");
-        }
-        self.announced = Some((since, round + 1));
-    }
-
-    /// The restored tree has all its memory: the image is not needed any more.
-    pub(super) fn pages_served(&mut self) {
-        self.lazy_pages = false;
-        if self.standing() == Some(Standing::Primary)
-            && let Some(standby) = self.standby.take()
-        {
-            block_in_place(|| standby.remove());
-        }
-    }
-
-    pub(super) fn pages_failed(&mut self, reason: &str) {
-        self.lazy_pages = false;
-        if self.home.is_none() {
-            // The restore is not reported yet. It may never be: CRIU or the tree, touching a page that nobody brings, waits
-            // for ever. Its place is ended, upon which it fails.
-            self.pages_lost = Some(reason.to_owned());
-            self.kill_copy();
-            return;
-        }
-        self.event("pages-failed", reason, None);
-        let role = self.durable.record.map(|record| record.role);
-        let runs_here = matches!(role, Some(ha::Role::Primary { .. } | ha::Role::Promoting { .. }));
-        if runs_here && !std::mem::replace(&mut self.eager, true) {
-            // As an agent that starts now would: the mark is still there.
-            self.resume();
-            return;
-        }
-        self.error =
-            Some(format!("pages could not be brought to the restored workload, which was ended: {reason}"));
-        self.kill_copy();
     }
 
     // Ending.

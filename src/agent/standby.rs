@@ -8,11 +8,11 @@
 //! Invariants: commits go through the workload's owner one at a time, so that an epoch is never committed behind a
 //! promotion's back; a restore works on a frozen view of the store; until a lazy restore has every page, a mark on disk
 //! says so, and an agent that finds it waits for whoever serves the pages, or restores anew if nobody does
-//! ([`Standby::marked`]).
+//! ([`Standby::marked`]); before the tree of a workload with files is let run, another says that ([`Standby::has_run`]).
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -32,7 +32,7 @@ use crate::{
     },
     model::{EpochId, Extent, Name, Space, Term},
     observe::unix_ms,
-    restore::{self, Ahead, Mode, Recency},
+    restore::{self, Ahead, Mode, Recency, Step},
     store::{BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, View},
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
@@ -46,6 +46,7 @@ pub(super) struct Standby {
     store: Store,
     ready_root: PathBuf,
     mark: PathBuf,
+    run_mark: PathBuf,
     newest: Mutex<Option<(EpochId, Note)>>,
     /// One fold at a time; why the last one failed, if it did. What is held is whole all the same.
     folding: Mutex<Option<String>>,
@@ -75,7 +76,7 @@ impl Standby {
         };
         let root = agent.config.store_dir.join("images");
         let place = durable::Place::of(&agent.config.state_dir, name);
-        let mark = place.lazy_mark();
+        let (mark, run_mark) = (place.lazy_mark(), place.run_mark());
         let config = agent.config.clone();
         let files = Box::new(move |changes: &FileChanges<'_>| trees::apply(&config, &place, changes));
         let store = Store::open(&root, name, durability, files)?;
@@ -84,6 +85,7 @@ impl Standby {
             store,
             ready_root: agent.config.store_dir.join("ready").join(name.as_str()),
             mark,
+            run_mark,
             newest: Mutex::new(newest),
             folding: Mutex::new(None),
             readying: Mutex::new(()),
@@ -200,6 +202,17 @@ impl Standby {
     pub(super) fn marked(agent: &Agent, name: &Name) -> Option<EpochId> {
         let mark = durable::Place::of(&agent.config.state_dir, name).lazy_mark();
         serde_json::from_slice(&fs::read(mark).ok()?).ok()
+    }
+
+    /// The last epoch of a workload with files that was let run here, or was about to be.
+    pub(super) fn has_run(agent: &Agent, name: &Name) -> Option<EpochId> {
+        let mark = durable::Place::of(&agent.config.state_dir, name).run_mark();
+        serde_json::from_slice(&fs::read(mark).ok()?).ok()
+    }
+
+    /// The pid inside of the root of what the newest epoch is restored to.
+    pub(super) fn root(&self) -> anyhow::Result<u32> {
+        Ok(Note::read(&self.store.view().context("the image is gone")?.criu_dir())?.root)
     }
 
     /// Whether that restore goes on without the agent that ordered it.
@@ -399,6 +412,8 @@ fn stage_frames(
 pub(super) struct RestorePlan {
     pub(super) epoch: EpochId,
     pub(super) eager: bool,
+    /// Which the tree changes as soon as it runs.
+    pub(super) has_files: bool,
     pub(super) owner: mpsc::Sender<Msg>,
 }
 
@@ -425,19 +440,46 @@ impl Standby {
         phases.insert("prepare".to_owned(), began.elapsed().as_secs_f64() * 1e3);
         let asked = Instant::now();
         let name = dir.file_name().and_then(|name| name.to_str()).context("a directory without a name")?;
-        let root = if plan.eager {
-            criu.restore(name, note.keys(), None)?
-        } else {
-            let (pager, serving) = self.serve_pages(agent, view, &dir, plan)?;
-            criu.restore(name, note.keys(), Some(&pager)).inspect_err(|_| {
-                pager.stop();
-                // Its thread has nothing to say that the error does not.
-                let _ = serving.join();
-            })?
-        };
+        let pager = if plan.eager { None } else { Some(self.serve_pages(agent, view, &dir, plan)?) };
+        let mut resuming = false;
+        let restored = criu.restore(name, note.keys(), pager.is_some(), &mut |step| {
+            resuming = step == Step::Resuming;
+            match &pager {
+                _ if resuming => return Ok(()),
+                Some((pager, _)) => pager.hold()?,
+                None => {}
+            }
+            if plan.has_files { self.let_run(plan.epoch) } else { Ok(()) }
+        });
+        if restored.is_err() && !resuming {
+            // CRIU has ended what it made.
+            let _ = fs::remove_file(&self.run_mark);
+        }
+        if let (Err(_), Some((pager, serving))) = (&restored, pager) {
+            pager.stop();
+            // Its thread has nothing to say that the error does not.
+            let _ = serving.join();
+        }
+        let root = restored?;
         phases.insert("criu".to_owned(), asked.elapsed().as_secs_f64() * 1e3);
         home.track(root)?;
         Ok((phases, root))
+    }
+
+    /// Says that the epoch runs from now on. On the disk it is a moment later: a host that loses its power before that has
+    /// most likely lost what the tree wrote too.
+    fn let_run(&self, epoch: EpochId) -> io::Result<()> {
+        let new = self.run_mark.with_extension("new");
+        fs::write(&new, serde_json::to_vec(&epoch)?)?;
+        fs::rename(&new, &self.run_mark)?;
+        let mark = self.run_mark.clone();
+        std::thread::spawn(move || match durable::sync(&mark) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, "it is not on the disk that the workload was let run");
+            }
+            _ => {}
+        });
+        Ok(())
     }
 
     /// The CRIU that waits, or else a new one.

@@ -64,6 +64,8 @@ pub(super) struct Files {
     scanner: Scanner,
     /// What was mapped at the last look: it may have been written to and unmapped since.
     mapped: HashSet<FileId>,
+    /// Of the freeze that is under way, what was found first.
+    frozen: Option<Vec<Change>>,
 }
 
 impl Files {
@@ -73,12 +75,14 @@ impl Files {
             root,
             scanner: Scanner::new(trees.to_vec()),
             mapped: HashSet::new(),
+            frozen: None,
         })
     }
 
     /// The standby may have anything: all is sent anew.
     pub(super) fn reset(&mut self) {
         self.scanner.reset();
+        self.frozen = None;
     }
 
     /// Sends what has changed, while the tree runs: what is left for the freeze is little.
@@ -103,13 +107,39 @@ impl Files {
         Ok(())
     }
 
+    /// Finds most of what has changed since, of the frozen tree, while CRIU goes on, which may still change names: what it
+    /// does after this is all that [`Self::frozen`] finds. Does nothing where that would look at everything again.
+    pub(super) fn freeze(&mut self) -> Result<(), FilesError> {
+        if self.scanner.is_told() {
+            let in_use = self.look_at_tasks()?;
+            self.frozen = Some(self.changes(Phase::Running, &in_use, Vec::new())?);
+        }
+        Ok(())
+    }
+
     /// What has changed since, of the frozen tree: to be sent after the thaw.
     pub(super) fn frozen(&mut self) -> Result<Vec<Change>, FilesError> {
-        let in_use = self.look_at_tasks()?;
-        let mut changes = Vec::new();
-        let mut bytes = 0;
-        self.scanner.scan(Phase::Frozen, &in_use, &mut |record, body| {
-            bytes += RECORD_BYTES + path_of(&record).len() as u64 + body.len() as u64;
+        // After the first look no task has written.
+        let Some(changes) = self.frozen.take() else {
+            let in_use = self.look_at_tasks()?;
+            return self.changes(Phase::Frozen, &in_use, Vec::new());
+        };
+        self.changes(Phase::Frozen, &InUse::default(), changes)
+    }
+
+    /// Adds what a scan of the frozen tree finds.
+    fn changes(
+        &mut self,
+        phase: Phase,
+        in_use: &InUse,
+        mut changes: Vec<Change>,
+    ) -> Result<Vec<Change>, FilesError> {
+        let size = |record: &FileRecord, body: &[u8]| {
+            RECORD_BYTES + path_of(record).len() as u64 + body.len() as u64
+        };
+        let mut bytes: u64 = changes.iter().map(|(record, body)| size(record, body)).sum();
+        self.scanner.scan(phase, in_use, &mut |record, body| {
+            bytes += size(&record, body);
             if bytes <= FROZEN_BYTES_MAX {
                 changes.push((record, body.to_vec()));
             }

@@ -17,6 +17,7 @@ use super::{
     files::{Change, Files},
     ipc,
     lists::{self, Listed, Lists},
+    shared::SharedMemory,
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -62,7 +63,7 @@ pub(super) struct Frozen {
     pub(super) manifest: Manifest,
     /// What changed in the replicated directories since they were sent ahead.
     pub(super) files: Vec<Change>,
-    /// Private pages found written in the freeze.
+    /// Pages found written in the freeze.
     pub(super) dirty_pages: u64,
     /// What took how long.
     pub(super) parts: FreezeParts,
@@ -103,6 +104,7 @@ pub(super) struct Lent<'a> {
     pub(super) tasks: &'a mut BTreeMap<i32, Tracked>,
     pub(super) dumped: &'a mut Dumped,
     pub(super) known: &'a mut Known,
+    pub(super) shared: &'a mut SharedMemory,
     pub(super) files: &'a mut Option<Files>,
 }
 
@@ -119,6 +121,8 @@ struct Freeze<'a, 'b> {
     lists: Option<Lists<'a>>,
     /// Tasks that CRIU has left, and that were looked at since.
     left: BTreeSet<Space>,
+    /// The pages of shared memory that we read.
+    shared: BTreeMap<Space, Vec<Extent>>,
 }
 
 impl Reader<'_> {
@@ -181,12 +185,15 @@ impl Reader<'_> {
             Ok(listed) => listed,
             Err(error) => return Some(Err(error)),
         };
-        let (lists, left) = (self.lists, BTreeSet::new());
-        let mut freeze = Freeze { root: self.root, lent, pending: self.pending, listed, lists, left };
+        let (lists, left, shared) = (self.lists, BTreeSet::new(), BTreeMap::new());
+        let mut freeze = Freeze { root: self.root, lent, pending: self.pending, listed, lists, left, shared };
         let take = &mut |tracker: &mut Tracker, dirty: &mut Vec<Extent>| tracker.take_dirty(dirty).map(drop);
         let first = freeze.pass(&mut frozen, None, take);
         freeze.lists = None;
         let mut result = first.map(|pages| frozen.dirty_pages = pages);
+        if result.is_ok() {
+            result = freeze.read_shared(&mut frozen);
+        }
         if let Some(process) = self.without_ipc.filter(|_| result.is_ok()) {
             result = match ipc::has_objects(process) {
                 Ok(false) => Ok(()),
@@ -198,6 +205,9 @@ impl Reader<'_> {
         // the task's files, which is before its memory. Only with a single task is that all done now, and the scan can
         // run beside CRIU's work.
         let early = tasks.len() == 1;
+        if result.is_ok() && !early {
+            result = freeze.lent.files.as_mut().map_or(Ok(()), Files::freeze).map_err(CaptureError::from);
+        }
         let (manifest, sent, closed) = loop {
             // CRIU closes soon after it has left the last task.
             let last = freeze.left.len() == freeze.lent.tasks.len();
@@ -228,14 +238,14 @@ impl Reader<'_> {
 fn list(
     root: i32,
     lists: Option<&Lists<'_>>,
-    lent: &Lent<'_>,
+    lent: &mut Lent<'_>,
     parts: &mut FreezeParts,
 ) -> Result<(Vec<Task>, Listed), CaptureError> {
     let began = Instant::now();
     let tasks = memory::tasks_of(root)?;
-    let listed = lists.map(|lists| lists.write(&tasks, lent.tasks)).transpose()?.unwrap_or_default();
+    let listed = lists.map(|lists| lists.write(&tasks, lent.tasks, lent.shared)).transpose()?;
     parts.lists_us = us_since(began);
-    Ok((tasks, listed))
+    Ok((tasks, listed.unwrap_or_default()))
 }
 
 impl Frozen {
@@ -286,7 +296,8 @@ impl Freeze<'_, '_> {
             if let Some(lists) = &self.lists {
                 let guards = tracked.tracker.guards().cloned().unwrap_or_default();
                 let told = self.listed.told_ahead.remove(&space);
-                if told && tracked.guards != guards {
+                // Where it was looked may differ: the mappings are those that were told of, and CRIU's own among them.
+                if told && tracked.guards.found != guards.found {
                     tracing::warn!(told = ?tracked.guards, now = ?guards, pid, "guard regions are others now");
                     return Err(CaptureError::Guards(pid));
                 }
@@ -315,6 +326,28 @@ impl Freeze<'_, '_> {
         Ok(())
     }
 
+    /// Reads what the standby lacks of shared memory.
+    fn read_shared(&mut self, frozen: &mut Frozen) -> Result<(), CaptureError> {
+        let mut changed = 0;
+        for mapped in &self.listed.shared {
+            let began = Instant::now();
+            let (space, Lent { shared, known, .. }) = (Space::Shared(mapped.inode), &mut *self.lent);
+            let looked = shared.look(mapped)?;
+            changed += extents::pages(&looked.changed);
+            frozen.parts.scan_us += us_since(began);
+            let began = Instant::now();
+            known.mark_stale(space, &looked.changed);
+            let extents = known.missing(space, &looked.there);
+            let (at, data) = (known.stamp(), shared.content(mapped.inode, &extents));
+            frozen.pieces.push(Piece { space, extents, data, at });
+            self.shared.insert(space, looked.there);
+            frozen.parts.read_us += us_since(began);
+        }
+        self.lent.shared.settle(changed);
+        frozen.dirty_pages += changed;
+        Ok(())
+    }
+
     /// What is left of the second pass, tasks that were born after the last look, and whatever the
     /// list names that neither the standby nor this freeze has.
     fn finish(
@@ -328,6 +361,11 @@ impl Freeze<'_, '_> {
             if let Some(ours) = self.listed.ours.get(&map.space) {
                 let pages_of = |mapping| self.pages_of(map.space, mapping);
                 map.extents = lists::with_ours(&map.extents, ours, pages_of)?;
+            }
+            if let Some(there) = self.shared.get(&map.space) {
+                // CRIU sends what it was not told of in time: as good.
+                map.extents.extend_from_slice(there);
+                extents::normalize(&mut map.extents);
             }
         }
         let same = self.same_tasks()?;
@@ -345,8 +383,8 @@ impl Freeze<'_, '_> {
                 have.extend_from_slice(&piece.extents);
             }
             extents::normalize(&mut have);
-            // Shared memory is never among them: all of it must have come from CRIU.
-            let is_same = same.contains(&map.space);
+            // Shared memory is among them if we have looked at it; all other must have come from CRIU.
+            let is_same = same.contains(&map.space) || self.shared.contains_key(&map.space);
             let needed =
                 if is_same { self.lent.known.missing(map.space, &map.extents) } else { map.extents.clone() };
             let missing = extents::subtract(&needed, &have);
@@ -472,11 +510,12 @@ mod tests {
             tasks: &mut BTreeMap::new(),
             dumped: &mut Dumped::default(),
             known: &mut known,
+            shared: &mut SharedMemory::default(),
             files: &mut None,
         };
-        let (pending, left) = (BTreeMap::new(), BTreeSet::new());
-        let mut freeze =
-            Freeze { root: 1, lent: &mut lent, pending, listed: Listed::default(), lists: None, left };
+        let (pending, left, shared) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
+        let listed = Listed::default();
+        let mut freeze = Freeze { root: 1, lent: &mut lent, pending, listed, lists: None, left, shared };
         let mut frozen = Frozen::default();
         let lost = freeze.finish(&mut frozen, manifest.clone(), Vec::new());
         assert!(matches!(lost, Err(CaptureError::Unreadable { pages: 1, .. })), "{lost:?}");

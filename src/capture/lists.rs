@@ -9,6 +9,7 @@
 //! - `ours-PID`: mappings whose pages we list. When CRIU asks the kernel which pages such a mapping has, it is told of
 //!   the first alone, sends that as a hole, and so says that it wants the mapping in the image. Which pages that are, the
 //!   tracker knows ([`Tracker::listed`](crate::memory::Tracker::listed)) or the kernel is asked.
+//! - `shared-0`: the inodes of shared memory that [we read](super::shared): to CRIU it has no pages.
 //! - `guards-PID`: guard regions, for which CRIU would have the kernel look through all of the memory. The first pass over
 //!   the frozen memory meets them; with the ranges that it looked at. CRIU comes to need them before that pass can be
 //!   over, so it is told those of the last freeze, if the last pass before this one met the same and the mappings are as
@@ -21,7 +22,11 @@ use std::{
     sync::Arc,
 };
 
-use super::{frozen::Tracked, sockets};
+use super::{
+    frozen::Tracked,
+    shared::{Mapped, SharedMemory},
+    sockets,
+};
 use crate::{
     criu::gate::{Gate, Told},
     extents,
@@ -45,6 +50,8 @@ pub(super) struct Listed {
     pub(super) ours: Ours,
     /// Tasks whose guard regions were told ahead, as those of the last freeze.
     pub(super) told_ahead: BTreeSet<Space>,
+    /// Shared memory that we read.
+    pub(super) shared: Vec<Mapped>,
 }
 
 /// Where the lists of a freeze go.
@@ -59,14 +66,25 @@ pub(super) struct Lists<'a> {
 
 impl Lists<'_> {
     /// Lists what can be told at once, of all tasks of a frozen tree.
-    pub(super) fn write(&self, tasks: &[Task], trackers: &BTreeMap<i32, Tracked>) -> io::Result<Listed> {
+    pub(super) fn write(
+        &self,
+        tasks: &[Task],
+        trackers: &BTreeMap<i32, Tracked>,
+        shared: &mut SharedMemory,
+    ) -> io::Result<Listed> {
         let living = || tasks.iter().filter(|task| !task.zombie);
         let all_maps: Vec<Vec<u8>> =
             living().map(|task| fs::read(format!("/proc/{}/maps", task.pid))).collect::<Result<_, _>>()?;
         let mapped = all_maps.iter().any(|maps| sockets::has_mapped(maps));
         let protocols = if mapped { sockets::ALL } else { sockets::protocols_of(tasks) };
         self.gate.tell(Told::Protocols(protocols));
-        let mut listed = Listed::default();
+        let pids = living().map(|task| task.pid);
+        let shared = shared.find(pids.zip(all_maps.iter().map(Vec::as_slice)));
+        if !shared.is_empty() {
+            let inodes: Vec<u8> = shared.iter().flat_map(|mapped| mapped.inode.to_ne_bytes()).collect();
+            self.put("shared", 0, &inodes)?;
+        }
+        let mut listed = Listed { shared, ..Listed::default() };
         for (task, maps) in living().zip(&all_maps) {
             let space = Space::Task(task.inner_pid);
             let own = ours_of(maps)?;
@@ -75,9 +93,11 @@ impl Lists<'_> {
                 listed.ours.insert(space, own);
             }
             let tracked = trackers.get(&task.pid).filter(|_| self.ahead);
-            let steady = |tracked: &&Tracked| tracked.tracker.likely_guards(maps) == Some(&tracked.guards);
-            if let Some(tracked) = tracked.filter(steady) {
-                self.write_guards(space, &tracked.guards)?;
+            let likely = tracked.and_then(|tracked| {
+                tracked.tracker.likely_guards(maps).filter(|likely| likely.found == tracked.guards.found)
+            });
+            if let Some(guards) = likely {
+                self.write_guards(space, guards)?;
                 listed.told_ahead.insert(space);
             }
             let Some(vmas) = self.vmas else { continue };

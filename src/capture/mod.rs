@@ -33,6 +33,7 @@ mod images;
 mod ipc;
 mod lists;
 pub mod pace;
+mod shared;
 mod sockets;
 mod sys;
 mod tracking;

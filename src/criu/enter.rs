@@ -3,7 +3,7 @@
 //!
 //! - `enter swrk`: receives a plan and descriptors over standard input, enters cgroups and
 //!   namespaces, and becomes `criu swrk`.
-//! - `enter page`: serves the pages of a lazy restore, and `enter hold`: holds its userfaultfds; see [`super::lazy`].
+//! - `enter page`: serves the pages of a lazy restore; see [`super::lazy`].
 //! - `enter room ROOT [PROGRAM …]`: makes namespaces with a reaping init, which starts the program
 //!   if there is one, and waits. The room ends when its standard input does, so it cannot outlive
 //!   whoever asked for it. [`super::probe`] dumps and restores in such a room.
@@ -69,7 +69,6 @@ pub fn main(args: &[OsString]) -> ! {
         (["idle"], []) => {
             io::copy(&mut io::stdin(), &mut io::sink()).map_err(failed("waiting")).map(|_| exit(0))
         }
-        (["hold"], []) => super::lazy::hold().map_err(failed("holding userfaultfds")),
         (["page"], []) => super::lazy::page().map_err(failed("serving pages")),
         (["echo"], [file]) => echo(Path::new(file)).map_err(|e| format!("talking over loopback: {e}")),
         _ => Err("this verb is for standin's own use".to_owned()),

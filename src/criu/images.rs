@@ -206,6 +206,8 @@ struct VmaEntry {
     flags: u32,
     #[prost(uint32, required, tag = "7")]
     status: u32,
+    #[prost(uint64, optional, tag = "9")]
+    madv: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -227,6 +229,8 @@ pub struct Vma {
     pub flags: u32,
     /// CRIU's `VMA_*` bits.
     pub status: u32,
+    /// The `MADV_*` that hold for it, a bit each.
+    pub madvised: u64,
 }
 
 /// CRIU's `VMA_AREA_VSYSCALL | VMA_AREA_VDSO | VMA_AREA_VVAR` (include/image.h).
@@ -240,6 +244,11 @@ impl Vma {
         let barred = (libc::MAP_LOCKED | libc::MAP_HUGETLB) as u32;
         self.flags & wanted == wanted && self.flags & barred == 0 && self.status & STATUS_OF_KERNEL == 0
     }
+
+    /// Whether a forked child finds it empty: it must not be brought the pages that its parent lacks.
+    fn is_wiped_on_fork(&self) -> bool {
+        self.madvised & 1 << libc::MADV_WIPEONFORK != 0
+    }
 }
 
 /// Reads a task's mappings, in the order of their addresses.
@@ -248,7 +257,14 @@ pub fn mappings(name: &str, bytes: &[u8]) -> Result<Vec<Vma>, ImageError> {
     let vmas: Vec<Vma> = entry
         .vmas
         .into_iter()
-        .map(|v| Vma { start: v.start, end: v.end, shmid: v.shmid, flags: v.flags, status: v.status })
+        .map(|v| Vma {
+            start: v.start,
+            end: v.end,
+            shmid: v.shmid,
+            flags: v.flags,
+            status: v.status,
+            madvised: v.madv.unwrap_or(0),
+        })
         .collect();
     let bounded = |vma: &Vma| {
         vma.start < vma.end && vma.start.is_multiple_of(PAGE_SIZE) && vma.end.is_multiple_of(PAGE_SIZE)
@@ -396,7 +412,7 @@ pub fn lazy_extents(vmas: &[Vma], stack_pointers: &[u64]) -> Vec<Extent> {
     stacks.sort_unstable();
     stacks.dedup();
     let mut extents = Vec::new();
-    for vma in vmas.iter().filter(|vma| vma.can_be_lazy()) {
+    for vma in vmas.iter().filter(|vma| vma.can_be_lazy() && !vma.is_wiped_on_fork()) {
         let from = stacks.partition_point(|page| *page < vma.start);
         let within = stacks[from..].iter().take_while(|page| **page < vma.end);
         let mut start = vma.start;
@@ -441,7 +457,7 @@ mod tests {
     use super::*;
 
     fn vma(start: u64, end: u64, flags: i32) -> Vma {
-        Vma { start: start << 12, end: end << 12, shmid: 0, flags: flags as u32, status: 1 }
+        Vma { start: start << 12, end: end << 12, shmid: 0, flags: flags as u32, status: 1, madvised: 0 }
     }
 
     #[test]

@@ -47,6 +47,16 @@ pub(super) fn fork() -> io::Result<Option<Pid>> {
     }
 }
 
+/// Forks a process that has this one's table of descriptors, not a copy of it: what one opens the other has. `None` in the
+/// child. For single-threaded programs (the verb `enter`) alone.
+pub(super) fn fork_with_descriptors() -> io::Result<Option<Pid>> {
+    let flags = libc::CLONE_FILES | libc::SIGCHLD;
+    // SAFETY: without a stack of its own and CLONE_VM it is a fork (see above); owners of descriptors in the child are
+    // copies of owners here, and whichever closes one first has closed it for both, which is the caller's to keep from.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags as libc::c_ulong, 0, 0, 0, 0) };
+    Ok(Some(nix::errno::Errno::result(pid)?).filter(|pid| *pid != 0).map(|pid| Pid::from_raw(pid as i32)))
+}
+
 /// Closes all descriptors from `first` up. For a process that uses none of them any more.
 pub(super) fn close_from(first: RawFd) {
     // SAFETY: the caller only waits and exits from here on; no owner of such a descriptor runs

@@ -171,6 +171,11 @@ impl Scanner {
         }
     }
 
+    /// Whether the next scan looks only at what the kernel tells of.
+    pub fn is_told(&self) -> bool {
+        self.trees.iter().all(|tree| tree.sent.is_some() && tree.tracked.is_some())
+    }
+
     /// Whether the last scan found content, which a mapping may change unseen.
     pub fn has_content(&self) -> bool {
         self.trees.iter().filter_map(|tree| tree.sent.as_ref()).any(State::has_content)

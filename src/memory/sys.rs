@@ -12,6 +12,8 @@ use crate::model::Extent;
 pub(super) mod category {
     pub(in crate::memory) const WP_ALLOWED: u64 = 1 << 0;
     pub(in crate::memory) const WRITTEN: u64 = 1 << 1;
+    /// Of a file, or of shared memory: not the process' own copy.
+    pub(in crate::memory) const FILE: u64 = 1 << 2;
     pub(in crate::memory) const PRESENT: u64 = 1 << 3;
     pub(in crate::memory) const SWAPPED: u64 = 1 << 4;
     /// The page of zeroes that all processes share: what reading an empty place maps there.

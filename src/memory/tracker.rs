@@ -37,6 +37,8 @@ use crate::{
 /// Written pages with fewer pages between them are protected by one call: a call costs as much as a walk over so many.
 const GAP_PAGES_MAX: u64 = 1024;
 
+/// From so many reported pages of private file mappings on it is asked which are the file's.
+const FILE_PAGES_MIN: u64 = 64;
 /// Most of mapped memory that one call walks over (16 MiB): some 10 µs.
 const RUN_PAGES_MAX: u64 = 4 << 10;
 
@@ -184,6 +186,7 @@ impl Tracker {
         out.append(&mut markers);
         self.push_vdso(out);
         extents::normalize(out);
+        self.leave_out_file_pages(&pagemap, out)?;
         Ok(pass)
     }
 
@@ -234,6 +237,26 @@ impl Tracker {
         }
         self.push_vdso(out);
         extents::normalize(out);
+        self.leave_out_file_pages(&pagemap, out)
+    }
+
+    /// Leaves out pages of private file mappings that are still the file's own, which no image has. That makes a new
+    /// process a fraction of what it has mapped; a few such pages are cheaper read than asked about.
+    fn leave_out_file_pages(&mut self, pagemap: &File, out: &mut Vec<Extent>) -> Result<(), TrackError> {
+        let of_files = |t: &&Tracked| t.mapping.kind == MappingKind::PrivateFile;
+        let mapped: Vec<Extent> = self.tracked.iter().filter(of_files).map(|t| t.mapping.extent).collect();
+        let asked = extents::intersect(out, &mapped);
+        if extents::pages(&asked) < FILE_PAGES_MIN {
+            return Ok(());
+        }
+        // One that is copied behind this counts as written in the next pass.
+        let of_file = Query { all: category::FILE | category::PRESENT, ..Query::default() };
+        let mut theirs = Vec::new();
+        for span in spans(&asked) {
+            self.scan(pagemap, span, of_file, &mut theirs)?;
+        }
+        extents::normalize(&mut theirs);
+        *out = extents::subtract(out, &extents::intersect(&theirs, &mapped));
         Ok(())
     }
 

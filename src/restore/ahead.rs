@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    io,
     ops::RangeInclusive,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -10,7 +11,6 @@ use std::{
 use crate::criu::{
     Install,
     bridge::Bridge,
-    lazy::PagerHandle,
     spawn::{Place, Spawn},
     swrk::{CriuError, RestoreOptions, Swrk},
 };
@@ -21,6 +21,18 @@ const PIDS_AHEAD: u32 = 1000;
 const PIDS_OF_CRIU: u32 = 64;
 /// CRIU's last stage that can be refused: it has sent every userfaultfd, and nothing runs yet.
 const POST_RESTORE: &str = "post-restore";
+/// Its next one: whatever is answered, the tasks run.
+const PRE_RESUME: &str = "pre-resume";
+
+/// What a restore has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// CRIU has sent every userfaultfd, and nothing runs yet: a failure calls the restore off. Once this is answered the
+    /// tasks may come to run, also if nobody is there to hear of it.
+    Restored,
+    /// The tasks run next.
+    Resuming,
+}
 
 /// The place in which a tree will be restored.
 #[derive(Debug)]
@@ -87,29 +99,28 @@ impl Ahead {
         self.criu.processes()
     }
 
-    /// Restores the directory `name` of the root, what CRIU is given descriptors for named by `keys`; with a pager lazily.
-    /// Returns the pid of the tree's root in its namespace, when the tree runs.
+    /// Restores the directory `name` of the root, what CRIU is given descriptors for named by `keys`; `reached` hears how far
+    /// it has come. Returns the pid of the tree's root in its namespace, when the tree runs.
     pub fn restore(
         self,
         name: &str,
         keys: Vec<String>,
-        pager: Option<&PagerHandle>,
+        lazy: bool,
+        reached: &mut dyn FnMut(Step) -> io::Result<()>,
     ) -> Result<u32, CriuError> {
         let options = RestoreOptions {
-            lazy: pager.is_some(),
+            lazy,
             directory: Some(name.to_owned()),
             inherit: Some(keys),
             ..RestoreOptions::default()
         };
-        self.criu.restore(&options, &mut |stage| match pager {
-            Some(pager) if stage == POST_RESTORE => match pager.hold() {
-                Ok(()) => true,
-                Err(error) => {
-                    tracing::error!(%error, "the restore is called off: its userfaultfds are not held");
-                    false
-                }
-            },
-            _ => true,
+        self.criu.restore(&options, &mut |stage| {
+            let reached = match stage {
+                POST_RESTORE => reached(Step::Restored),
+                PRE_RESUME => reached(Step::Resuming),
+                _ => Ok(()),
+            };
+            reached.inspect_err(|error| tracing::error!(%error, stage, "before the restored tree runs")).is_ok()
         })
     }
 }

@@ -25,7 +25,7 @@ use std::{
 };
 
 pub use self::{
-    ahead::{Ahead, Site},
+    ahead::{Ahead, Site, Step},
     recency::Recency,
 };
 use crate::{

@@ -54,6 +54,8 @@ def churn(rounds):
 
 
 areas = [fill(seed) for seed in range(8)]
+wiped = fill(8)
+wiped.madvise(18)  # MADV_WIPEONFORK
 churned = [(fill(seed), [(seed, page) for page in range(PAGES)]) for seed in (100, 101)]
 every = range(PAGES)
 open("ready", "w").close()
@@ -69,6 +71,7 @@ if os.fork() == 0:
     if os.fork() == 0:
         os._exit(wrong(areas[4], 4, range(0, 64)) != [])
     faults = [("child", seed, p) for seed in (1, 3, 4, 5, 6, 7) for p in wrong(areas[seed], seed, every)]
+    faults += [("wiped", p) for p in every if any(wiped[p * 4096 : p * 4096 + 16])]
     if os.wait()[1]:
         faults.append("grandchild")
     report("result-child", faults)
@@ -81,6 +84,7 @@ for page in range(0, PAGES, 3):
     areas[3][page * 4096 + 64] = 9
 for seed in (7, 6, 5, 4, 3, 1):
     faults += [("parent", seed, p) for p in wrong(areas[seed], seed, reversed(every))]
+faults += [("wiped in a child", p) for p in wrong(wiped, 8, every)]
 faults += [("written", p) for p in range(0, PAGES, 3) if areas[3][p * 4096 + 64] != 9]
 while True:
     try:

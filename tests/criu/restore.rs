@@ -57,7 +57,7 @@ fn a_flat_image_restores_eagerly() {
 fn a_flat_image_restores_lazily() {
     let workload = Workload::redis();
     let (digest, images) = dumped(&workload, true);
-    let server = LazyServer::listen(&workload.install, &images).unwrap();
+    let server = LazyServer::listen(&images).unwrap();
     std::thread::scope(|scope| {
         let source = open(&images);
         let served = scope.spawn(move || server.serve(&source, &[], &mut || ()));
@@ -75,14 +75,14 @@ fn a_flat_image_restores_lazily() {
 fn a_lazy_server_can_be_stopped_and_a_failed_restore_ends_it() {
     let workload = Workload::redis();
     let (_, images) = dumped(&workload, true);
-    let server = LazyServer::listen(&workload.install, &images).unwrap();
+    let server = LazyServer::listen(&images).unwrap();
     let stop = server.caller();
     stop.stop();
     assert!(server.serve(&open(&images), &[], &mut || ()).unwrap_err().to_string().contains("stopped"));
 
     // Without the registers of a task CRIU gives up behind the connection.
     std::fs::remove_file(images.join(format!("core-{ROOT_PID}.img"))).unwrap();
-    let server = LazyServer::listen(&workload.install, &images).unwrap();
+    let server = LazyServer::listen(&images).unwrap();
     let stop = server.caller();
     std::thread::scope(|scope| {
         let source = open(&images);
@@ -141,7 +141,7 @@ fn result(workload: &Workload, name: &str) -> String {
 fn memory_that_is_moved_given_up_and_forked_while_pages_come_is_what_it_was() {
     for _ in 0..3 {
         let (workload, images) = moving(1024);
-        let server = LazyServer::listen(&workload.install, &images).unwrap();
+        let server = LazyServer::listen(&images).unwrap();
         std::thread::scope(|scope| {
             let source = Slow { images: open(&images), reads_left: AtomicU32::new(u32::MAX) };
             let served = scope.spawn(move || server.serve(&source, &[], &mut || ()));
@@ -155,16 +155,15 @@ fn memory_that_is_moved_given_up_and_forked_while_pages_come_is_what_it_was() {
     }
 }
 
-/// The processes of these tests that serve pages (`page`) or hold userfaultfds (`hold`).
-fn helpers(verb: &str) -> Vec<i32> {
-    let pids = fs::read_dir("/proc").unwrap();
-    let pids = pids.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter(|pid| {
-        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let ours = env!("CARGO_BIN_EXE_standin").as_bytes();
-        words.starts_with(ours) && words.ends_with(format!("\0enter\0{verb}\0").as_bytes())
-    })
-    .collect()
+/// The process that serves, if the pager has one.
+fn server_of(pager: Pid) -> Option<Pid> {
+    let children = fs::read_to_string(format!("/proc/{pager}/task/{pager}/children")).ok()?;
+    Some(Pid::from_raw(children.split_whitespace().next()?.parse().ok()?))
+}
+
+fn is_running(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// The workload waits for a page, neither wrong nor gone.
@@ -173,14 +172,13 @@ fn assert_stuck(workload: &Workload, images: &Path) {
     std::thread::sleep(Duration::from_millis(500));
     assert!(!file.exists(), "it went on without its pages");
     assert!(workload.outside(ROOT_PID).is_some(), "it crashed");
-    assert!(!helpers("hold").is_empty());
     assert!(images.exists());
 }
 
 #[test]
 fn a_server_that_fails_leaves_the_workload_waiting_until_it_is_killed() {
     let (workload, images) = moving(1024);
-    let server = LazyServer::listen(&workload.install, &images).unwrap();
+    let server = LazyServer::listen(&images).unwrap();
     let source = Slow { images: open(&images), reads_left: AtomicU32::new(60) };
     std::thread::scope(|scope| {
         let served = scope.spawn(move || server.serve(&source, &[], &mut || ()));
@@ -222,7 +220,9 @@ fn an_agent_restores() {
             handle.hold().unwrap();
         }
         if stage == "pre-resume" {
-            kill(id, Signal::SIGSTOP).unwrap();
+            let server = server_of(id).expect("a server");
+            kill(server, Signal::SIGSTOP).unwrap();
+            fs::write(images.join("server"), server.to_string()).unwrap();
         }
         true
     });
@@ -262,7 +262,16 @@ impl Orphans {
     }
 
     fn pager(&self) -> Pid {
-        Pid::from_raw(fs::read_to_string(self.images.join("pager")).unwrap().parse().unwrap())
+        self.pid_in("pager")
+    }
+
+    /// The one that was stopped.
+    fn server(&self) -> Pid {
+        self.pid_in("server")
+    }
+
+    fn pid_in(&self, file: &str) -> Pid {
+        Pid::from_raw(fs::read_to_string(self.images.join(file)).unwrap().parse().unwrap())
     }
 
     fn mark(&self) -> PathBuf {
@@ -276,8 +285,8 @@ impl Orphans {
 
     /// Nothing is left of the restore but the workload, if it is.
     fn assert_no_helpers(&self) {
-        let pager = self.pager().as_raw();
-        wait_until("the pager has ended", || !helpers("page").contains(&pager));
+        let (pager, server) = (self.pager(), self.images.join("server").exists().then(|| self.server()));
+        wait_until("the pager has ended", || !is_running(pager) && !server.is_some_and(is_running));
     }
 
     fn assert_good(&self) {
@@ -293,11 +302,8 @@ impl Drop for Orphans {
         // What has ended already need not be.
         let _ = self.agent.kill();
         let _ = self.agent.wait();
-        if let Ok(pid) = fs::read_to_string(self.images.join("pager"))
-            && let Ok(pid) = pid.parse()
-            && helpers("page").contains(&pid)
-        {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+        if self.images.join("server").exists() && is_running(self.server()) {
+            let _ = kill(self.server(), Signal::SIGCONT);
         }
     }
 }
@@ -307,43 +313,86 @@ fn an_agent_that_is_killed_while_pages_come_costs_the_workload_nothing() {
     let mut orphans = Orphans::running();
     orphans.kill_agent();
     assert!(Mark::is_served(&orphans.mark()));
-    kill(orphans.pager(), Signal::SIGCONT).unwrap();
+    kill(orphans.server(), Signal::SIGCONT).unwrap();
     orphans.assert_good();
 }
 
 #[test]
-fn a_pager_that_is_killed_leaves_the_workload_waiting_and_its_agent_knows() {
+fn a_server_that_is_killed_while_pages_come_costs_the_workload_nothing() {
     let orphans = Orphans::running();
-    kill(orphans.pager(), Signal::SIGKILL).unwrap();
-    wait_until("the agent knows", || orphans.images.join("outcome").exists());
+    kill(orphans.server(), Signal::SIGKILL).unwrap();
+    orphans.assert_good();
+}
+
+/// At whatever instant: of the ones that follow each is killed while the workload moves, forks and gives up its memory.
+#[test]
+fn servers_that_are_killed_one_after_the_other_cost_the_workload_nothing() {
+    for round in 0..4 {
+        let mut orphans = Orphans::running();
+        if round == 0 {
+            orphans.kill_agent();
+        }
+        kill(orphans.server(), Signal::SIGKILL).unwrap();
+        for server in 1..6 {
+            let last = Instant::now();
+            let next = || server_of(orphans.pager()).filter(|pid| is_running(*pid));
+            wait_until("another server, or the end", || next().is_some() || !is_running(orphans.pager()));
+            std::thread::sleep(Duration::from_micros((server * (round * 7919 + 1733)) % 60_000));
+            if let Some(server) = next() {
+                // It may end just now.
+                let _ = kill(server, Signal::SIGKILL);
+            }
+            eprintln!("round {round}, server {server}: after {:?}", last.elapsed());
+        }
+        orphans.assert_good();
+    }
+}
+
+#[test]
+fn servers_that_are_killed_whenever_they_begin_leave_the_workload_waiting_and_the_agent_knows() {
+    let orphans = Orphans::running();
+    kill(orphans.server(), Signal::SIGKILL).unwrap();
+    wait_until("the agent knows", || {
+        if let Some(server) = server_of(orphans.pager()) {
+            // It may have ended just now.
+            let _ = kill(server, Signal::SIGKILL);
+        }
+        orphans.images.join("outcome").exists()
+    });
     let outcome = fs::read_to_string(orphans.images.join("outcome")).unwrap();
-    assert!(outcome.contains("ended early"), "{outcome}");
+    assert!(outcome.contains("servers of its pages were killed"), "{outcome}");
     assert!(orphans.mark().exists() && !Mark::is_served(&orphans.mark()));
     let Orphans { ref images, ref workload, .. } = orphans;
     assert_stuck(workload, images);
+    let pager = orphans.pager();
+    drop(orphans);
+    wait_until("the pager has ended with the last task", || !is_running(pager));
 }
 
 #[test]
-fn an_agent_and_a_pager_that_are_killed_leave_the_workload_waiting_and_a_mark() {
-    let mut orphans = Orphans::running();
-    orphans.kill_agent();
-    kill(orphans.pager(), Signal::SIGKILL).unwrap();
-    wait_until("nobody serves", || !Mark::is_served(&orphans.mark()));
-    assert!(orphans.mark().exists());
-    assert_stuck(&orphans.workload, &orphans.images);
+fn a_pager_and_its_server_that_are_killed_leave_a_mark_and_the_agent_knows() {
+    for agent_dies in [false, true] {
+        let mut orphans = Orphans::running();
+        if agent_dies {
+            orphans.kill_agent();
+        }
+        kill(orphans.pager(), Signal::SIGKILL).unwrap();
+        kill(orphans.server(), Signal::SIGKILL).unwrap();
+        wait_until("nobody serves", || !Mark::is_served(&orphans.mark()));
+        assert!(orphans.mark().exists());
+        if !agent_dies {
+            wait_until("the agent knows", || orphans.images.join("outcome").exists());
+            let outcome = fs::read_to_string(orphans.images.join("outcome")).unwrap();
+            assert!(outcome.contains("ended early"), "{outcome}");
+        }
+    }
 }
 
 #[test]
-fn a_holder_that_is_killed_is_not_missed() {
+fn a_pager_that_is_killed_is_not_missed() {
     let orphans = Orphans::running();
-    let pager = orphans.pager().as_raw();
-    let of_pager = |pid: &i32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        stat.split(") S ").nth(1).is_some_and(|rest| rest.starts_with(&format!("{pager} ")))
-    };
-    let holder = helpers("hold").into_iter().find(of_pager).expect("a holder");
-    kill(Pid::from_raw(holder), Signal::SIGKILL).unwrap();
-    kill(orphans.pager(), Signal::SIGCONT).unwrap();
+    kill(orphans.pager(), Signal::SIGKILL).unwrap();
+    kill(orphans.server(), Signal::SIGCONT).unwrap();
     orphans.assert_good();
 }
 

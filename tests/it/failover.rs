@@ -171,37 +171,3 @@ fn a_standby_killed_in_the_middle_of_epochs_keeps_a_whole_one() {
     counter.stop();
     assert_eq!(cluster.digest(), digest);
 }
-
-/// Whichever instant it is, the workload ends up running with all its memory.
-#[test]
-fn whatever_dies_on_the_standby_while_it_restores_the_workload_comes_whole() {
-    // The pager at different instants of the restore, which takes some 10 ms.
-    let instants = ["0", "0.002", "0.004", "0.006", "0.010"].map(|wait| ("[e]nter page", wait));
-    for (victim, wait) in std::iter::once(("[s]tandin agent", "0")).chain(instants) {
-        let mut cluster = Cluster::up("restore-kill");
-        cluster.protect_redis();
-        let digest = cluster.digest();
-        cluster.wait_state(Host::A, "primary", "protected");
-        std::thread::sleep(Duration::from_millis(500));
-        let script = format!(
-            "until pgrep -f '[e]nter page'; do :; done; sleep {wait}; kill -KILL $(pgrep -o -f '{victim}')"
-        );
-        let mut killer = cluster.lab.command(Host::B, &["sh", "-c", &script]).spawn().unwrap();
-        cluster.lab.kill(Host::A);
-        // A pager may have done its work before the signal comes.
-        assert!(killer.wait().unwrap().success() || victim.contains("page"), "no {victim} was killed");
-        if victim.contains("agent") {
-            cluster.reap_agent(Host::B);
-            cluster.start_agent(Host::B);
-        }
-        // Perhaps it runs for a moment before its host knows that it must be restored again.
-        wait_for("the redis to be whole", || {
-            cluster.running_copies(Host::B) == 1 && cluster.digest() == digest
-        });
-        cluster.wait_state(Host::B, "primary", "alone");
-        wait_for("nothing to be left of the restore", || {
-            !cluster.lab.on(Host::B, &["pgrep", "-f", "[e]nter (page|hold)"]).status.success()
-        });
-        assert_eq!(cluster.digest(), digest);
-    }
-}

@@ -14,4 +14,5 @@ mod paths;
 mod postgres;
 mod redis;
 mod refusals;
+mod restoring;
 mod turns;

@@ -15,7 +15,7 @@ const SCRIBE: &str = include_str!("scribe.py");
 const REDIS_FILES: &str = "/var/lib/standin/workloads/redis/paths/0";
 
 /// redis' digest of its memory, and that of a second redis which has read its files.
-fn digests(cluster: &Cluster, host: Host) -> (String, String) {
+pub(crate) fn digests(cluster: &Cluster, host: Host) -> (String, String) {
     let memory = cluster.ask_redis(&["DEBUG", "DIGEST"]);
     let script = format!(
         "set -e; rm -rf /tmp/copy; cp -a {REDIS_FILES} /tmp/copy; cd /tmp/copy; \
@@ -30,7 +30,7 @@ fn digests(cluster: &Cluster, host: Host) -> (String, String) {
     (memory, files.trim().to_owned())
 }
 
-fn rewrite_log(cluster: &Cluster, from: Host) {
+pub(crate) fn rewrite_log(cluster: &Cluster, from: Host) {
     let client = |words: &[&str]| {
         let mut command = vec!["redis-cli", "-h", VIP];
         command.extend(words);

@@ -80,6 +80,25 @@ fn a_cow_page_dropped_from_a_private_file_mapping_is_seen() {
     frozen_pass(&target, &mut tracker, &mut replica);
 }
 
+#[test]
+fn pages_that_are_still_the_files_own_are_not_reported() {
+    const PAGES: u64 = 400;
+    let (mut target, mut tracker, mut replica, at) = followed(&["file f 400"]);
+    // That maps them.
+    let memory = File::open(format!("/proc/{}/mem", target.pid())).unwrap();
+    memory.read_exact_at(&mut vec![0; (PAGES * PAGE) as usize], at[0]).unwrap();
+    target.ask("poke f 3 5");
+    let mapping = Extent { start: at[0], pages: PAGES };
+    let dirty = extents::intersect(&frozen_pass(&target, &mut tracker, &mut replica), &[mapping]);
+    assert_eq!(dirty, [Extent { start: at[0] + 3 * PAGE, pages: 1 }]);
+    // They are protected all the same, and reported as soon as they are written.
+    for page in [0, 4, 399] {
+        target.ask(&format!("poke f {page} 6"));
+        let dirty = extents::intersect(&frozen_pass(&target, &mut tracker, &mut replica), &[mapping]);
+        assert_eq!(dirty, [Extent { start: at[0] + page * PAGE, pages: 1 }]);
+    }
+}
+
 /// What DONTNEED left in the place of protected pages must go, or the kernel begins this madvise again for ever.
 #[test]
 fn a_guard_region_comes_in_the_place_of_protected_pages_of_a_file() {

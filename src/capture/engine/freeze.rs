@@ -85,6 +85,7 @@ impl Capturer {
             tasks: &mut self.tasks,
             dumped: &mut self.dumped,
             known: &mut self.known,
+            shared: &mut self.shared,
             files: &mut self.files,
         });
         // What was read, and how it went out if that was before the thaw.

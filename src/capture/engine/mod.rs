@@ -20,6 +20,7 @@ use super::{
     frozen::{FreezeParts, Tracked},
     images::Outside,
     ipc,
+    shared::SharedMemory,
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -33,7 +34,7 @@ use crate::{
     },
     delta::{Encoder, Known, LinkRate, ReadStamp},
     extents, files,
-    memory::{self, AttachError, Guards, Pages, ReadError, TrackError, Tracker, TreeError, Vmas},
+    memory::{self, AttachError, Guards, Pages, ReadError, Task, TrackError, Tracker, TreeError, Vmas},
     model::{EpochFigures, Extent, PAGE_SIZE, Space},
     wire::message::{FrameHead, Manifest},
 };
@@ -188,6 +189,7 @@ pub struct Capturer {
     own_ipc: bool,
     /// Epochs that will not tell guard regions ahead.
     guards_doubted: u32,
+    shared: SharedMemory,
     before_freeze: Option<Box<dyn FnMut() + Send>>,
 }
 
@@ -217,6 +219,7 @@ impl Capturer {
             root: memory::pidfd_of(root)?,
             own_ipc: false,
             guards_doubted: 0,
+            shared: SharedMemory::default(),
             before_freeze: None,
         };
         capturer.track()?;
@@ -276,6 +279,7 @@ impl Capturer {
             files.send_ahead(emit)?;
         }
         let pending = self.precopy(&mut figures, emit)?;
+        self.precopy_shared(&figures, emit)?;
         self.before_freeze.iter_mut().for_each(|hook| hook());
         let frozen = self.freeze(began, pending, &mut finish, &mut figures, emit);
         self.guards_doubted = match frozen {
@@ -445,6 +449,35 @@ impl Capturer {
         }
         pages.shrink();
         Ok(pending)
+    }
+
+    /// Sends shared memory while the tree runs, if there is much of it to be sent.
+    fn precopy_shared(&mut self, figures: &EpochFigures, emit: &mut Emit<'_>) -> Result<(), CaptureError> {
+        // Without a bridge CRIU sends it.
+        let is_ours = self.source.tracking == Tracking::WriteProtect;
+        if !is_ours || !(figures.full || self.unsure || self.shared.is_unsettled()) {
+            return Ok(());
+        }
+        let tasks = memory::tasks_of(self.source.root)?;
+        // Of a task that has ended nothing is mapped.
+        let maps = |task: &Task| Some((task.pid, fs::read(format!("/proc/{}/maps", task.pid)).ok()?));
+        let maps: Vec<(i32, Vec<u8>)> = tasks.iter().filter_map(maps).collect();
+        for mapped in self.shared.find(maps.iter().map(|(pid, maps)| (*pid, maps.as_slice()))) {
+            let space = Space::Shared(mapped.inode);
+            let looked = self.shared.look(&mapped)?;
+            self.known.mark_stale(space, &looked.changed);
+            let missing = self.known.missing(space, &looked.there);
+            let at = self.known.stamp();
+            for run in &missing {
+                for start in (run.start..run.end()).step_by((PART_PAGES * PAGE_SIZE) as usize) {
+                    let pages = ((run.end() - start) / PAGE_SIZE).min(PART_PAGES);
+                    let part = [Extent { start, pages }];
+                    let content = self.shared.content(mapped.inode, &part);
+                    encode(&mut self.encoder, &mut self.known, space, &part, &content, at, emit)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// One pass over every task; adds what it finds, and what the standby does not have, to `pending`.

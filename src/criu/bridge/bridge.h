@@ -21,6 +21,8 @@ enum {
 	SYS_READ = 0,
 	SYS_WRITE = 1,
 	SYS_CLOSE = 3,
+	SYS_FSTAT = 5,
+	SYS_LSEEK = 8,
 	SYS_IOCTL = 16,
 	SYS_MADVISE = 28,
 	SYS_DUP2 = 33,
@@ -45,6 +47,7 @@ enum {
 
 #define EPERM 1
 #define EINTR 4
+#define ENXIO 6
 #define ENAMETOOLONG 36
 #define AT_FDCWD (-100)
 #define O_RDONLY 0

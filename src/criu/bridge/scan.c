@@ -207,6 +207,58 @@ static long scan_for_guards(int fd, struct pm_scan_arg *asked)
 	return (long)filled;
 }
 
+/* ---- shared memory ----
+ *
+ * Of shared memory CRIU sends all that is no hole (do_dump_one_shmem() in shmem.c). What the agent reads and lists itself
+ * is one to it; in the file: the inodes. The agent means memory without a file alone: the inodes of System V
+ * segments, which are on the same device, are numbered apart.
+ */
+#define SEEK_DATA 3
+#define SHARED_MAX 256
+
+struct file_facts {
+	u64 device, inode, rest[16];
+};
+
+static int is_shared_of_ours(int fd)
+{
+	static u64 inodes[SHARED_MAX];
+	static long words = -1;
+	struct file_facts facts;
+	char link[64];
+
+	link_of(fd, link, sizeof(link));
+	if (!starts_with(link, "/dev/zero") && !starts_with(link, "/memfd:"))
+		return 0;
+	if (words < 0) {
+		long list = open_list("shared-", 0, LIST_OF_MAPPINGS, O_RDONLY | O_CLOEXEC);
+
+		words = 0;
+		if (list >= 0) {
+			words = sys3(SYS_READ, list, inodes, sizeof(inodes)) / (long)sizeof(inodes[0]);
+			sys3(SYS_CLOSE, list, 0, 0);
+		}
+	}
+	if (words <= 0 || sys3(SYS_FSTAT, fd, &facts, 0) < 0)
+		return 0;
+	for (long i = 0; i < words; i++)
+		if (inodes[i] == facts.inode)
+			return 1;
+	return 0;
+}
+
+EXPORT long lseek64(int fd, long offset, int whence)
+{
+	if (whence == SEEK_DATA && is_shared_of_ours(fd))
+		return with_errno(-ENXIO);
+	return with_errno(sys3(SYS_LSEEK, fd, offset, whence));
+}
+
+EXPORT long lseek(int fd, long offset, int whence)
+{
+	return lseek64(fd, offset, whence);
+}
+
 static int asks_for_guards(const struct pm_scan_arg *scan)
 {
 	return scan->vec && scan->vec_len && !scan->flags && !scan->max_pages && !scan->category_inverted &&

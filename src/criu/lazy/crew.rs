@@ -87,6 +87,11 @@ impl Crew {
         self.tasks.read().unwrap_or_else(PoisonError::into_inner).get(number).cloned()
     }
 
+    /// All tasks.
+    pub(super) fn tasks(&self) -> Vec<Arc<Task>> {
+        self.tasks.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Returns the task's number.
     pub(super) fn add(&self, task: Arc<Task>) -> usize {
         let mut tasks = self.tasks.write().unwrap_or_else(PoisonError::into_inner);

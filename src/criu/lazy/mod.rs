@@ -12,17 +12,18 @@
 //! userfaultfd by SCM_RIGHTS, for each zombie its negated pid alone, and at the end one word.
 //!
 //! A userfaultfd that is closed lets go of its memory: a page that was not put is then *zero*, and
-//! the task goes on with it. So two processes hold each of them until the last page is there: the one that
-//! serves ([`Pager`]), which does not depend on the agent, and one that does nothing else (`holder.rs`).
+//! the task goes on with it. So two processes, which do not depend on the agent, have one table of descriptors
+//! (CLONE_FILES): the one that serves, and the one that it was forked from ([`Pager`]), which does nothing but wait for its
+//! end. What the tasks did with their memory is in a [journal](journal::Journal) that both have.
 //!
 //! | who is killed | what becomes of the tree |
 //! |---|---|
-//! | the agent | nothing: the pager goes on to the last page |
-//! | the pager | a task that touches a missing page waits, stuck but never wrong; the agent hears of it and kills the tree |
-//! | both | the same; the next agent finds the mark, and that nobody holds its lock, and kills the tree |
-//! | the holder | nothing |
+//! | the agent | nothing: it is served to the last page |
+//! | who serves | another is forked, which goes on; a task that touches a missing page waits that long |
+//! | who waits | nothing |
+//! | who serves fails | a task that touches a missing page waits, stuck but never wrong; the agent hears of it, or finds the mark and that nobody holds its lock, and kills the tree |
 //!
-//! Only the death of pager and holder in one moment could let a task see zeros. So neither is killed for memory
+//! Only the death of both in one moment could let a task see zeros. So neither is killed for memory
 //! (oom_score_adj), both ignore what asks a program to end, and a service manager must not end all of a service's
 //! processes at once (systemd: `KillMode=process`).
 //!
@@ -32,7 +33,7 @@
 mod crew;
 mod ears;
 mod files;
-mod holder;
+mod journal;
 mod pager;
 mod pending;
 mod session;
@@ -57,18 +58,15 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-use self::{crew::Crew, ears::Ears, holder::Holder, pending::Pending, session::Session};
+use self::{crew::Crew, ears::Ears, journal::Journal, pending::Pending, session::Session, task::Task};
 pub use self::{
     files::{OpenFiles, PageFiles},
     pager::{Mark, Pager, PagerHandle},
 };
-pub(super) use self::{holder::hold, pager::page};
+pub(super) use self::pager::page;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Install,
-    images::{self, ImageError, Pagemap},
-};
+use super::images::{self, ImageError, Pagemap};
 use crate::model::{Extent, PAGE_SIZE, Space};
 
 /// Name of the socket in the directory of the images; CRIU knows it by heart.
@@ -105,9 +103,9 @@ pub enum LazyError {
         /// Why.
         source: io::Error,
     },
-    /// The process beside us.
-    #[error("holding userfaultfds in a process beside the agent failed: {0}")]
-    Holder(#[source] io::Error),
+    /// The memory by which another process could go on.
+    #[error("keeping a journal of what the tasks do with their memory failed: {0}")]
+    Journal(#[source] io::Error),
     /// The process that serves pages.
     #[error("the process that serves pages failed: {0}")]
     Pager(String),
@@ -231,7 +229,7 @@ pub struct LazyServer {
     listener: UnixListener,
     expected: HashMap<u32, Pending>,
     caller: Caller,
-    holder: Holder,
+    journal: Journal,
 }
 
 /// The socket for CRIU in the directory of the images.
@@ -253,16 +251,16 @@ fn listen(directory: &Path) -> Result<UnixListener, LazyError> {
 impl LazyServer {
     /// Listens in the directory of the images to be restored: their page maps say which pages are
     /// lazy. To be called before the restore is asked for.
-    pub fn listen(install: &Install, directory: &Path) -> Result<Self, LazyError> {
-        Self::with(listen(directory)?, install.launcher(), directory)
+    pub fn listen(directory: &Path) -> Result<Self, LazyError> {
+        Self::with(listen(directory)?, directory)
     }
 
-    fn with(listener: UnixListener, launcher: &Path, directory: &Path) -> Result<Self, LazyError> {
+    fn with(listener: UnixListener, directory: &Path) -> Result<Self, LazyError> {
         let failed = |source| LazyError::Listen { directory: directory.to_owned(), source };
-        let holder = Holder::start(launcher).map_err(LazyError::Holder)?;
         let expected = expected_pages(directory)?;
         let caller = Caller::new().map_err(failed)?;
-        Ok(Self { listener, expected, caller, holder })
+        let journal = Journal::new().map_err(LazyError::Journal)?;
+        Ok(Self { listener, expected, caller, journal })
     }
 
     /// A handle by which another thread can speak to it.
@@ -272,39 +270,58 @@ impl LazyServer {
 
     /// Serves one restore until each task has all its pages, those that are hot first; blocks. `held` is called
     /// when it was told to hold what CRIU has sent, and does. After an error tasks that run
-    /// wait for missing pages, and must be killed.
+    /// wait for missing pages for as long as this process is there, and must be killed.
     pub fn serve(
-        self,
+        mut self,
         source: &dyn PageSource,
         hot: &[(Space, Extent)],
         held: &mut dyn FnMut(),
     ) -> Result<LazySummary, LazyError> {
+        let (served, tasks) = self.serve_tasks(source, hot, held);
+        served.inspect_err(|_| std::mem::forget(tasks))
+    }
+
+    /// Whether another process can go on with its tasks.
+    fn is_held(&self) -> bool {
+        self.journal.is_held()
+    }
+
+    /// The same; gives the tasks as well, whose userfaultfds close with them. If the journal is held already, another
+    /// process has served the tasks, and this one goes on.
+    fn serve_tasks(
+        &mut self,
+        source: &dyn PageSource,
+        hot: &[(Space, Extent)],
+        held: &mut dyn FnMut(),
+    ) -> (Result<LazySummary, LazyError>, Vec<Arc<Task>>) {
+        let ears = match Ears::new() {
+            Ok(ears) => ears,
+            Err(errno) => return (Err(LazyError::kernel("waiting for faults", 0, errno)), Vec::new()),
+        };
         let crew = Crew::new(crew::of_tasks(hot));
+        let taken_over = self.journal.is_held();
         let mut session = Session {
             source,
-            expected: self.expected,
-            holder: Some(self.holder),
-            running: false,
+            expected: std::mem::take(&mut self.expected),
+            journal: &mut self.journal,
             crew: &crew,
-            ears: Ears::new().map_err(|errno| LazyError::kernel("waiting for faults", 0, errno))?,
-            caller: self.caller,
+            ears,
+            caller: self.caller.clone(),
             held,
             summary: LazySummary::default(),
         };
-        session.restore(&self.listener)?;
-        let served = std::thread::scope(|scope| {
-            for _ in 0..crew::helpers() {
-                scope.spawn(|| crew.help(source));
-            }
-            let served = session.serve();
-            crew.end();
-            served
+        let begun = if taken_over { session.take_over() } else { session.restore(&self.listener) };
+        let served = begun.and_then(|()| {
+            std::thread::scope(|scope| {
+                for _ in 0..crew::helpers() {
+                    scope.spawn(|| crew.help(source));
+                }
+                let served = session.serve();
+                crew.end();
+                served
+            })
         });
-        served?;
-        if let Some(holder) = session.holder {
-            holder.release();
-        }
-        Ok(session.summary)
+        (served.map(|()| session.summary), crew.tasks())
     }
 }
 

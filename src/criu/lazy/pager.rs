@@ -1,10 +1,10 @@
-//! The process that serves the pages of one restore, so that the agent's end changes nothing for the restored tree.
+//! The processes that serve the pages of one restore, so that the agent's end changes nothing for the restored tree.
 //!
 //! ```text
-//!   agent ──plan, listener, description of the pages, locked mark──► pager ──► holder
-//!         ──HOLD, while CRIU waits at post-restore─────────────────►
-//!         ◄──HELD: the tasks may run───────────────────────────────
-//!         ◄──what was served, or why not (standard output)─────────
+//!   agent ──plan, listener, description of the pages, locked mark──► pager ──fork, again if it is killed──► server
+//!         ──HOLD, while CRIU waits at post-restore────────────────────────────────────────────────────────►
+//!         ◄──HELD: the tasks may run───────────────────────────────────────────────────────────────────────
+//!         ◄──what was served, or why not (standard output)──────────────────────────────────────────────────
 //! ```
 //!
 //! Each of the two answers has a way of its own: they are awaited by different threads.
@@ -32,25 +32,34 @@ use nix::{
         resource::{Resource, getrlimit, setrlimit},
         signal::Signal,
         socket::{ControlMessage, MsgFlags, UnixAddr, recvmsg, sendmsg},
+        wait::{WaitStatus, waitpid},
     },
+    unistd::{dup2_stdin, dup2_stdout},
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
     super::{Install, sys},
-    LazyError, LazyServer, LazySummary, PageFiles, listen,
+    LazyError, LazyServer, LazySummary, OpenFiles, PageFiles,
+    journal::Entry,
+    listen,
+    sys::is_over,
 };
+use crate::model::{Extent, Space};
 
 /// To the pager: see that all userfaultfds which CRIU has sent are held twice; its answer is the same.
 const HOLD: u8 = b'h';
 /// How long it may take to answer; then the restore is called off, and made without it.
 const HOLD_TIMEOUT: Duration = Duration::from_secs(5);
+/// So many servers of one restore may be killed: more of them die of what they serve.
+const SERVERS_MAX: u32 = 8;
+/// How often a server that has failed looks for the end of the tasks.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// Longest plan.
 const PLAN_BYTES_MAX: usize = 16 << 10;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Plan {
-    launcher: PathBuf,
     directory: PathBuf,
     mark: PathBuf,
 }
@@ -105,11 +114,15 @@ impl Mark {
 
     /// Removes the file, unless another one is there by now.
     fn remove(&self) -> io::Result<()> {
-        let (ours, there) = (self.file.metadata()?, fs::metadata(&self.path)?);
-        if (ours.dev(), ours.ino()) == (there.dev(), there.ino()) {
-            fs::remove_file(&self.path)
-        } else {
-            Ok(())
+        let ours = self.file.metadata()?;
+        match fs::metadata(&self.path) {
+            // A server that was killed then had removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            there => {
+                let there = there?;
+                let same = (ours.dev(), ours.ino()) == (there.dev(), there.ino());
+                if same { fs::remove_file(&self.path) } else { Ok(()) }
+            }
         }
     }
 }
@@ -132,11 +145,7 @@ impl Pager {
         pages: &PageFiles,
     ) -> Result<Self, LazyError> {
         let listener = listen(directory)?;
-        let plan = Plan {
-            launcher: install.launcher().to_owned(),
-            directory: directory.to_owned(),
-            mark: mark.path,
-        };
+        let plan = Plan { directory: directory.to_owned(), mark: mark.path };
         Self::spawn(install, &plan, &listener, &mark.file, pages)
             .map_err(|error| LazyError::Pager(error.to_string()))
     }
@@ -181,14 +190,12 @@ impl Pager {
     pub fn wait(mut self) -> Result<LazySummary, LazyError> {
         let mut said = Vec::new();
         let heard = self.outcome.read_to_end(&mut said);
-        // It has closed its end, which it does by ending.
-        let ended = self.child.wait();
+        // One that has failed ends when the tasks are gone.
+        std::thread::spawn(move || self.child.wait());
         heard.map_err(|error| LazyError::Pager(error.to_string()))?;
         match serde_json::from_slice::<Outcome>(&said) {
             Ok(outcome) => outcome.map_err(LazyError::Pager),
-            Err(_) => Err(LazyError::Pager(format!(
-                "it ended early ({ended:?}). The workload must be restored anew"
-            ))),
+            Err(_) => Err(LazyError::Pager("it ended early. The workload must be ended".into())),
         }
     }
 }
@@ -229,16 +236,35 @@ pub(super) fn endure() -> io::Result<()> {
     Ok(setrlimit(Resource::RLIMIT_NOFILE, most, most)?)
 }
 
-/// The process itself: the verb `enter page`, with the agent at its standard input and output.
+/// The process itself: the verb `enter page`, with the agent at its standard input and output. It prepares all, and forks
+/// the server, so that another one finds all as the first did.
 pub(in super::super) fn page() -> Result<Infallible, io::Error> {
     endure()?;
     let agent = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let outcome: Outcome =
-        receive(&agent).map_err(|error| error.to_string()).and_then(|(plan, fds)| serve(&agent, plan, fds));
-    // An agent that is gone needs no answer: the mark says what became of it.
+    let mut duty = match receive(&agent).map_err(|error| error.to_string()).and_then(Duty::new) {
+        Ok(duty) => duty,
+        Err(failure) => return report(&Err(failure)).map(|()| exit(1)),
+    };
+    for _ in 0..SERVERS_MAX {
+        let Some(server) = sys::fork_with_descriptors()? else { duty.fulfil(agent) };
+        match waitpid(server, None)? {
+            WaitStatus::Exited(_, code) => exit(code),
+            // It is not known what it heard of CRIU; the restore fails, and nothing has run.
+            _ if !duty.server.is_held() => exit(1),
+            ended => eprintln!("standin enter page: the server was ended ({ended:?}), another goes on"),
+        }
+    }
+    let entries = duty.server.journal.take_over()?;
+    let uffds: Vec<OwnedFd> = entries.iter().filter_map(Entry::uffd).map(sys::own).collect();
+    let reported = report(&Err(format!("{SERVERS_MAX} servers of its pages were killed")));
+    reported.and_then(|()| duty.let_wait(&uffds.iter().collect::<Vec<_>>()))
+}
+
+/// An agent that is gone needs no answer: the mark says what became of the restore.
+fn report(outcome: &Outcome) -> io::Result<()> {
     let mut output = io::stdout();
-    let _ = output.write_all(&serde_json::to_vec(&outcome)?).and_then(|()| output.flush());
-    exit(i32::from(outcome.is_err()))
+    let _ = output.write_all(&serde_json::to_vec(outcome)?).and_then(|()| output.flush());
+    Ok(())
 }
 
 fn receive(agent: &UnixStream) -> io::Result<(Plan, [OwnedFd; 3])> {
@@ -253,34 +279,79 @@ fn receive(agent: &UnixStream) -> io::Result<(Plan, [OwnedFd; 3])> {
     Ok((serde_json::from_slice(&text[..length])?, fds))
 }
 
-fn serve(agent: &UnixStream, plan: Plan, [listener, described, mark]: [OwnedFd; 3]) -> Outcome {
-    let text = |error: io::Error| error.to_string();
-    let mut described = File::from(described);
-    let mut bytes = Vec::new();
-    described.rewind().and_then(|()| described.read_to_end(&mut bytes)).map_err(text)?;
-    let pages = PageFiles::decode(&bytes).ok_or("the description of the pages is damaged")?;
-    drop(bytes);
-    let hot = pages.hot().to_vec();
-    let files = pages.open().map_err(text)?;
-    let server = LazyServer::with(UnixListener::from(listener), &plan.launcher, &plan.directory);
-    let server = server.map_err(|error| error.to_string())?;
-    let caller = server.caller();
-    let mut listening = agent.try_clone().map_err(text)?;
-    std::thread::spawn(move || {
-        let mut word = [0];
-        while listening.read(&mut word).is_ok_and(|length| length == 1) {
-            caller.hold();
+/// All that serving one restore needs.
+struct Duty {
+    server: LazyServer,
+    files: OpenFiles,
+    hot: Vec<(Space, Extent)>,
+    mark: Mark,
+}
+
+impl Duty {
+    fn new((plan, [listener, described, mark]): (Plan, [OwnedFd; 3])) -> Result<Self, String> {
+        let text = |error: io::Error| error.to_string();
+        let mut described = File::from(described);
+        let mut bytes = Vec::new();
+        described.rewind().and_then(|()| described.read_to_end(&mut bytes)).map_err(text)?;
+        let pages = PageFiles::decode(&bytes).ok_or("the description of the pages is damaged")?;
+        let hot = pages.hot().to_vec();
+        let server = LazyServer::with(UnixListener::from(listener), &plan.directory);
+        Ok(Self {
+            server: server.map_err(|error| error.to_string())?,
+            files: pages.open().map_err(text)?,
+            hot,
+            mark: Mark { path: plan.mark, file: File::from(mark) },
+        })
+    }
+
+    /// Serves, and ends the process.
+    fn fulfil(mut self, agent: UnixStream) -> ! {
+        // To unwind would close userfaultfds.
+        std::panic::set_hook(Box::new(|_| std::process::abort()));
+        // The way back may still be owed, if another server was ended when it had heard the question.
+        if self.server.is_held() {
+            answer(&agent);
         }
-        // It has stopped us, or is gone.
-        caller.stop();
-    });
-    let mut speaking = agent.try_clone().map_err(text)?;
-    let mut held = || {
-        // If it is gone, so is whoever waits for the answer.
-        let _ = speaking.write_all(&[HOLD]);
-    };
-    let summary = server.serve(&files, &hot, &mut held).map_err(|error| error.to_string())?;
-    // Whoever finds no mark believes that every page is there.
-    Mark { path: plan.mark, file: File::from(mark) }.remove().map_err(text)?;
-    Ok(summary)
+        let caller = self.server.caller();
+        let (mut listening, speaking) = (agent.try_clone(), agent);
+        std::thread::spawn(move || {
+            let mut word = [0];
+            while listening.as_mut().is_ok_and(|agent| agent.read(&mut word).is_ok_and(|length| length == 1)) {
+                caller.hold();
+            }
+            // It has stopped us, or is gone.
+            caller.stop();
+        });
+        // The tasks stay to the end: another server would need them.
+        let (served, tasks) = self.server.serve_tasks(&self.files, &self.hot, &mut || answer(&speaking));
+        let text = |error: io::Error| error.to_string();
+        // Whoever finds no mark believes that every page is there.
+        let removed = |summary| self.mark.remove().map(|()| summary).map_err(text);
+        let outcome = served.map_err(|error| error.to_string()).and_then(removed);
+        let reported = report(&outcome);
+        if outcome.is_err() && self.server.is_held() {
+            let uffds: Vec<&OwnedFd> = tasks.iter().map(|task| &task.uffd).collect();
+            // Should it fail, they are let go with this process, and the agent kills the tree.
+            let _ = self.let_wait(&uffds);
+        }
+        exit(i32::from(outcome.is_err() || reported.is_err()))
+    }
+
+    /// Nobody serves any more: whoever touches a missing page waits, until all are gone.
+    fn let_wait(self, uffds: &[&OwnedFd]) -> io::Result<Infallible> {
+        // The agent hears the end of what was said, and finds the mark without its lock.
+        drop(self.mark);
+        let null = File::options().read(true).write(true).open("/dev/null")?;
+        dup2_stdin(&null)?;
+        dup2_stdout(&null)?;
+        while !uffds.iter().all(|uffd| is_over(uffd)) {
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        exit(1)
+    }
+}
+
+/// Says that what CRIU has sent is held. An agent that is gone has nobody who waits for it.
+fn answer(mut agent: &UnixStream) {
+    let _ = agent.write_all(&[HOLD]);
 }

@@ -17,11 +17,12 @@ use std::{
 use nix::{errno::Errno, sys::epoll::EpollTimeout};
 
 use super::{
+    super::sys::own,
     Caller, LazyError, LazySummary, MESSAGE_TIMEOUT, NO_MEMORY_TIMEOUT, PageSource, RESTORE_FINISHED,
     TASKS_MAX,
     crew::{Crew, NO_MEMORY_REST, PIECE_BYTES},
     ears::{Ears, Speaker},
-    holder::Holder,
+    journal::{Entry, Journal},
     pending::{Awaited, Pending},
     sys::{self, Event},
     task::{Put, Task},
@@ -34,10 +35,7 @@ const CHANGING_MS: u8 = 1;
 pub(super) struct Session<'a> {
     pub(super) source: &'a dyn PageSource,
     pub(super) expected: HashMap<u32, Pending>,
-    /// None once it is gone.
-    pub(super) holder: Option<Holder>,
-    /// Whether the tasks may run.
-    pub(super) running: bool,
+    pub(super) journal: &'a mut Journal,
     pub(super) crew: &'a Crew,
     pub(super) ears: Ears,
     pub(super) caller: Caller,
@@ -69,7 +67,7 @@ impl Session<'_> {
                     }
                     // What CRIU said comes first: userfaultfds to hold, or that the tasks run.
                     (Speaker::Caller, _) if !ready.contains(&Speaker::Criu) => {
-                        self.hear_caller();
+                        self.hear_caller()?;
                         if self.caller.0.stop.load(Acquire) && socket.is_none() {
                             return Err(LazyError::Stopped);
                         }
@@ -80,17 +78,40 @@ impl Session<'_> {
         }
     }
 
+    /// Goes on where a process that served the tasks was ended. Which pages they have by now is not known: what is there
+    /// already is refused by the kernel.
+    pub(super) fn take_over(&mut self) -> Result<(), LazyError> {
+        for entry in self.journal.take_over().map_err(LazyError::Journal)? {
+            match entry {
+                Entry::Task { pid, uffd } => {
+                    let pending = self.expected.remove(&pid).unwrap_or_default();
+                    self.add(pid, own(uffd), pending)?;
+                }
+                Entry::Did { task, message } => {
+                    let Some(task) = self.crew.task(task) else { continue };
+                    let event = message.event();
+                    task.note(&event);
+                    self.forked(&task, event)?;
+                }
+            }
+        }
+        for task in self.crew.tasks() {
+            // Who waits for a page that was asked for asks again. A task that is gone cannot be woken.
+            let _ = sys::wake_all(&task.uffd);
+        }
+        Ok(())
+    }
+
     /// While the tasks run: until each has all its pages.
     pub(super) fn serve(&mut self) -> Result<(), LazyError> {
         let since = Instant::now();
-        self.running = true;
         let mut buffer = vec![0; PIECE_BYTES as usize];
         let mut timeout = EpollTimeout::ZERO;
         loop {
             for speaker in self.wait(timeout)? {
                 match speaker {
                     Speaker::Task(number) => self.events(number)?,
-                    _ => self.hear_caller(),
+                    _ => self.hear_caller()?,
                 }
             }
             if let Some(failure) = self.crew.take_failure() {
@@ -108,12 +129,14 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn hear_caller(&mut self) {
+    fn hear_caller(&mut self) -> Result<(), LazyError> {
         // It was readable.
         let _ = self.caller.0.event.read();
         if self.caller.0.hold.swap(false, Acquire) {
+            self.journal.hold().map_err(LazyError::Journal)?;
             (self.held)();
         }
+        Ok(())
     }
 
     fn listen_to(&self, speaker: Speaker, fd: impl AsFd) -> Result<(), LazyError> {
@@ -144,22 +167,12 @@ impl Session<'_> {
         let Some(pending) = self.expected.remove(&pid) else {
             return Err(LazyError::Protocol(format!("pid {pid}, which is not in the image")));
         };
+        self.journal.add(pid, &uffd).map_err(LazyError::Journal)?;
         self.add(pid, uffd, pending)?;
         Ok(false)
     }
 
     fn add(&mut self, pid: u32, uffd: OwnedFd, pending: Pending) -> Result<(), LazyError> {
-        if let Some(holder) = &self.holder {
-            let kept = holder.keep(&uffd).map_err(LazyError::Holder);
-            match kept {
-                // A child of a task that runs. It is better off with one holder than without its pages.
-                Err(error) if self.running => {
-                    tracing::warn!(%error, "userfaultfds are held once");
-                    self.holder = None;
-                }
-                kept => kept?,
-            }
-        }
         if self.summary.tasks == TASKS_MAX {
             return Err(LazyError::Protocol(format!("more than {TASKS_MAX} tasks")));
         }
@@ -168,10 +181,16 @@ impl Session<'_> {
         self.listen_to(Speaker::Task(self.crew.add(Arc::clone(&task))), &task.uffd)
     }
 
+    /// The kernel has held back every copy since the fork began, so what was pending then still is, and is what the child
+    /// lacks.
+    fn forked(&mut self, task: &Task, event: Event) -> Result<(), LazyError> {
+        if let Event::Fork(uffd) = event { self.add(task.pid, own(uffd), task.pending()) } else { Ok(()) }
+    }
+
     /// Handles what a task did and wants.
     fn events(&mut self, number: usize) -> Result<(), LazyError> {
         let Some(task) = self.crew.task(number) else { return Ok(()) };
-        let events = task.events().map_err(|source| LazyError::Kernel {
+        let events = task.events(number, self.journal).map_err(|source| LazyError::Kernel {
             what: "reading a fault",
             pid: task.pid,
             source,
@@ -179,9 +198,7 @@ impl Session<'_> {
         for event in events {
             match event {
                 Event::Fault(address) => self.fault(&task, address - address % PAGE_SIZE)?,
-                // The kernel has held back every copy since the fork began, so what was pending
-                // then still is, and is what the child lacks.
-                Event::Fork(uffd) => self.add(task.pid, uffd, task.pending())?,
+                Event::Fork(_) => self.forked(&task, event)?,
                 Event::Gone { .. } | Event::Remap { .. } => {}
                 Event::Unknown(event) => {
                     let source = io::Error::other(format!("unknown event {event:#x}"));

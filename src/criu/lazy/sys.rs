@@ -1,13 +1,16 @@
 //! userfaultfd as a server of missing pages uses it (include/uapi/linux/userfaultfd.h).
 
 use std::{
+    fs::File,
     io,
-    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd},
 };
 
+use memmap2::{MmapMut, MmapOptions};
 use nix::errno::Errno;
 
 use super::super::sys::own;
+use crate::model::PAGE_SIZE;
 
 const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
@@ -22,15 +25,21 @@ const EVENT_REMOVE: u8 = 0x15;
 const EVENT_UNMAP: u8 = 0x16;
 
 /// `struct uffd_msg`: the event, 7 bytes of padding, three words.
-const MESSAGE_BYTES: usize = 32;
+pub(super) const MESSAGE_BYTES: usize = 32;
+/// Most messages that are read at once.
+pub(super) const EVENTS_MAX: usize = 32;
+
+/// What the kernel says of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Message([u8; MESSAGE_BYTES]);
 
 /// What a task did, or wants.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Event {
     /// It waits for the page around this address.
     Fault(u64),
     /// It forked; this is the child's userfaultfd.
-    Fork(OwnedFd),
+    Fork(RawFd),
     /// It moved memory.
     Remap { from: u64, to: u64, length: u64 },
     /// It unmapped this, or gave its content up (MADV_DONTNEED and the like).
@@ -39,14 +48,55 @@ pub(super) enum Event {
     Unknown(u8),
 }
 
-/// Most events that are read at once.
-const EVENTS_MAX: usize = 32;
+impl From<[u8; MESSAGE_BYTES]> for Message {
+    fn from(bytes: [u8; MESSAGE_BYTES]) -> Self {
+        Self(bytes)
+    }
+}
 
-/// Reads the events that are there, in the kernel's order (faults come before what else happened, whenever they did);
-/// the descriptor does not block.
-pub(super) fn read_events(uffd: &OwnedFd) -> io::Result<Vec<Event>> {
-    let mut messages = [0u8; EVENTS_MAX * MESSAGE_BYTES];
-    let length = match nix::unistd::read(uffd, &mut messages) {
+impl Message {
+    pub(super) fn new(event: u8, words: [u64; 3]) -> Self {
+        let mut bytes = [0; MESSAGE_BYTES];
+        bytes[0] = event;
+        bytes[8..].copy_from_slice(words.map(u64::to_ne_bytes).as_flattened());
+        Self(bytes)
+    }
+
+    #[cfg(test)]
+    pub(super) fn gone(start: u64, end: u64) -> Self {
+        Self::new(EVENT_UNMAP, [start, end, 0])
+    }
+
+    pub(super) fn bytes(&self) -> &[u8; MESSAGE_BYTES] {
+        &self.0
+    }
+
+    pub(super) fn word(&self, index: usize) -> u64 {
+        let at = 8 + 8 * index;
+        u64::from_ne_bytes(std::array::from_fn(|i| self.0[at + i]))
+    }
+
+    /// Whether it is said once; who waits for a page can be made to say so again.
+    pub(super) fn lasts(&self) -> bool {
+        self.0[0] != EVENT_PAGEFAULT
+    }
+
+    pub(super) fn event(&self) -> Event {
+        match self.0[0] {
+            // Word 0 has the flags, word 1 the address.
+            EVENT_PAGEFAULT => Event::Fault(self.word(1)),
+            EVENT_FORK => Event::Fork(self.word(0) as u32 as RawFd),
+            EVENT_REMAP => Event::Remap { from: self.word(0), to: self.word(1), length: self.word(2) },
+            EVENT_REMOVE | EVENT_UNMAP => Event::Gone { start: self.word(0), end: self.word(1) },
+            other => Event::Unknown(other),
+        }
+    }
+}
+
+/// Reads the messages that are there into a buffer, and says which, in the kernel's order (faults come before what else
+/// happened, whenever they did); the descriptor does not block.
+pub(super) fn read_messages(uffd: &OwnedFd, buffer: &mut [u8]) -> io::Result<Vec<Message>> {
+    let length = match nix::unistd::read(uffd, buffer) {
         Ok(length) => length,
         Err(Errno::EAGAIN | Errno::EINTR) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
@@ -54,22 +104,19 @@ pub(super) fn read_events(uffd: &OwnedFd) -> io::Result<Vec<Event>> {
     if !length.is_multiple_of(MESSAGE_BYTES) {
         return Err(io::Error::other(format!("userfaultfd messages of {length} bytes")));
     }
-    Ok(messages[..length].chunks_exact(MESSAGE_BYTES).map(event).collect())
+    Ok(messages(&buffer[..length]))
 }
 
-fn event(message: &[u8]) -> Event {
-    let word = |index: usize| {
-        let at = 8 + 8 * index;
-        u64::from_ne_bytes(std::array::from_fn(|i| message[at + i]))
-    };
-    match message[0] {
-        // Word 0 has the flags, word 1 the address.
-        EVENT_PAGEFAULT => Event::Fault(word(1)),
-        EVENT_FORK => Event::Fork(own(word(0) as u32 as i32)),
-        EVENT_REMAP => Event::Remap { from: word(0), to: word(1), length: word(2) },
-        EVENT_REMOVE | EVENT_UNMAP => Event::Gone { start: word(0), end: word(1) },
-        other => Event::Unknown(other),
-    }
+/// The messages of a buffer, to the first that is none.
+pub(super) fn messages(buffer: &[u8]) -> Vec<Message> {
+    let (chunks, _) = buffer.as_chunks::<MESSAGE_BYTES>();
+    chunks.iter().take_while(|bytes| bytes[0] != 0).map(|bytes| Message(*bytes)).collect()
+}
+
+/// The first page of a file as memory that all have who map it.
+pub(super) fn shared_page(file: &File) -> io::Result<MmapMut> {
+    // SAFETY: the file is a memfd that nobody cuts, and is written to elsewhere only behind the bytes that are read here.
+    unsafe { MmapOptions::new().len(PAGE_SIZE as usize).map_mut(file) }
 }
 
 #[repr(C)]
@@ -125,6 +172,14 @@ pub(super) fn is_over(uffd: &OwnedFd) -> bool {
     // SAFETY: the request is laid out as said and refers to no memory of ours.
     let result = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_CONTINUE, &raw mut request) };
     Errno::result(result) == Err(Errno::ESRCH)
+}
+
+/// Has all who wait for a page look again.
+pub(super) fn wake_all(uffd: &OwnedFd) -> Result<(), Errno> {
+    /// Below it nobody maps anything (mmap_min_addr), and behind the end nobody can.
+    const FIRST: u64 = 1 << 16;
+    const END: u64 = (1 << 47) - PAGE_SIZE;
+    wake(uffd, FIRST, END - FIRST)
 }
 
 /// Has those who wait for a page in the range look again.

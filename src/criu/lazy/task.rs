@@ -11,8 +11,9 @@ use std::{
 use nix::errno::Errno;
 
 use super::{
+    journal::Journal,
     pending::{Awaited, Pending},
-    sys::{self, Event},
+    sys::{self, Event, Message},
 };
 use crate::model::PAGE_SIZE;
 
@@ -96,21 +97,27 @@ impl Task {
         Some(run)
     }
 
-    /// Reads what the task did and wants, changes of its mappings first and taken note of. Only one thread may.
-    pub(super) fn events(&self) -> std::io::Result<Vec<Event>> {
+    /// Reads what the task of this number did and wants, changes of its mappings first and taken note of. Only one thread
+    /// may.
+    pub(super) fn events(&self, number: usize, journal: &mut Journal) -> std::io::Result<Vec<Event>> {
         let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-        let mut events = sys::read_events(&self.uffd)?;
+        let messages = journal.read(number, &self.uffd)?;
+        let mut events: Vec<Event> = messages.iter().map(Message::event).collect();
         // What is read has begun to happen: a fault that waits beside it is answered by what holds after.
         events.sort_by_key(|event| matches!(event, Event::Fault(_)));
-        let mut awaited = self.awaited();
         for event in &events {
-            match event {
-                Event::Gone { start, end } => awaited.pending.remove(*start, *end),
-                Event::Remap { from, to, length } => awaited.pending.remap(*from, *to, *length),
-                _ => {}
-            }
+            self.note(event);
         }
         Ok(events)
+    }
+
+    /// Takes note of what it did with its mappings.
+    pub(super) fn note(&self, event: &Event) {
+        match event {
+            Event::Gone { start, end } => self.awaited().pending.remove(*start, *end),
+            Event::Remap { from, to, length } => self.awaited().pending.remap(*from, *to, *length),
+            _ => {}
+        }
     }
 
     /// Keeps events from being read until it is dropped.
