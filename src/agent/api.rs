@@ -266,6 +266,9 @@ pub struct ContainerStatus {
     pub id: String,
     /// How it is dumped and restored; whole is slower.
     pub way: Way,
+    /// Processes of it that the kernel has killed for want of memory since it came to this host or the agent was started.
+    #[serde(default)]
+    pub oom_kills: u64,
 }
 
 /// When epochs start, as wanted and as it is.

@@ -5,6 +5,7 @@ use tokio::sync::oneshot;
 
 use super::{
     api::{ApiError, UnprotectRequest, WorkloadStatus},
+    home::Home,
     owner::{Answer, Owner},
     trees,
 };
@@ -115,6 +116,7 @@ impl Owner {
     /// The workload has ended by itself: that is not its host's death, and nobody shall revive it.
     pub(super) fn workload_ended(&mut self) {
         self.end_session();
+        self.watch_memory();
         let message = format!("{} has ended by itself", self.name);
         self.event("workload-ended", &message, None);
         self.error = Some(message.clone());
@@ -122,5 +124,19 @@ impl Owner {
             let _ = answer.send(Err(ApiError::refused(message)));
         }
         self.feed(Input::Withdraw);
+    }
+
+    /// A process that the kernel kills for want of memory is gone as one that ends: the rest is protected on. But people want
+    /// to know. The count is that of the place, which is another after each takeover.
+    pub(super) fn watch_memory(&mut self) {
+        let Some(kills) = self.home.as_ref().and_then(Home::oom_kills) else { return };
+        if kills > self.oom_kills {
+            let detail = format!(
+                "the kernel has killed {} of its processes for want of memory; see its limit, or that of the host",
+                kills - self.oom_kills
+            );
+            self.event("oom-kill", &detail, None);
+        }
+        self.oom_kills = kills;
     }
 }

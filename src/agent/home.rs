@@ -163,6 +163,15 @@ impl Home {
         }
     }
 
+    /// How many processes of a container the kernel has killed for want of memory, if that can be told.
+    pub(super) fn oom_kills(&self) -> Option<u64> {
+        match &self.place {
+            Place::Container(container) => container.oom_kills(),
+            Place::Whole(whole) => whole.oom_kills(),
+            Place::Sandbox(_) | Place::Bare(_) => None,
+        }
+    }
+
     /// What it is of a container, if it is one.
     pub(super) fn container_spec(&self) -> Option<&ContainerSpec> {
         match &self.place {

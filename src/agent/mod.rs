@@ -66,6 +66,7 @@ use crate::{
     ha::{Message, Standing},
     memory::Vmas,
     model::{Name, Term},
+    observe::HistoryLog,
     transport::{
         Endpoint, Identity, PeerName, Peers,
         pairing::{Card, PairingCode},
@@ -182,7 +183,13 @@ impl Agent {
     fn owner(&self, name: &Name) -> Result<mpsc::Sender<Msg>, ApiError> {
         let owner = self.owners().get(name).cloned();
         owner.ok_or_else(|| {
-            ApiError::not_found(format!("no workload named {name} here; see `standin status`"))
+            let was = durable::Place::of(&self.config.state_dir, name).history().exists();
+            let was = if was {
+                format!(", and what became of it: `standin history {name}`")
+            } else {
+                String::new()
+            };
+            ApiError::not_found(format!("no workload named {name} here; see `standin status`{was}"))
         })
     }
 
@@ -275,6 +282,12 @@ impl Agent {
     }
 
     async fn history(&self, name: &Name) -> Result<History, ApiError> {
+        let place = durable::Place::of(&self.config.state_dir, name);
+        if !self.owners().contains_key(name) && place.history().exists() {
+            // Of one that has ended, or is another host's by now.
+            let log = HistoryLog::open(&place.history());
+            return Ok(History { events: log.events(), epochs: log.epochs() });
+        }
         self.ask(name, |answer| Msg::History { answer }).await
     }
 

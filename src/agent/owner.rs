@@ -200,6 +200,8 @@ pub(super) struct Owner {
     pub(super) permit_epochs: watch::Sender<Permit>,
     /// An offer that is answered when this host has become a standby.
     pub(super) waiting_offer: Option<Offer>,
+    /// Processes of it that were killed for want of memory, as far as that was told.
+    pub(super) oom_kills: u64,
 }
 
 impl Owner {
@@ -246,6 +248,7 @@ impl Owner {
             announced: None,
             permit_epochs: watch::Sender::new(Permit { may_capture: false, first_epoch: Epoch(1) }),
             waiting_offer: None,
+            oom_kills: 0,
         }
     }
 
@@ -281,6 +284,7 @@ impl Owner {
                 self.feed(Input::GuardFired);
             }
         }
+        self.watch_memory();
         self.feed(Input::Tick);
         self.repeat_announcement();
     }

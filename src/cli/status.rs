@@ -94,7 +94,9 @@ fn print_workload(status: &WorkloadStatus) {
         println!("  peer      {peer} ({reached})");
     }
     if let Some(container) = &status.container {
-        println!("  container {} of {}", container.id, container.engine);
+        let kills = container.oom_kills;
+        let kills = (kills > 0).then(|| format!("; killed for want of memory: {kills} of its processes"));
+        println!("  container {} of {}{}", container.id, container.engine, kills.unwrap_or_default());
         match container.way {
             Way::Inside => println!("  way       inside"),
             Way::Whole => {

@@ -23,7 +23,7 @@ pub(super) struct Stat {
     pub(super) rdev: u64,
     pub(super) mtime: (i64, u32),
     pub(super) ctime: (i64, u32),
-    /// Something is mounted here.
+    /// Something is mounted here; never of a directory that was opened already: what it shows is what is meant.
     pub(super) mount_root: bool,
 }
 
@@ -65,7 +65,7 @@ pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Stat> {
         rdev: libc::makedev(stx.stx_rdev_major, stx.stx_rdev_minor),
         mtime: (stx.stx_mtime.tv_sec, stx.stx_mtime.tv_nsec),
         ctime: (stx.stx_ctime.tv_sec, stx.stx_ctime.tv_nsec),
-        mount_root: stx.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0,
+        mount_root: !name.is_empty() && stx.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0,
     })
 }
 

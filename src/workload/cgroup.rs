@@ -261,6 +261,20 @@ pub(super) fn pause_file(v2: Option<&Path>, init: u32) -> Result<Option<PathBuf>
     Ok(files.find(|file| file.exists()))
 }
 
+/// The file that counts the processes of a container which the kernel has killed for want of memory: of its own cgroup v2, or
+/// else of its pid 1's in v1. `None` where no memory controller is in force.
+pub(super) fn oom_file(v2: Option<&Path>, init: u32) -> Result<Option<PathBuf>, CgroupError> {
+    let v2 = v2.map(|dir| dir.join("memory.events"));
+    let v1 = v1_of_process(init)?.into_iter().map(|dir| dir.join("memory.oom_control"));
+    Ok(v2.into_iter().chain(v1).find(|file| file.exists()))
+}
+
+/// The count in such a file; `None` if its cgroup is gone.
+pub(super) fn oom_kills(file: &Path) -> Option<u64> {
+    let text = fs::read_to_string(file).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("oom_kill "))?.trim().parse().ok()
+}
+
 /// The directories of the v1 cgroups of a process; none on a host without cgroup v1.
 pub(super) fn v1_of_process(pid: u32) -> Result<Vec<PathBuf>, CgroupError> {
     let path = PathBuf::from(format!("/proc/{pid}/cgroup"));

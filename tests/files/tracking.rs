@@ -310,6 +310,24 @@ fn a_mount_in_the_tree_leads_to_a_walk() {
     });
 }
 
+/// As a volume is that has a file system of its own.
+#[test]
+fn a_tree_that_is_a_mount_itself_is_tracked_as_any() {
+    with_own_mounts(|| {
+        let dir = TempDir::new().unwrap();
+        let none = None::<&Path>;
+        mount(none, dir.path(), Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        let mut twins = Twins::new(&Source::plain(dir.path()));
+        twins.scan(Phase::Frozen, &InUse::default(), "empty");
+        fs::write(dir.path().join("file"), b"content").unwrap();
+        fs::create_dir(dir.path().join("dir")).unwrap();
+        let (records, stats) = twins.scan(Phase::Frozen, &InUse::default(), "filled");
+        // The root, whose times are others, and what is in it.
+        assert_eq!((stats.walked, stats.changed, records.is_empty()), (0, 3, false));
+        umount2(dir.path(), MntFlags::MNT_DETACH).unwrap();
+    });
+}
+
 #[test]
 fn where_nothing_tells_what_changes_every_scan_is_a_walk() {
     with_own_mounts(|| {

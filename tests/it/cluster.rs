@@ -32,15 +32,27 @@ impl Cluster {
 
     /// The same, with more flags for both agents.
     pub(crate) fn with(hint: &str, flags: &[&'static str]) -> Self {
-        let cluster = Self::strangers(hint, flags);
-        let code = cluster.pairing_code();
-        cluster.standin(Host::B, &["pair", "10.77.0.1:7400", &code]);
-        cluster
+        Self::strangers(hint, flags).paired()
+    }
+
+    /// The same on hosts that can limit what a cgroup takes.
+    pub(crate) fn hybrid(hint: &str) -> Self {
+        Self::start(Lab::hybrid(hint), &[]).paired()
+    }
+
+    fn paired(self) -> Self {
+        let code = self.pairing_code();
+        self.standin(Host::B, &["pair", "10.77.0.1:7400", &code]);
+        self
     }
 
     /// A lab with an agent on each host that knows nothing of the other.
     pub(crate) fn strangers(hint: &str, flags: &[&'static str]) -> Self {
-        let mut cluster = Self { lab: Lab::up(hint), agents: Vec::new(), flags: flags.to_vec() };
+        Self::start(Lab::up(hint), flags)
+    }
+
+    fn start(lab: Lab, flags: &[&'static str]) -> Self {
+        let mut cluster = Self { lab, agents: Vec::new(), flags: flags.to_vec() };
         cluster.start_agent(Host::A);
         cluster.start_agent(Host::B);
         cluster

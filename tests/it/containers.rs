@@ -8,10 +8,10 @@ use super::{
     redis::{VIP, longest_gap, rolled_back},
 };
 
-const ROOTFS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/rootfs");
+pub(crate) const ROOTFS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/rootfs");
 
 /// Changes the runtime's example of a config: no terminal, a root to write to, a command, a directory of the host.
-const CONFIGURE: &str = r#"
+pub(crate) const CONFIGURE: &str = r#"
 import json, sys
 bundle, command = sys.argv[1], sys.argv[2:]
 config = json.load(open(bundle + "/config.json"))
@@ -24,28 +24,48 @@ json.dump(config, open(bundle + "/config.json", "w"))
 "#;
 
 /// A cluster with a container on A, not yet started.
-pub(super) struct Oci {
-    pub(super) cluster: Cluster,
-    pub(super) runtime: &'static str,
-    pub(super) name: &'static str,
+pub(crate) struct Oci {
+    pub(crate) cluster: Cluster,
+    pub(crate) runtime: &'static str,
+    pub(crate) name: &'static str,
 }
 
 impl Oci {
     /// A wrapped one.
     fn prepare(runtime: &'static str, name: &'static str, programs: &[&str], command: &[&str]) -> Self {
-        let oci = Self::unprepared(runtime, name, programs, command);
-        oci.cluster.standin(Host::A, &["wrap", name, "--bundle", &format!("/srv/{name}")]);
-        oci
+        Self::prepare_in(Cluster::up(&format!("{runtime}-{name}")), runtime, name, programs, command)
     }
 
-    /// One of which standin knows nothing.
-    pub(super) fn unprepared(
+    /// The same in a cluster that is there.
+    pub(crate) fn prepare_in(
+        cluster: Cluster,
         runtime: &'static str,
         name: &'static str,
         programs: &[&str],
         command: &[&str],
     ) -> Self {
-        let cluster = Cluster::up(&format!("{runtime}-{name}"));
+        let oci = Self::unprepared_in(cluster, runtime, name, programs, command);
+        oci.cluster.standin(Host::A, &["wrap", name, "--bundle", &format!("/srv/{name}")]);
+        oci
+    }
+
+    /// One of which standin knows nothing.
+    pub(crate) fn unprepared(
+        runtime: &'static str,
+        name: &'static str,
+        programs: &[&str],
+        command: &[&str],
+    ) -> Self {
+        Self::unprepared_in(Cluster::up(&format!("{runtime}-{name}")), runtime, name, programs, command)
+    }
+
+    fn unprepared_in(
+        cluster: Cluster,
+        runtime: &'static str,
+        name: &'static str,
+        programs: &[&str],
+        command: &[&str],
+    ) -> Self {
         let bundle = format!("/srv/{name}");
         let root = format!("{bundle}/rootfs");
         cluster.lab.ok(Host::A, &["mkdir", "-p", &format!("{bundle}/data")]);
@@ -55,8 +75,12 @@ impl Oci {
         Self { cluster, runtime, name }
     }
 
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// Its output goes to a pipe, whose reader outlives the command, or to a file of the host.
-    pub(super) fn start(&self, piped: bool) {
+    pub(crate) fn start(&self, piped: bool) {
         let (runtime, name) = (self.runtime, self.name);
         let log = format!("/srv/{name}.log");
         let output = if piped { format!(">(exec setsid cat > {log} 2>&1)") } else { log };
@@ -64,24 +88,24 @@ impl Oci {
         self.cluster.lab.ok(Host::A, &["bash", "-c", &script]);
     }
 
-    pub(super) fn protect(&self, more: &[&str]) {
+    pub(crate) fn protect(&self, more: &[&str]) {
         let args = ["protect", self.name, "--oci", self.name, "--to", "b", "--every", "100ms"];
         self.cluster.standin(Host::A, &[&args, more].concat());
         self.cluster.wait_state_of(self.name, Host::A, "primary", "protected");
     }
 
     /// What the runtime says of it.
-    pub(super) fn state(&self, host: Host) -> serde_json::Value {
+    pub(crate) fn state(&self, host: Host) -> serde_json::Value {
         let output = self.cluster.lab.on(host, &[self.runtime, "state", self.name]);
         serde_json::from_slice(&output.stdout).unwrap_or_default()
     }
 
-    pub(super) fn inside(&self, host: Host, command: &[&str]) -> String {
+    pub(crate) fn inside(&self, host: Host, command: &[&str]) -> String {
         self.cluster.lab.ok(host, &[&[self.runtime, "exec", self.name], command].concat()).trim().to_owned()
     }
 
     /// What it has written to its output on a host.
-    pub(super) fn log(&self, host: Host, first: bool) -> String {
+    pub(crate) fn log(&self, host: Host, first: bool) -> String {
         let path = if first {
             format!("/srv/{}.log", self.name)
         } else {

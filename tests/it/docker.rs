@@ -11,7 +11,7 @@ use super::{
 const ROOTFS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/rootfs");
 
 /// A daemon with Docker's API, and how it is started by hand: nothing is configured, not even experimental features.
-pub(super) struct Daemon {
+pub(crate) struct Daemon {
     name: &'static str,
     /// Its containers have our init.
     wraps: bool,
@@ -23,7 +23,7 @@ pub(super) struct Daemon {
     restarts: bool,
 }
 
-const DOCKER: Daemon = Daemon {
+pub(crate) const DOCKER: Daemon = Daemon {
     name: "docker",
     wraps: true,
     command: &["docker"],
@@ -33,7 +33,7 @@ const DOCKER: Daemon = Daemon {
 };
 
 /// With what it needs to restore containers whole.
-pub(super) const DOCKER_WHOLE: Daemon = Daemon {
+pub(crate) const DOCKER_WHOLE: Daemon = Daemon {
     wraps: false,
     start: "mkdir -p /etc/docker /etc/criu; echo '{\"experimental\":true}' > /etc/docker/daemon.json; \
             echo tcp-established > /etc/criu/runc.conf; PATH=/opt/standin/criu/bin:$PATH \
@@ -43,7 +43,7 @@ pub(super) const DOCKER_WHOLE: Daemon = Daemon {
     ..DOCKER
 };
 
-const PODMAN: Daemon = Daemon {
+pub(crate) const PODMAN: Daemon = Daemon {
     name: "podman",
     wraps: true,
     command: &["podman", "--remote", "--url", "unix:///run/podman/podman.sock"],
@@ -56,15 +56,20 @@ const PODMAN: Daemon = Daemon {
     restarts: false,
 };
 
-pub(super) struct Docker {
-    pub(super) cluster: Cluster,
+pub(crate) struct Docker {
+    pub(crate) cluster: Cluster,
     daemon: &'static Daemon,
 }
 
 impl Docker {
     /// A daemon on each host; an image and a network on A.
-    pub(super) fn up(hint: &str, daemon: &'static Daemon) -> Self {
-        let docker = Self { cluster: Cluster::up(hint), daemon };
+    pub(crate) fn up(hint: &str, daemon: &'static Daemon) -> Self {
+        Self::up_in(Cluster::up(hint), daemon)
+    }
+
+    /// The same in a cluster that is there.
+    pub(crate) fn up_in(cluster: Cluster, daemon: &'static Daemon) -> Self {
+        let docker = Self { cluster, daemon };
         docker.start_daemon(Host::A);
         docker.start_daemon(Host::B);
         let command = daemon.command.join(" ");
@@ -89,8 +94,18 @@ impl Docker {
         self.cluster.lab.ok(host, &["setsid", "sh", "-c", &script]);
     }
 
+    /// The image is made anew with more programs.
+    pub(crate) fn add_programs(&self, programs: &[&str]) {
+        let import = format!(
+            "{ROOTFS} /srv/rootfs {} && tar -C /srv/rootfs -c . | {} import - lab",
+            programs.join(" "),
+            self.daemon.command.join(" ")
+        );
+        self.cluster.lab.ok(Host::A, &["sh", "-c", &import]);
+    }
+
     /// What an operator does who has no registry.
-    pub(super) fn ship_image(&self) {
+    pub(crate) fn ship_image(&self) {
         let (lab, command) = (&self.cluster.lab, self.daemon.command);
         let mut save = lab.command(Host::A, &[command, &["save", "lab"]].concat());
         let mut save = save.stdout(Stdio::piped()).spawn().unwrap();
@@ -100,7 +115,7 @@ impl Docker {
     }
 
     /// `docker run` of a container, wrapped if that is how the daemon's are.
-    pub(super) fn run(&self, flags: &[&str], command: &[&str]) {
+    pub(crate) fn run(&self, flags: &[&str], command: &[&str]) {
         let wrap =
             ["--entrypoint", "/.standin/init", "-v", "/var/lib/standin/wrap/redis:/.standin:ro"].as_slice();
         let wrap = if self.daemon.wraps { wrap } else { &[] };
@@ -108,23 +123,23 @@ impl Docker {
         self.docker(Host::A, &[&fixed, self.daemon.flags, flags, &["lab"], command].concat());
     }
 
-    pub(super) fn protect(&self, more: &[&str]) {
+    pub(crate) fn protect(&self, more: &[&str]) {
         let daemon = format!("--{}", self.daemon.name);
         let args = ["protect", "redis", &daemon, "redis", "--to", "b", "--every", "100ms"];
         self.cluster.standin(Host::A, &[&args, more].concat());
         self.cluster.wait_state(Host::A, "primary", "protected");
     }
 
-    pub(super) fn docker(&self, host: Host, args: &[&str]) -> String {
+    pub(crate) fn docker(&self, host: Host, args: &[&str]) -> String {
         self.cluster.lab.ok(host, &[self.daemon.command, args].concat()).trim().to_owned()
     }
 
-    fn inside(&self, host: Host, script: &str) -> String {
+    pub(crate) fn inside(&self, host: Host, script: &str) -> String {
         self.docker(host, &["exec", "redis", "sh", "-c", script])
     }
 
     /// What the daemon says of the container; nothing if it knows none.
-    fn state(&self, host: Host) -> String {
+    pub(crate) fn state(&self, host: Host) -> String {
         let args = ["inspect", "-f", "{{.State.Status}}", "redis"];
         let output = self.cluster.lab.on(host, &[self.daemon.command, &args].concat());
         String::from_utf8_lossy(&output.stdout).trim().to_owned()

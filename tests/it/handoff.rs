@@ -28,7 +28,7 @@ fn a_handoff_loses_nothing_there_and_back() {
 
 /// Leaves the standby's store no more than it takes between two epochs: an epoch that is there only until it is folded
 /// counts for nothing, and while it is there the size is refused.
-const NO_ROOM: &str = "
+pub(crate) const NO_ROOM: &str = "
     used() { df --output=used -k /dev/shm | tail -1; }
     least() { for _ in $(seq 20); do used; done | sort -n | head -1; }
     until mount -o remount,size=$(($(least) + 64))k /dev/shm 2>/dev/null; do :; done

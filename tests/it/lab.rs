@@ -76,11 +76,16 @@ impl Lab {
     /// # Panics
     /// If it cannot be made: nearly always because the test does not run as root.
     pub(crate) fn up(hint: &str) -> Self {
-        Self::up_owned_by(hint, id())
+        Self::up_with(hint, id(), &[])
     }
 
-    /// As [`Lab::up`], for a lab that goes with the process `owner_pid`.
-    pub(crate) fn up_owned_by(hint: &str, owner_pid: u32) -> Self {
+    /// As [`Lab::up`], with what controllers of cgroups this machine has: they are with version 1 or with version 2.
+    pub(crate) fn hybrid(hint: &str) -> Self {
+        Self::up_with(hint, id(), &["--hybrid"])
+    }
+
+    /// For a lab that goes with the process `owner_pid`; `flags` of `scripts/lab up`.
+    pub(crate) fn up_with(hint: &str, owner_pid: u32, flags: &[&str]) -> Self {
         static LABS: AtomicU32 = AtomicU32::new(0);
         assert!(
             nix::unistd::geteuid().is_root(),
@@ -89,7 +94,8 @@ impl Lab {
         let hint: String = hint.chars().take(HINT_CHARS_MAX).collect();
         let lab = Self { name: format!("{hint}-{}-{}", id(), LABS.fetch_add(1, Ordering::Relaxed)) };
         let programs = Path::new(STANDIN).parent().expect("an executable has a directory");
-        lab.verb(["up", "--owner", &owner_pid.to_string(), "--share", &programs.to_string_lossy()]);
+        let (owner_pid, programs) = (owner_pid.to_string(), programs.to_string_lossy());
+        lab.verb(&[&["up", "--owner", &owner_pid, "--share", &programs], flags].concat());
         lab
     }
 
@@ -130,27 +136,27 @@ impl Lab {
 
     /// Cuts the power of `host`.
     pub(crate) fn kill(&self, host: Host) {
-        self.verb(["kill", &host.to_string()]);
+        self.verb(&["kill", &host.to_string()]);
     }
 
     /// Starts `host` again after [`Lab::kill`], with its disk.
     pub(crate) fn boot(&self, host: Host) {
-        self.verb(["boot", &host.to_string()]);
+        self.verb(&["boot", &host.to_string()]);
     }
 
     /// Cuts `host` off from everybody.
     pub(crate) fn cut(&self, host: Host) {
-        self.verb(["cut", &host.to_string()]);
+        self.verb(&["cut", &host.to_string()]);
     }
 
     /// Cuts `one` off from `other`; both still reach the third.
     pub(crate) fn cut_between(&self, one: Host, other: Host) {
-        self.verb(["cut", &format!("{one}-{other}")]);
+        self.verb(&["cut", &format!("{one}-{other}")]);
     }
 
     /// Undoes all cuts.
     pub(crate) fn heal(&self) {
-        self.verb(["heal"]);
+        self.verb(&["heal"]);
     }
 
     /// Pid of a host's init, as this machine sees it.
@@ -166,7 +172,7 @@ impl Lab {
         command
     }
 
-    fn verb<const N: usize>(&self, args: [&str; N]) {
+    fn verb(&self, args: &[&str]) {
         let output = self.script().args(args).stdin(Stdio::null()).output().expect("scripts/lab can be run");
         assert!(output.status.success(), "lab {}: {args:?}: {}", self.name, describe(&output));
     }

@@ -64,11 +64,10 @@ struct Remains {
 impl Remains {
     fn of(lab_name: &str, network_namespaces: &BTreeSet<PathBuf>) -> Self {
         let directory_name = format!("standin-lab.{lab_name}");
-        let paths = ["/run", "/tmp", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
-            .map(|parent| Path::new(parent).join(&directory_name))
-            .into_iter()
-            .filter(|path| path.exists())
-            .collect();
+        let hierarchies =
+            fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
+        let paths = ["/run", "/tmp", "/sys/fs/cgroup"].map(PathBuf::from).into_iter().chain(hierarchies);
+        let paths = paths.map(|parent| parent.join(&directory_name)).filter(|path| path.exists()).collect();
         let mounts = fs::read_to_string("/proc/self/mountinfo")
             .expect("mountinfo can be read")
             .lines()
@@ -225,9 +224,12 @@ fn a_killed_host_keeps_its_disk_and_nothing_else() {
 #[test]
 fn a_killed_owner_leaves_nothing_behind() {
     let mut owner = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().expect("sleep can be run");
-    let lab = Lab::up_owned_by("owner", owner.id());
+    // It has all that a lab can have.
+    let lab = Lab::up_with("owner", owner.id(), &["--hybrid"]);
     let namespaces = network_namespaces(&lab);
-    lab.ok(Host::A, &["sh", "-c", "mkdir /sys/fs/cgroup/w; setsid sleep 12345 </dev/null >/dev/null 2>&1 &"]);
+    let leave = "for dir in /sys/fs/cgroup /sys/fs/cgroup/*/; do mkdir $dir/w; done; \
+                 setsid sleep 12345 </dev/null >/dev/null 2>&1 &";
+    lab.ok(Host::A, &["sh", "-c", leave]);
     lab.kill(Host::B);
     assert!(!Remains::of(lab.name(), &namespaces).is_nothing(), "the test can see a lab that is up");
 

@@ -1,6 +1,8 @@
 //! Integration tests: one binary, so that it links once and `cargo test NAME` finds everything.
 
 mod cluster;
+mod container_faults;
+mod container_keeps;
 mod containers;
 mod docker;
 mod failover;

@@ -10,7 +10,7 @@ use super::{
     },
     engine::{self, Found, Named, Network, PidOne, TreeAt},
     error::{ContainerError, engine_error, unfit},
-    has_own,
+    has_own, sharing,
 };
 use crate::model::Name;
 
@@ -61,6 +61,9 @@ impl Candidate {
             }
             PidOne::Application(_) => ((init, 1), Way::Whole),
         };
+        if let Some(shared) = trees.iter().find_map(|(_, at)| shared_with_others(at, pid)) {
+            return Err(unfit(id, &shared));
+        }
         let (trees, places) = trees.into_iter().unzip();
         let engine_net = ips.is_empty() && network == Network::Own;
         let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees, way };
@@ -93,6 +96,23 @@ pub(super) fn streams_of(pid: u32) -> Vec<(u8, String)> {
         link.starts_with("pipe:[").then_some((number, link))
     };
     (0..3).filter_map(stream).collect()
+}
+
+/// Why a directory of its cannot be replicated, if others have it mounted too. Readers stay behind as well.
+fn shared_with_others(at: &TreeAt, init: u32) -> Option<String> {
+    let TreeAt::Plain(dir) = at else { return None };
+    let other = sharing::other_user(dir, init);
+    if let Err(error) = &other {
+        tracing::warn!(%error, dir = %dir.display(), "whether others have it mounted is not known");
+    }
+    let pid = other.ok().flatten()?;
+    let program = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Some(format!(
+        "its directory {} is mounted by another container too, of process {pid} ({}), which does not move with it; \
+         stop that one, or give each a directory of its own",
+        dir.display(),
+        program.trim()
+    ))
 }
 
 /// The name of one of its standard streams if it is neither a pipe nor a file of its own: CRIU cannot name that.

@@ -26,6 +26,7 @@ mod docker;
 mod engine;
 mod error;
 mod oci;
+mod sharing;
 pub mod whole;
 pub mod wrap;
 
@@ -128,6 +129,8 @@ pub struct Container {
     gate: Option<Gate>,
     /// Looked up once: it is read all the time.
     pause_file: Option<PathBuf>,
+    /// The same, with what it said when this handle was made.
+    oom_kills: Option<(PathBuf, u64)>,
 }
 
 impl Container {
@@ -306,7 +309,10 @@ impl Container {
         };
         let pause_file = cgroup::pause_file(record.cgroup.as_deref(), init.pid);
         let pause_file = pause_file.map_err(|error| keeper_error(name)(error.into()))?;
-        Ok(Self { dir, record, init, keeper, gate, pause_file })
+        let oom_file = cgroup::oom_file(record.cgroup.as_deref(), init.pid);
+        let oom_file = oom_file.map_err(|error| keeper_error(name)(error.into()))?;
+        let oom_kills = oom_file.and_then(|file| cgroup::oom_kills(&file).map(|kills| (file, kills)));
+        Ok(Self { dir, record, init, keeper, gate, pause_file, oom_kills })
     }
 
     /// Whether there is, or was, one of that name in the run directory.
@@ -411,6 +417,13 @@ impl Container {
     pub fn is_paused(&self) -> bool {
         let text = self.pause_file.as_ref().and_then(|file| fs::read_to_string(file).ok());
         text.is_some_and(|text| text.trim() == "1")
+    }
+
+    /// How many of its processes the kernel has killed for want of memory since this handle was made; `None` if that cannot be
+    /// told (any more).
+    pub fn oom_kills(&self) -> Option<u64> {
+        let (file, before) = self.oom_kills.as_ref()?;
+        cgroup::oom_kills(file)?.checked_sub(*before)
     }
 
     /// The root's pid here and inside, while it runs.

@@ -86,6 +86,8 @@ pub struct Whole {
     record: Record,
     keeper: Keeper,
     gate: Option<Gate>,
+    /// What counts those killed for want of memory, and how many that were before.
+    oom_kills: Option<(PathBuf, u64)>,
 }
 
 impl Whole {
@@ -257,7 +259,13 @@ impl Whole {
             Some(netns) => Some(Gate::of(name, ips, netns?.as_fd()).map_err(network_error(name))?),
             None => None,
         };
-        Ok(Self { dir, record, keeper, gate })
+        // That of ours counts those below it too.
+        let oom_file = match &record.cgroup {
+            Some(own) => own.join("memory.events"),
+            None => work_of(name)?.join("memory.events"),
+        };
+        let oom_kills = cgroup::oom_kills(&oom_file).map(|kills| (oom_file, kills));
+        Ok(Self { dir, record, keeper, gate, oom_kills })
     }
 
     /// Whether there is, or was, one of that name in the run directory.
@@ -351,6 +359,12 @@ impl Whole {
     /// The root's pid here and inside, while it runs.
     pub fn workload_pid(&self) -> Option<(u32, u32)> {
         self.record.root.filter(|root| root.is_alive()).map(|root| (root.pid, 1))
+    }
+
+    /// See [`Container::oom_kills`](super::Container::oom_kills).
+    pub fn oom_kills(&self) -> Option<u64> {
+        let (file, before) = self.oom_kills.as_ref()?;
+        cgroup::oom_kills(file)?.checked_sub(*before)
     }
 
     /// Whether its engine has stopped it.
