@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     capture::pace::StretchedBy,
     model::{EpochFigures, EpochId, Name, Term},
-    workload::spec::{Cidr, Daemon, PaceSpec, Runtime, Vip, Way},
+    workload::spec::{Cidr, Daemon, MountRule, PaceSpec, Runtime, Vip, Way},
 };
 
 /// Start a command in a sandbox.
@@ -107,6 +107,9 @@ pub struct OciContainer {
     /// Addresses that standin gives it, on a device of its own.
     #[serde(default)]
     pub ips: Vec<Cidr>,
+    /// What becomes of what it mounts writable; replicated, unless said otherwise.
+    #[serde(default)]
+    pub mounts: Vec<MountRule>,
 }
 
 /// A container of a daemon with Docker's API.
@@ -120,6 +123,9 @@ pub struct DockerContainer {
     /// Addresses that standin gives it, on a device of its own; for one that has no network.
     #[serde(default)]
     pub ips: Vec<Cidr>,
+    /// What becomes of what it mounts writable; replicated, unless said otherwise.
+    #[serde(default)]
+    pub mounts: Vec<MountRule>,
 }
 
 /// What is to be protected.
@@ -266,6 +272,9 @@ pub struct ContainerStatus {
     pub id: String,
     /// How it is dumped and restored; whole is slower.
     pub way: Way,
+    /// What becomes of what it mounts writable.
+    #[serde(default)]
+    pub mounts: Vec<MountRule>,
     /// Processes of it that the kernel has killed for want of memory since it came to this host or the agent was started.
     #[serde(default)]
     pub oom_kills: u64,

@@ -15,7 +15,7 @@ use crate::{
         keeper::Keeper,
         network::Gate,
         sandbox::{self, Sandbox},
-        spec::{Cidr, ContainerSpec, PlaceSpec, Vip, Way, WorkloadSpec},
+        spec::{Cidr, ContainerSpec, MountRule, PlaceSpec, Vip, Way, WorkloadSpec},
     },
 };
 
@@ -118,9 +118,14 @@ impl Home {
     }
 
     /// Adopts a container that runs.
-    pub(super) fn adopt_container(agent: &Agent, name: &Name, named: &Named, ips: &[Cidr]) -> Result<Self> {
+    pub(super) fn adopt_container(
+        agent: &Agent,
+        name: &Name,
+        named: &Named,
+        (ips, mounts): (&[Cidr], &[MountRule]),
+    ) -> Result<Self> {
         durable::Place::of(&agent.config.state_dir, name).make()?;
-        let (found, options) = (Candidate::find(name, named, ips)?, container_options(agent, name));
+        let (found, options) = (Candidate::find(name, named, ips, mounts)?, container_options(agent, name));
         let place = match found.way() {
             Way::Inside => Place::Container(Box::new(Container::adopt(name, found, &options)?)),
             Way::Whole => Place::Whole(Box::new(Whole::adopt(name, found, &options)?)),

@@ -75,7 +75,7 @@ use crate::{
     workload::{
         container::{self, Named, wrap},
         control::{Command, User},
-        spec::{Cidr, Net, PaceSpec, PlaceSpec, SandboxSpec, WorkloadSpec},
+        spec::{Cidr, MountRule, Net, PaceSpec, PlaceSpec, SandboxSpec, WorkloadSpec},
     },
 };
 
@@ -394,14 +394,14 @@ impl Agent {
                     ))
                 })?;
             }
-            Source::Oci(OciContainer { id, runtime, state, ips }) => {
+            Source::Oci(OciContainer { id, runtime, state, ips, mounts }) => {
                 let (runtime, state) = (*runtime, state.clone());
                 let named = Named::Oci { runtime, state, id: id.clone() };
-                self.adopt_container(&request, named, ips.clone()).await?;
+                self.adopt_container(&request, named, (ips.clone(), mounts.clone())).await?;
             }
-            Source::Docker(DockerContainer { daemon, container, ips }) => {
+            Source::Docker(DockerContainer { daemon, container, ips, mounts }) => {
                 let named = Named::Docker { daemon: *daemon, container: container.clone() };
-                self.adopt_container(&request, named, ips.clone()).await?;
+                self.adopt_container(&request, named, (ips.clone(), mounts.clone())).await?;
             }
             Source::Pid(pid) => {
                 self.check_free(&name)?;
@@ -428,12 +428,12 @@ impl Agent {
         self: &Arc<Self>,
         request: &ProtectRequest,
         named: Named,
-        ips: Vec<Cidr>,
+        (ips, mounts): (Vec<Cidr>, Vec<MountRule>),
     ) -> Result<(), ApiError> {
         self.check_free(&request.name)?;
         self.check_container(named.container()).await?;
         let (agent, name) = (Arc::clone(self), request.name.clone());
-        let adopt = move || Home::adopt_container(&agent, &name, &named, &ips);
+        let adopt = move || Home::adopt_container(&agent, &name, &named, (&ips, &mounts));
         let home = tokio::task::spawn_blocking(adopt)
             .await
             .map_err(ApiError::failed)?

@@ -77,6 +77,7 @@ impl Owner {
                     engine: spec.engine.name().to_owned(),
                     id: spec.engine.container().to_owned(),
                     way: spec.way,
+                    mounts: spec.mounts(),
                     oom_kills: self.oom_kills,
                 }),
             },

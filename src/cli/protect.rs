@@ -9,7 +9,7 @@ use crate::{
         WorkloadStatus,
     },
     model::Name,
-    workload::spec::{Cidr, Daemon, PaceMode, PaceSpec, Runtime, Vip},
+    workload::spec::{Cidr, Daemon, MountRule, PaceMode, PaceSpec, Runtime, Vip},
 };
 
 #[derive(clap::Args)]
@@ -40,6 +40,10 @@ pub(super) struct Args {
     /// Of a container without a network: address on a device that standin makes inside; may be given several times
     #[arg(long = "ip", value_name = "CIDR", conflicts_with_all = ["pid", "run"])]
     ips: Vec<Cidr>,
+    /// Of a container: what becomes of a directory of the host or a volume that it writes to. `replicate`: it goes with
+    /// every epoch (the default); `shared`: it is the same storage on both hosts; `ignore`: each host has its own
+    #[arg(long = "mount", value_name = "DESTINATION=MODE", conflicts_with_all = ["pid", "run"])]
+    mounts: Vec<MountRule>,
     /// The standby: a paired peer
     #[arg(long, value_name = "PEER")]
     to: String,
@@ -131,17 +135,17 @@ pub(super) fn unprotect(socket: &Path, args: &UnprotectArgs) -> Outcome {
 
 /// What is to be protected.
 fn source(args: Args) -> Result<Source, Failure> {
-    let Args { name, pid, run, oci, runtime, root, docker, podman, ips, to, .. } = args;
+    let Args { name, pid, run, oci, runtime, root, docker, podman, ips, mounts, to, .. } = args;
     if let Some(pid) = pid {
         return Ok(Source::Pid(pid));
     }
     if let Some(id) = oci {
-        return Ok(Source::Oci(OciContainer { id, runtime, state: root, ips }));
+        return Ok(Source::Oci(OciContainer { id, runtime, state: root, ips, mounts }));
     }
     let docker = docker.map(|container| (Daemon::Docker, container));
     if let Some((daemon, container)) = docker.or_else(|| podman.map(|container| (Daemon::Podman, container)))
     {
-        return Ok(Source::Docker(DockerContainer { daemon, container, ips }));
+        return Ok(Source::Docker(DockerContainer { daemon, container, ips, mounts }));
     }
     match run {
         Some(run) if run != name => Err(Failure::new(

@@ -97,6 +97,10 @@ fn print_workload(status: &WorkloadStatus) {
         let kills = container.oom_kills;
         let kills = (kills > 0).then(|| format!("; killed for want of memory: {kills} of its processes"));
         println!("  container {} of {}{}", container.id, container.engine, kills.unwrap_or_default());
+        if !container.mounts.is_empty() {
+            let mounts: Vec<String> = container.mounts.iter().map(ToString::to_string).collect();
+            println!("  mounts    {}", mounts.join(", "));
+        }
         match container.way {
             Way::Inside => println!("  way       inside"),
             Way::Whole => {

@@ -134,10 +134,10 @@ fn container(spec: &ContainerSpec) -> Result<(), Illegal> {
     }
     let fits = config.len() <= CONTAINER_CONFIG_LEN_MAX;
     require(fits, || format!("a container's config of more than {CONTAINER_CONFIG_LEN_MAX} bytes"))?;
-    let trees = spec.trees.len();
+    let trees = spec.trees.len() + spec.left.len();
     require(trees <= TREES_MAX, || format!("{trees} trees, at most {TREES_MAX}"))?;
-    for tree in &spec.trees {
-        let inside = &tree.inside;
+    let left = spec.left.iter().map(|rule| &rule.inside);
+    for inside in spec.trees.iter().map(|tree| &tree.inside).chain(left) {
         require(is_plain_absolute(inside), || format!("{} is no plain absolute path", inside.display()))?;
     }
     Ok(())

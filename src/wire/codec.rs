@@ -259,6 +259,7 @@ mod tests {
                 engine,
                 ips: Vec::new(),
                 trees,
+                left: Vec::new(),
             })
         }
         let edits: [fn(&mut WorkloadSpec); 10] = [

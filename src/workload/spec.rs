@@ -244,6 +244,63 @@ pub enum Way {
     Whole,
 }
 
+/// What becomes of what a container writes to a directory of the host or a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MountMode {
+    /// It goes with every epoch; what is not named otherwise does.
+    Replicate,
+    /// It is the same storage on both hosts. What is there after a takeover may be newer than the memory.
+    Shared,
+    /// Each host has its own.
+    Ignore,
+}
+
+/// A mount of a container, and what becomes of its files: `DESTINATION=replicate|shared|ignore`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MountRule {
+    /// Where it is inside.
+    pub inside: PathBuf,
+    /// What becomes of its files.
+    pub mode: MountMode,
+}
+
+impl MountRule {
+    /// Whether it is not replicated.
+    pub fn is_left(&self) -> bool {
+        self.mode != MountMode::Replicate
+    }
+}
+
+impl std::fmt::Display for MountRule {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mode = match self.mode {
+            MountMode::Replicate => "replicate",
+            MountMode::Shared => "shared",
+            MountMode::Ignore => "ignore",
+        };
+        write!(f, "{}={mode}", self.inside.display())
+    }
+}
+
+impl std::str::FromStr for MountRule {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wanted = || format!("{text} is not DESTINATION=replicate|shared|ignore, as in /srv/nfs=shared");
+        let (inside, mode) = text.rsplit_once('=').ok_or_else(wanted)?;
+        let mode = match mode {
+            "replicate" => MountMode::Replicate,
+            "shared" => MountMode::Shared,
+            "ignore" => MountMode::Ignore,
+            _ => return Err(wanted()),
+        };
+        let inside = PathBuf::from(inside);
+        if inside.is_absolute() { Ok(Self { inside, mode }) } else { Err(wanted()) }
+    }
+}
+
 /// A container: the engine's, the same on both hosts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSpec {
@@ -255,9 +312,22 @@ pub struct ContainerSpec {
     pub ips: Vec<Cidr>,
     /// Its replicated files, in the order of their records.
     pub trees: Vec<ContainerTree>,
+    /// What it mounts writable and is not replicated.
+    #[serde(default)]
+    pub left: Vec<MountRule>,
     /// How it is dumped and restored.
     #[serde(default)]
     pub way: Way,
+}
+
+impl ContainerSpec {
+    /// What becomes of each of its mounts that it may write to.
+    pub fn mounts(&self) -> Vec<MountRule> {
+        let replicated = self.trees.iter().filter(|tree| tree.kind == ContainerTreeKind::Mount);
+        let replicated =
+            replicated.map(|tree| MountRule { inside: tree.inside.clone(), mode: MountMode::Replicate });
+        replicated.chain(self.left.iter().cloned()).collect()
+    }
 }
 
 /// Where a workload runs.

@@ -1,14 +1,14 @@
 //! What happens to protected containers: kills for want of memory, disks that are full, files that turn into others, mounts
 //! that are shared. The container is unharmed, the standby keeps a whole epoch, and it is told.
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use super::{
     cluster::{Cluster, wait_for},
     containers::Oci,
     docker::{DOCKER, Docker},
     handoff::NO_ROOM,
-    lab::Host,
+    lab::{Host, STANDIN},
 };
 
 /// Where the standby keeps a container's files.
@@ -290,6 +290,59 @@ fn what_another_runc_container_mounts_is_refused() {
         oci.cluster.lab.ok(Host::A, &["runc", "delete", "--force", id]);
     }
     oci.protect(&[]);
+}
+
+/// What is on storage that both hosts have, and what each has of its own, is left where it is.
+#[test]
+fn mounts_are_replicated_or_shared_or_ignored_as_the_operator_says() {
+    // The hosts of a lab both see the directory of the tests' program.
+    let storage = tempfile::tempdir_in(Path::new(STANDIN).parent().unwrap()).unwrap();
+    let oci = Oci::prepare_in(Cluster::up("mount-modes"), "runc", "counts", &[], &["sh", "-c", COUNTS]);
+    let mount = format!(
+        "mkdir -p /srv/nfs && mount --bind {} /srv/nfs && mount -o remount,bind,rw /srv/nfs",
+        storage.path().display()
+    );
+    for host in [Host::A, Host::B] {
+        oci.cluster.lab.ok(host, &["sh", "-c", &mount]);
+    }
+    oci.cluster.lab.ok(Host::A, &["mkdir", "-p", "/srv/cache"]);
+    oci.configure(
+        "for name in ('nfs', 'cache'):\n  config['mounts'].append({'destination': '/' + name, 'type': 'bind', \
+         'source': '/srv/' + name, 'options': ['bind', 'rw']})",
+    );
+    oci.start(true);
+    let refused = |rule: &str| {
+        let args = ["protect", "counts", "--oci", "counts", "--to", "b", "--mount", rule];
+        oci.cluster.refused(Host::A, &args).1
+    };
+    let none = refused("/dat=ignore");
+    assert!(none.contains("/dat is no mount") && none.contains("/data, /nfs, /cache"), "{none}");
+    assert!(refused("/data=lost").contains("replicate|shared|ignore"));
+    oci.protect(&["--mount", "/nfs=shared", "--mount", "/cache=ignore"]);
+    let mounts = oci.cluster.status(Host::A, "counts")["container"]["mounts"].clone();
+    let modes = ["/data", "/nfs", "/cache"].into_iter().zip(["replicate", "shared", "ignore"]);
+    let wanted: Vec<_> =
+        modes.map(|(inside, mode)| serde_json::json!({"inside": inside, "mode": mode})).collect();
+    assert_eq!(mounts, serde_json::Value::Array(wanted));
+
+    let write = |host, word: &str| {
+        let script = format!("for dir in data nfs cache; do echo {word} > /$dir/word; done");
+        oci.inside(host, &["sh", "-c", &script]);
+    };
+    let read = |host| {
+        let script = "for dir in data nfs cache; do cat /$dir/word 2>/dev/null || echo none; done";
+        oci.inside(host, &["sh", "-c", script]).split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    write(Host::A, "first");
+    oci.await_epoch();
+    hand_off(&oci.cluster, Host::A, "counts");
+    assert_eq!(read(Host::B), ["first", "first", "none"]);
+    assert_eq!(std::fs::read_to_string(storage.path().join("word")).unwrap().trim(), "first");
+    write(Host::B, "second");
+    oci.cluster.wait_state_of("counts", Host::B, "primary", "protected");
+    hand_off(&oci.cluster, Host::B, "counts");
+    assert_eq!(read(Host::A), ["second", "second", "first"]);
+    oci.assert_counts(Host::A);
 }
 
 #[test]

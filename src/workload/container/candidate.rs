@@ -1,14 +1,17 @@
 //! What a container that runs must be like to be adopted, beside what its engine says.
 
-use std::fs;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use super::{
     super::{
         inner_pid,
         keeper::{ProcessId, Stat},
-        spec::{Cidr, ContainerSpec, Way},
+        spec::{Cidr, ContainerSpec, ContainerTree, ContainerTreeKind, MountRule, Way},
     },
-    engine::{self, Found, Named, Network, PidOne, TreeAt},
+    engine::{self, Found, Named, Network, PidOne, TreeAt, Trees},
     error::{ContainerError, engine_error, unfit},
     has_own, sharing,
 };
@@ -28,9 +31,15 @@ pub struct Candidate {
 
 impl Candidate {
     /// Finds it, and whether it can be protected.
-    pub fn find(name: &Name, named: &Named, ips: &[Cidr]) -> Result<Self, ContainerError> {
+    pub fn find(
+        name: &Name,
+        named: &Named,
+        ips: &[Cidr],
+        rules: &[MountRule],
+    ) -> Result<Self, ContainerError> {
         let id = named.container();
         let Found { engine, pid, pid_one, trees, network } = engine::find(named).map_err(engine_error(id))?;
+        let trees = replicated(trees, rules).map_err(|reason| unfit(id, &reason))?;
         if let PidOne::Init(wrap) = &pid_one {
             let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             if wrapped_as != name.as_str() {
@@ -61,12 +70,20 @@ impl Candidate {
             }
             PidOne::Application(_) => ((init, 1), Way::Whole),
         };
-        if let Some(shared) = trees.iter().find_map(|(_, at)| shared_with_others(at, pid)) {
-            return Err(unfit(id, &shared));
+        let shared = trees.iter().find_map(|(tree, at)| Some((tree, shared_with_others(at, pid)?)));
+        if let Some((tree, shared)) = shared {
+            let mount = tree.kind == ContainerTreeKind::Mount;
+            let or = if mount {
+                format!("; or leave it out: {}", leaving_out(&tree.inside))
+            } else {
+                String::new()
+            };
+            return Err(unfit(id, &format!("{shared}{or}")));
         }
         let (trees, places) = trees.into_iter().unzip();
+        let left = rules.iter().filter(|rule| rule.is_left()).cloned().collect();
         let engine_net = ips.is_empty() && network == Network::Own;
-        let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees, way };
+        let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees, left, way };
         Ok(Self { spec, init, root, pid_one, trees: places, engine_net })
     }
 
@@ -74,6 +91,40 @@ impl Candidate {
     pub fn way(&self) -> Way {
         self.spec.way
     }
+}
+
+/// Leaves out what the operator says is not replicated.
+fn replicated(trees: Trees, rules: &[MountRule]) -> Result<Vec<(ContainerTree, TreeAt)>, String> {
+    let mounts = trees.iter().filter(|(tree, _)| tree.kind == ContainerTreeKind::Mount);
+    let mounts: Vec<PathBuf> = mounts.map(|(tree, _)| tree.inside.clone()).collect();
+    for (at, rule) in rules.iter().enumerate() {
+        if !mounts.contains(&rule.inside) {
+            let names: Vec<_> = mounts.iter().map(|inside| inside.display().to_string()).collect();
+            let names = if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
+            return Err(format!(
+                "{} is no mount that it writes to; those are: {names}",
+                rule.inside.display()
+            ));
+        }
+        if rules[..at].iter().any(|other| other.inside == rule.inside) {
+            return Err(format!("--mount names {} twice", rule.inside.display()));
+        }
+    }
+    let is_left = |inside: &Path| rules.iter().any(|rule| rule.inside == inside && rule.is_left());
+    let kept = trees.into_iter().filter(|(tree, _)| !is_left(&tree.inside));
+    kept.map(|(tree, at)| match at {
+        Ok(at) => Ok((tree, at)),
+        Err(reason) => Err(format!("{reason}; or leave it out: {}", leaving_out(&tree.inside))),
+    })
+    .collect()
+}
+
+/// What an operator types for a mount that cannot be replicated.
+fn leaving_out(inside: &Path) -> String {
+    let inside = inside.display();
+    format!(
+        "--mount {inside}=shared if it is the same storage on both hosts, --mount {inside}=ignore if each has its own"
+    )
 }
 
 /// The init's first child that leads a session: what it started. Others came to be its children when theirs had ended.

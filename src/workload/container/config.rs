@@ -10,8 +10,8 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    super::spec::{ContainerTree, ContainerTreeKind},
-    engine::{EngineError, TreeAt},
+    super::spec::{ContainerTree, ContainerTreeKind, MountRule},
+    engine::{EngineError, TreeAt, Trees, a_file, own_place},
     wrap,
 };
 
@@ -121,51 +121,47 @@ impl Config {
     }
 
     /// The same of one that is dumped whole: to its runtime /dev is a file system in memory as any other.
-    pub(super) fn trees_of_whole(&self, bundle: &Path) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
-        let mut trees = self.trees(bundle)?;
+    pub(super) fn trees_of_whole(&self, bundle: &Path) -> Trees {
+        let mut trees = self.trees(bundle);
         let dev = self.mounts().iter().filter(|mount| mount["type"] == "tmpfs");
         trees.extend(dev.filter(|mount| mount["destination"] == "/dev").map(|_| {
-            (ContainerTree { inside: "/dev".into(), kind: ContainerTreeKind::Memory }, TreeAt::Memory)
+            (ContainerTree { inside: "/dev".into(), kind: ContainerTreeKind::Memory }, Ok(TreeAt::Memory))
         }));
-        Ok(trees)
+        trees
     }
 
     /// Its replicated files, in the order of their records, and where they are on this host.
-    pub(super) fn trees(&self, bundle: &Path) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
+    pub(super) fn trees(&self, bundle: &Path) -> Trees {
         let root = ContainerTree { inside: "/".into(), kind: ContainerTreeKind::Root };
-        let mut trees = vec![(root, TreeAt::Plain(self.root(bundle)))];
+        let mut trees = vec![(root, Ok(TreeAt::Plain(self.root(bundle))))];
         for mount in self.mounts() {
             let Some(inside) = mount["destination"].as_str().map(PathBuf::from) else { continue };
             if inside == Path::new(wrap::INSIDE) {
                 continue;
             }
+            let mounted = |kind| ContainerTree { inside: inside.clone(), kind };
             match kind_of(mount, bundle) {
-                MountKind::Bind { source, writable } if source.is_dir() => {
-                    // What it cannot write is the operator's to keep equal; what it can is its own.
-                    if writable {
-                        let tree = ContainerTree { inside, kind: ContainerTreeKind::Mount };
-                        trees.push((tree, TreeAt::Plain(source)));
-                    }
+                // What it cannot write is the operator's to keep equal; what it can is its own.
+                MountKind::Bind { source, writable: true } if source.is_dir() => {
+                    trees.push((mounted(ContainerTreeKind::Mount), Ok(TreeAt::Plain(source))));
                 }
                 MountKind::Bind { source, writable: true } if source.is_file() => {
-                    return Err(EngineError::Unfit(format!(
-                        "the file {} is mounted writable as {}; mount the directory that it is in, or mount it \
-                         read-only",
-                        source.display(),
-                        inside.display()
-                    )));
+                    trees.push((mounted(ContainerTreeKind::Mount), Err(a_file(&source, &inside))));
                 }
-                MountKind::Memory => {
-                    trees.push((ContainerTree { inside, kind: ContainerTreeKind::Memory }, TreeAt::Memory));
-                }
+                MountKind::Memory => trees.push((mounted(ContainerTreeKind::Memory), Ok(TreeAt::Memory))),
                 MountKind::Bind { .. } | MountKind::Other => {}
             }
         }
-        Ok(trees)
+        trees
     }
 
     /// The same container on this host: its own files at these places, in the order of [`Self::trees`].
-    pub(super) fn localise(&mut self, trees: &[ContainerTree], places: &[TreeAt]) -> Result<(), EngineError> {
+    pub(super) fn localise(
+        &mut self,
+        (trees, places): (&[ContainerTree], &[TreeAt]),
+        left: &[MountRule],
+        data_dir: &Path,
+    ) -> Result<(), EngineError> {
         for (tree, place) in trees.iter().zip(places) {
             let TreeAt::Plain(path) = place else { continue };
             match tree.kind {
@@ -186,15 +182,20 @@ impl Config {
                 ContainerTreeKind::Memory => {}
             }
         }
-        // What is the operator's to keep equal must be there.
-        for mount in self.mounts().iter().filter(|mount| mount["destination"] != wrap::INSIDE) {
+        for mount in self.0["mounts"].as_array_mut().into_iter().flatten() {
             let MountKind::Bind { source, .. } = kind_of(mount, Path::new("/")) else { continue };
-            let is_ours = trees.iter().any(|tree| mount["destination"] == path_value(&tree.inside));
-            if !is_ours && !source.exists() {
+            let inside = PathBuf::from(mount["destination"].as_str().unwrap_or_default());
+            if inside == Path::new(wrap::INSIDE) || trees.iter().any(|tree| tree.inside == inside) {
+                continue;
+            }
+            if let Some(own) = own_place(left, &inside, &source, data_dir)? {
+                mount["source"] = path_value(&own);
+            } else if !source.exists() {
+                // What is shared, and what it only reads, is the operator's to have on both hosts.
                 return Err(EngineError::Unfit(format!(
-                    "{} is not there, which the container shows read-only as {}; put it on both hosts",
+                    "{} is not there, which the container shows as {}; put it on both hosts",
                     source.display(),
-                    mount["destination"].as_str().unwrap_or("?")
+                    inside.display()
                 )));
             }
         }
@@ -314,16 +315,16 @@ mod tests {
         let bundle = tempfile::tempdir().unwrap();
         std::fs::create_dir(bundle.path().join("data")).unwrap();
         let mut config = config();
-        let trees = config.trees(bundle.path()).unwrap();
+        let trees = config.trees(bundle.path());
         let inside: Vec<_> = trees.iter().map(|(tree, _)| tree.inside.to_str().unwrap()).collect();
         assert_eq!(inside, ["/", "/dev/shm", "/data"]);
-        assert_eq!(trees[2].1, TreeAt::Plain(bundle.path().join("data")));
+        assert_eq!(trees[2].1, Ok(TreeAt::Plain(bundle.path().join("data"))));
 
         let (trees, _): (Vec<_>, Vec<_>) = trees.into_iter().unzip();
         let places: Vec<_> = (0..3).map(|number| TreeAt::Plain(format!("/here/{number}").into())).collect();
-        config.localise(&trees, &places).unwrap();
-        let again = config.trees(Path::new("/elsewhere")).unwrap();
-        assert_eq!(again[0].1, TreeAt::Plain("/here/0".into()));
+        config.localise((&trees, &places), &[], Path::new("/here")).unwrap();
+        let again = config.trees(Path::new("/elsewhere"));
+        assert_eq!(again[0].1, Ok(TreeAt::Plain("/here/0".into())));
     }
 
     #[test]

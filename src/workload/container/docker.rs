@@ -19,7 +19,10 @@ use serde_json::{Value, json};
 
 use super::{
     super::spec::{ContainerTree, ContainerTreeKind, Daemon, Engine},
-    engine::{EngineError, Found, Local, Made, Network, PidOne, Survey, TreeAt, check_is_ours, is_ours},
+    engine::{
+        EngineError, Found, Local, Made, Network, PidOne, Survey, TreeAt, Trees, a_file, check_is_ours,
+        is_ours, own_place,
+    },
     whole::HIDDEN,
     wrap,
 };
@@ -163,8 +166,9 @@ impl Docker {
         let found = self.inspect(name)?.ok_or_else(|| self.unknown(name))?;
         check_addresses(&found, &recipe)?;
         let here = self.trees(&found)?;
-        let place =
-            |tree: &ContainerTree| here.iter().find(|(other, _)| other == tree).map(|(_, at)| at.clone());
+        let place = |tree: &ContainerTree| {
+            here.iter().find(|(other, _)| other == tree).and_then(|(_, at)| at.clone().ok())
+        };
         let places: Option<Vec<TreeAt>> = trees.iter().map(place).collect();
         let places =
             places.ok_or_else(|| EngineError::Unfit("it has other mounts than it should".to_owned()))?;
@@ -295,7 +299,7 @@ impl Docker {
     }
 
     /// Its replicated files, in the order of their records, and where they are on this host.
-    pub(super) fn trees(&self, found: &Value) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
+    pub(super) fn trees(&self, found: &Value) -> Result<Trees, EngineError> {
         let (driver, data) = (text(&found["GraphDriver"]["Name"]), &found["GraphDriver"]["Data"]);
         let (upper, merged) = (text(&data["UpperDir"]), text(&data["MergedDir"]));
         if !OVERLAY_DRIVERS.contains(&driver) || upper.is_empty() || merged.is_empty() {
@@ -304,7 +308,7 @@ impl Docker {
             ));
         }
         let root = ContainerTree { inside: "/".into(), kind: ContainerTreeKind::Root };
-        let mut trees = vec![(root, TreeAt::Overlay { upper: upper.into(), merged: merged.into() })];
+        let mut trees = vec![(root, Ok(TreeAt::Overlay { upper: upper.into(), merged: merged.into() }))];
         for mount in found["Mounts"].as_array().into_iter().flatten() {
             let inside = PathBuf::from(text(&mount["Destination"]));
             if inside == Path::new(wrap::INSIDE) || inside.starts_with(HIDDEN) || mount["RW"] != true {
@@ -312,33 +316,28 @@ impl Docker {
             }
             match text(&mount["Type"]) {
                 "volume" if text(&mount["Driver"]) == "local" => {
-                    self.check_alone(text(&mount["Name"]), found)?;
-                    let source = PathBuf::from(text(&mount["Source"]));
-                    trees.push((
-                        ContainerTree { inside, kind: ContainerTreeKind::Mount },
-                        TreeAt::Plain(source),
-                    ));
+                    let at = match self.check_alone(text(&mount["Name"]), found) {
+                        Ok(()) => Ok(TreeAt::Plain(text(&mount["Source"]).into())),
+                        Err(EngineError::Unfit(reason)) => Err(reason),
+                        Err(error) => return Err(error),
+                    };
+                    trees.push((ContainerTree { inside, kind: ContainerTreeKind::Mount }, at));
                 }
                 "bind" => {
                     let source = PathBuf::from(text(&mount["Source"]));
-                    if source.is_file() {
-                        return unfit(format!(
-                            "the file {} is mounted writable as {}; mount the directory that it is in, or mount it \
-                             read-only",
-                            source.display(),
-                            inside.display()
-                        ));
-                    }
-                    // Sockets and devices are the host's.
-                    if source.is_dir() {
-                        trees.push((
-                            ContainerTree { inside, kind: ContainerTreeKind::Mount },
-                            TreeAt::Plain(source),
-                        ));
-                    }
+                    let at = if source.is_file() {
+                        Err(a_file(&source, &inside))
+                    } else if source.is_dir() {
+                        Ok(TreeAt::Plain(source))
+                    } else {
+                        // Sockets and devices are the host's.
+                        continue;
+                    };
+                    trees.push((ContainerTree { inside, kind: ContainerTreeKind::Mount }, at));
                 }
                 "tmpfs" => {
-                    trees.push((ContainerTree { inside, kind: ContainerTreeKind::Memory }, TreeAt::Memory));
+                    let tree = ContainerTree { inside, kind: ContainerTreeKind::Memory };
+                    trees.push((tree, Ok(TreeAt::Memory)));
                 }
                 // Volumes of other drivers are on a network: the same on both hosts.
                 _ => {}
@@ -348,7 +347,7 @@ impl Docker {
             found["HostConfig"]["Tmpfs"].as_object().into_iter().flatten().map(|(path, _)| path.as_str());
         for inside in tmpfs.chain(["/dev/shm"]).map(PathBuf::from) {
             if !trees.iter().any(|(tree, _)| tree.inside == inside) {
-                trees.push((ContainerTree { inside, kind: ContainerTreeKind::Memory }, TreeAt::Memory));
+                trees.push((ContainerTree { inside, kind: ContainerTreeKind::Memory }, Ok(TreeAt::Memory)));
             }
         }
         Ok(trees)
@@ -485,7 +484,8 @@ fn localise(host: &mut Value, trees: &[ContainerTree], local: &Local<'_>) -> Res
         Some(local.data_dir.join(number.to_string()))
     };
     let provide = |inside: &str, source: &str| -> Result<Option<String>, EngineError> {
-        match place(inside) {
+        let own = own_place(local.left, Path::new(inside), Path::new(source), local.data_dir)?;
+        match place(inside).or(own) {
             Some(path) => {
                 let made = std::fs::create_dir_all(&path);
                 made.map_err(|source| EngineError::Config { path: path.clone(), source })?;
@@ -540,7 +540,7 @@ mod tests {
     fn binds_are_made_local_and_volumes_left() {
         let dir = tempfile::tempdir().unwrap();
         let (wrap, data_dir) = (dir.path().join("wrap/web"), dir.path().join("paths"));
-        let local = Local { wrap: &wrap, data_dir: &data_dir, bundle: dir.path(), fresh: true };
+        let local = Local { wrap: &wrap, data_dir: &data_dir, bundle: dir.path(), fresh: true, left: &[] };
         let tree = |inside: &str| ContainerTree { inside: inside.into(), kind: ContainerTreeKind::Mount };
         let trees = [tree("/"), tree("/data"), tree("/srv")];
         let mut host = json!({

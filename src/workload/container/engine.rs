@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    super::spec::{ContainerSpec, ContainerTree, Daemon, Engine, Runtime},
+    super::spec::{ContainerSpec, ContainerTree, Daemon, Engine, MountMode, MountRule, Runtime},
     docker::Docker,
     oci::Oci,
     whole::runtime as whole,
@@ -64,6 +64,9 @@ pub enum TreeAt {
     Memory,
 }
 
+/// A container's files, and where they are on this host, or why they cannot be replicated.
+pub(super) type Trees = Vec<(ContainerTree, Result<TreeAt, String>)>;
+
 /// Where a container's sockets are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Network {
@@ -80,7 +83,7 @@ pub(super) struct Found {
     pub(super) pid: u32,
     /// How it can be protected.
     pub(super) pid_one: PidOne,
-    pub(super) trees: Vec<(ContainerTree, TreeAt)>,
+    pub(super) trees: Trees,
     pub(super) network: Network,
 }
 
@@ -121,6 +124,7 @@ pub(super) struct Prepared<'a> {
     pub(super) merged: &'a Path,
     /// Its files are to be those of its image.
     pub(super) fresh: bool,
+    pub(super) left: &'a [MountRule],
 }
 
 /// What a runtime restores, and with what.
@@ -142,6 +146,8 @@ pub(super) struct Local<'a> {
     pub(super) bundle: &'a Path,
     /// Its files are to be those of its image.
     pub(super) fresh: bool,
+    /// What it mounts and is not replicated.
+    pub(super) left: &'a [MountRule],
 }
 
 /// A container that was made here, and waits.
@@ -249,6 +255,31 @@ pub(super) fn find(named: &Named) -> Result<Found, EngineError> {
         Named::Oci { runtime, state, id } => Oci::find_container(*runtime, state.as_deref(), id),
         Named::Docker { daemon, container } => Docker::of(*daemon).find_container(container),
     }
+}
+
+/// Why a file that is mounted writable cannot be replicated.
+pub(super) fn a_file(source: &Path, inside: &Path) -> String {
+    format!(
+        "the file {} is mounted writable as {}; mount the directory that it is in, or mount it read-only",
+        source.display(),
+        inside.display()
+    )
+}
+
+/// Where this host has what a container mounts from `source` and each host has its own of: there, or else a directory of ours
+/// that is empty at first; `None` if the mount is not such a one.
+pub(super) fn own_place(
+    left: &[MountRule],
+    inside: &Path,
+    source: &Path,
+    data_dir: &Path,
+) -> Result<Option<PathBuf>, EngineError> {
+    let number = left.iter().position(|rule| rule.inside == inside && rule.mode == MountMode::Ignore);
+    let Some(number) = number.filter(|_| !source.exists()) else { return Ok(None) };
+    let path = data_dir.join(format!("own-{number}"));
+    let made = std::fs::DirBuilder::new().recursive(true).create(&path);
+    made.map_err(|source| EngineError::Config { path: path.clone(), source })?;
+    Ok(Some(path))
 }
 
 /// Makes one that waits. What an earlier agent left of it is ended; one that is not the workload's is in the way.

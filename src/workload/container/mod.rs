@@ -222,7 +222,7 @@ impl Container {
         write_record(&dir.join(CONTAINER_RECORD), &record).map_err(&keeper_error)?;
         tell(name, &record.wrap, Order::Wait)?;
         let (data_dir, bundle) = (&options.data_dir, &options.bundle);
-        let local = Local { wrap: &record.wrap, data_dir, bundle, fresh };
+        let local = Local { wrap: &record.wrap, data_dir, bundle, fresh, left: &spec.left };
         let made = engine::make(spec, &local).map_err(engine_error(id))?;
         let init = ProcessId::of(made.pid).map_err(|_| unfit(id, "it ended at once; see its output"))?;
         record.init = Some(init);

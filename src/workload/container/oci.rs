@@ -119,10 +119,10 @@ impl Oci {
         config.check()?;
         let (runtime, state_dir) = (self.runtime, self.state.clone());
         let (pid_one, trees) = if let Some(wrap) = config.wrap() {
-            (PidOne::Init(wrap), config.trees(&state.bundle)?)
+            (PidOne::Init(wrap), config.trees(&state.bundle))
         } else {
             let bundle = whole::check(self, &config, state)?;
-            (PidOne::Application(bundle), config.trees_of_whole(&state.bundle)?)
+            (PidOne::Application(bundle), config.trees_of_whole(&state.bundle))
         };
         Ok(Found {
             engine: Engine::Oci { runtime, state: state_dir, id: id.to_owned(), config: text },
@@ -150,7 +150,7 @@ impl Oci {
             Config::parse(config).map_err(|error| EngineError::Unfit(format!("its config.json: {error}")))?;
         config.check()?;
         let places = places_of(trees, local.data_dir)?;
-        config.localise(trees, &places)?;
+        config.localise((trees, &places), local.left, local.data_dir)?;
         config.wrap_with(local.wrap)?;
         write_bundle(local.bundle, &config)?;
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| self.run_error(errno.into()))?;

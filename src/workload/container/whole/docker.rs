@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::{
     super::{
         docker::{Docker, LABEL, Recipe, check_addresses, create_of, text, unfit},
-        engine::{Bundle, EngineError, Local, Prepared, Restore, TreeAt},
+        engine::{Bundle, EngineError, Local, Prepared, Restore, TreeAt, Trees},
         wrap,
     },
     mounts,
@@ -118,7 +118,8 @@ impl Docker {
             let binds = body["HostConfig"]["Binds"].as_array_mut().into_iter();
             binds.for_each(|binds| binds.extend(hidden_binds(trees, local).map(Value::from)));
             let none = Path::new("/");
-            let there = Local { wrap: none, data_dir: local.data_dir, bundle: local.bundle, fresh: true };
+            let (data_dir, bundle, left) = (local.data_dir, local.bundle, local.left);
+            let there = Local { wrap: none, data_dir, bundle, fresh: true, left };
             self.create(name, body, &recipe, &digest, (trees, &there))?;
         }
         let found = self.inspect(name)?.ok_or_else(|| self.unknown(name))?;
@@ -129,7 +130,7 @@ impl Docker {
         let here = self.trees_of_whole(&found)?;
         let place = |tree: &ContainerTree| {
             let (_, at) = here.iter().find(|(other, _)| other == tree)?;
-            Some(match at {
+            Some(match at.as_ref().ok()? {
                 TreeAt::Overlay { upper, .. } => {
                     TreeAt::Overlay { upper: upper.clone(), merged: local.merged.to_owned() }
                 }
@@ -144,13 +145,10 @@ impl Docker {
     }
 
     /// Its replicated files, and where they are on this host. /dev is among them: of what is in memory nothing is in the image.
-    pub(in super::super) fn trees_of_whole(
-        &self,
-        found: &Value,
-    ) -> Result<Vec<(ContainerTree, TreeAt)>, EngineError> {
+    pub(in super::super) fn trees_of_whole(&self, found: &Value) -> Result<Trees, EngineError> {
         let mut trees = self.trees(found)?;
         let dev = ContainerTree { inside: "/dev".into(), kind: ContainerTreeKind::Memory };
-        trees.push((dev, TreeAt::Memory));
+        trees.push((dev, Ok(TreeAt::Memory)));
         Ok(trees)
     }
 

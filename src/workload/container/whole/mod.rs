@@ -196,6 +196,7 @@ impl Whole {
             cgroup: &cgroup,
             merged: &merged,
             fresh,
+            left: &spec.left,
         };
         (record.bundle, record.trees) = engine::prepare(spec, &prepared).map_err(engine_error(id))?;
         Self::guard(name, record, options, dir)

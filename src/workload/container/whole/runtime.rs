@@ -77,7 +77,7 @@ pub(in super::super) fn prepare(
     config.check()?;
     delete_ours(oci, name, id, local.bundle)?;
     let places = places_of(trees, local.data_dir)?;
-    config.localise(trees, &places)?;
+    config.localise((trees, &places), local.left, local.data_dir)?;
     let settings = local.bundle.join(SETTINGS);
     config.restore_with(local.netns, &local.cgroup.join(id));
     write_bundle(local.bundle, &config)?;
