@@ -238,8 +238,7 @@ impl Home {
         match &mut self.place {
             Place::Sandbox(sandbox) => sandbox.track(inside)?,
             Place::Container(container) => container.track(inside)?,
-            // Who has restored it knows it.
-            Place::Whole(_) => {}
+            Place::Whole(whole) => whole.take_up()?,
             Place::Bare(_) => anyhow::bail!("nothing is restored into a place of somebody else's"),
         }
         Ok(())

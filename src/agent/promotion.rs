@@ -99,6 +99,8 @@ impl Owner {
         anyhow::ensure!(!home.keeper().guard().fired(), "the guard has ended it");
         if home.root()?.is_none() {
             home.track(inside)?;
+            // An engine may have made its network only with it.
+            home.prepare(&self.durable.spec.place, &self.durable.spec.vips)?;
         }
         anyhow::ensure!(home.root()?.is_some(), "it has ended");
         self.home.take().map(|home| (home, inside)).context("its place is gone")

@@ -460,10 +460,13 @@ impl Standby {
         let dir = self.ready(&view, mode)?;
         let note = Note::read(&dir)?;
         if home.whole().is_some() {
-            let restored = restore_whole(agent, home, (&dir, &note), began)?;
-            // Its runtime has let it run; before that nobody could say when.
+            // Its runtime lets it run at a moment that it does not tell.
             self.let_run(plan.epoch)?;
-            return Ok(restored);
+            let restored = restore_whole(agent, home, (&dir, &note), began);
+            if restored.is_err() && matches!(home.root(), Ok(None)) {
+                let _ = fs::remove_file(&self.run_mark);
+            }
+            return restored;
         }
         let criu = self.take_criu(agent, home, &dir, &note)?;
         home.fill(agent)?;

@@ -16,9 +16,14 @@ const REDIS_FILES: &str = "/var/lib/standin/workloads/redis/paths/0";
 
 /// redis' digest of its memory, and that of a second redis which has read its files.
 pub(crate) fn digests(cluster: &Cluster, host: Host) -> (String, String) {
+    digests_in(cluster, host, REDIS_FILES)
+}
+
+/// The same, its files being there.
+pub(crate) fn digests_in(cluster: &Cluster, host: Host, dir: &str) -> (String, String) {
     let memory = cluster.ask_redis(&["DEBUG", "DIGEST"]);
     let script = format!(
-        "set -e; rm -rf /tmp/copy; cp -a {REDIS_FILES} /tmp/copy; cd /tmp/copy; \
+        "set -e; rm -rf /tmp/copy; cp -a {dir} /tmp/copy; cd /tmp/copy; \
          redis-check-aof appendonlydir/appendonly.aof.manifest >&2; \
          redis-server --port 0 --unixsocket /tmp/copy/socket --dir /tmp/copy --appendonly yes --save '' \
            --enable-debug-command yes >/dev/null & pid=$!; \

@@ -14,7 +14,7 @@
 //! A userfaultfd that is closed lets go of its memory: a page that was not put is then *zero*, and
 //! the task goes on with it. So two processes, which do not depend on the agent, have one table of descriptors
 //! (CLONE_FILES): the one that serves, and the one that it was forked from ([`Pager`]), which does nothing but wait for its
-//! end. What the tasks did with their memory is in a [journal](journal::Journal) that both have.
+//! end. What the tasks did with their memory is in a journal that both have (`journal.rs`).
 //!
 //! | who is killed | what becomes of the tree |
 //! |---|---|

@@ -338,6 +338,19 @@ pub(super) fn restore(engine: &Engine, restore: &Restore<'_>) -> Result<u32, Eng
     }
 }
 
+/// The pid 1, as this host sees it, of a container that was restored into this directory and runs.
+pub(super) fn restored(engine: &Engine, bundle: &Path) -> Result<Option<u32>, EngineError> {
+    match engine {
+        Engine::Oci { runtime, state, id, .. } => {
+            let state = Oci::find(*runtime, state.as_deref())?.state(id)?;
+            Ok(state
+                .filter(|state| state.bundle == bundle && state.status == "running")
+                .map(|state| state.pid))
+        }
+        Engine::Docker { daemon, name, .. } => Docker::of(*daemon).restored_whole(name, bundle),
+    }
+}
+
 /// Ends one of which this is the directory; that there is none is fine, and so is one of another: it stays. `forgotten`: it was
 /// made for a workload that this host no longer stands by for.
 pub(super) fn end_whole(engine: &Engine, bundle: &Path, forgotten: bool) -> Result<(), EngineError> {

@@ -201,6 +201,18 @@ impl Docker {
         }
     }
 
+    /// See [`super::super::engine::restored`].
+    pub(in super::super) fn restored_whole(
+        &self,
+        name: &str,
+        dir: &Path,
+    ) -> Result<Option<u32>, EngineError> {
+        let Some(found) = self.inspect(name)? else { return Ok(None) };
+        let is_ours = dir.file_name().and_then(|id| id.to_str()) == found["Id"].as_str();
+        let pid = found["State"]["Pid"].as_u64().unwrap_or(0) as u32;
+        Ok((is_ours && found["State"]["Running"] == true && pid > 0).then_some(pid))
+    }
+
     /// See [`super::super::engine::end_whole`].
     pub(in super::super) fn end_whole(
         &self,

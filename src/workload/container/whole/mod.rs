@@ -22,6 +22,7 @@ use std::{
     fs,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 pub(super) use self::mounts::HIDDEN;
@@ -55,6 +56,10 @@ use crate::{criu::images, model::Name};
 const NETNS_KEY: &str = "extRootNetNS";
 /// In the run directory, where a daemon's overlay is mounted until its container is restored.
 const MERGED: &str = "merged";
+/// How long a runtime that was left alone with a restore may take to say that the container runs.
+const RESTORE_LIMIT: Duration = Duration::from_secs(5);
+/// How often it is asked.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// CRIU's image of cgroups.
 const CGROUP_IMAGE: &str = "cgroup.img";
 /// What the standard streams of pid 1 were, for the runtime.
@@ -461,7 +466,28 @@ impl Whole {
         kept.map_err(|error| self.keeper_error(error.into()))?;
         let restore = Restore { bundle: &self.record.bundle, images, criu, output: &write };
         let pid = engine::restore(&self.record.spec.engine, &restore).map_err(engine_error(&id))?;
-        let root = ProcessId::of(pid).map_err(|_| unfit(&id, "what was restored has ended"))?;
+        self.know(pid).map(|()| pid)
+    }
+
+    /// Finds what its runtime has restored for an agent that did not live to hear of it, or is about to.
+    pub fn take_up(&mut self) -> Result<(), ContainerError> {
+        let id = self.record.spec.engine.container().to_owned();
+        let until = Instant::now() + RESTORE_LIMIT;
+        loop {
+            let found = engine::restored(&self.record.spec.engine, &self.record.bundle.dir);
+            match found.map_err(engine_error(&id))? {
+                Some(pid) => return self.know(pid),
+                None if Instant::now() > until => return Err(unfit(&id, "its runtime has not restored it")),
+                None => std::thread::sleep(LOOK_INTERVAL),
+            }
+        }
+    }
+
+    /// Its pid 1 is this one, as the host sees it.
+    fn know(&mut self, pid: u32) -> Result<(), ContainerError> {
+        let name = self.record.spec.name.clone();
+        let id = self.record.spec.engine.container();
+        let root = ProcessId::of(pid).map_err(|_| unfit(id, "what was restored has ended"))?;
         self.record.root = Some(root);
         if self.record.netns.is_none() && has_own("net", pid) {
             // The engine has made it only now.
@@ -470,8 +496,7 @@ impl Whole {
             self.gate = Gate::of_engine(open.as_fd()).map_err(network_error(&name))?;
         }
         let written = write_record(&self.dir.join(WHOLE_RECORD), &self.record);
-        written.map_err(|error| self.keeper_error(error))?;
-        Ok(pid)
+        written.map_err(|error| self.keeper_error(error))
     }
 
     fn keeper_error(&self, source: KeeperError) -> ContainerError {
