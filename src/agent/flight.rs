@@ -8,7 +8,11 @@
 
 use std::{
     io,
-    sync::{Arc, Mutex, mpsc as std_mpsc},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc as std_mpsc,
+    },
     time::{Duration, Instant},
 };
 
@@ -93,13 +97,21 @@ pub(super) struct Capturing {
 /// The final epoch of a handoff: the tree stays frozen until the owner has judged.
 pub(super) struct Final {
     pub(super) verdict: std_mpsc::Sender<bool>,
-    pub(super) judged: std_mpsc::Receiver<bool>,
+    pub(super) judged: Judged,
+    /// Whether the owner was asked to hold the workload: what fails from then on is the owner's matter.
+    pub(super) held: Arc<AtomicBool>,
+}
+
+/// The capturing side of a [`Final`].
+pub(super) struct Judged {
+    verdict: std_mpsc::Receiver<bool>,
+    held: Arc<AtomicBool>,
 }
 
 impl Final {
     pub(super) fn new() -> Self {
-        let (verdict, judged) = std_mpsc::channel();
-        Self { verdict, judged }
+        let ((verdict, judged), held) = (std_mpsc::channel(), Arc::new(AtomicBool::new(false)));
+        Self { verdict, judged: Judged { verdict: judged, held: Arc::clone(&held) }, held }
     }
 }
 
@@ -109,7 +121,7 @@ pub(super) fn begin(
     mut capturer: Box<Capturer>,
     (id, head): (EpochId, FrameHead),
     freeze_after: Option<Instant>,
-    judged: Option<std_mpsc::Receiver<bool>>,
+    judged: Option<Judged>,
     owner: mpsc::Sender<Msg>,
     brake: Arc<Brake>,
 ) -> (Hand, Capturing) {
@@ -141,11 +153,15 @@ pub(super) fn begin(
             sent.map_err(|_| io::Error::other("the connection to the standby is lost"))
         };
         let mut hold = || {
+            if let Some(judged) = &judged {
+                judged.held.store(true, Ordering::Release);
+            }
             let (held_tx, held) = oneshot::channel();
             owner.blocking_send(Msg::Hold(held_tx)).is_ok() && held.blocking_recv().unwrap_or(false)
         };
         // No verdict (the session has ended) is no: the tree runs on, or its owner has cut it off.
-        let mut conclude = |_: &_| judged.as_ref().is_some_and(|judged| judged.recv().unwrap_or(false));
+        let mut conclude =
+            |_: &_| judged.as_ref().is_some_and(|judged| judged.verdict.recv().unwrap_or(false));
         let finish =
             if last { Finish::Final { hold: &mut hold, conclude: &mut conclude } } else { Finish::Continue };
         let result = capturer.capture(head, finish, &mut emit);

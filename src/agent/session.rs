@@ -12,7 +12,7 @@
 //! the workload's owner has permitted the commit, because a commit is what lets the standby promote.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     api::ErrorCode,
-    flight::{self, Capturing, Committed, Failed, Final, Hand, Shipping},
+    flight::{self, Capturing, Committed, Failed, Final, Hand, Judged, Shipping},
     links::Link,
     owner::Msg,
     throttle::Brake,
@@ -37,6 +37,11 @@ use crate::{
     workload::spec::WorkloadSpec,
 };
 
+/// So many captures of a handoff may fail before it is given up: bytes that come while CRIU reads a connection's queue, or
+/// a mapping that changes at the wrong moment, fail one.
+const HANDOFF_FAILURES_MAX: u32 = 4;
+/// How long it rests after one.
+const HANDOFF_REST: Duration = Duration::from_millis(100);
 /// How long the standby may take to accept or refuse an offer.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(10);
 /// What restoring on the target takes beside shipping.
@@ -334,7 +339,7 @@ impl Session {
     async fn begin(
         &mut self,
         at: &mut Progress,
-        judged: Option<std::sync::mpsc::Receiver<bool>>,
+        judged: Option<Judged>,
         brake: &Arc<Brake>,
     ) -> Option<Capturing> {
         at.hand.get().await?;
@@ -397,28 +402,54 @@ impl Session {
         brake: &Arc<Brake>,
     ) -> Option<Result<HandoffDone, SessionError>> {
         let mut convergence = Convergence::new(allowed);
-        let mut run_percent = convergence.run_percent();
+        let (mut run_percent, mut failures) = (convergence.run_percent(), 0);
         loop {
             if let Err(error) = brake.set(run_percent).await {
                 return Some(Err(SessionError::NoThrottle(error)));
             }
-            if let Err(error) = self.round(at, brake).await? {
+            let (error, is_ours) = match self.round(at, brake).await? {
+                Ok(()) => {
+                    let (downtime, rounds) = (at.last_cost + RESTORE_ALLOWANCE, convergence.rounds());
+                    tracing::debug!(name = %self.name, rounds, run_percent, ?downtime, "a round");
+                    match convergence.after(downtime) {
+                        Step::Round { run_percent: next } => {
+                            run_percent = next;
+                            continue;
+                        }
+                        Step::Final => {}
+                        Step::GiveUp => {
+                            let (rounds, needed_ms) = (convergence.rounds(), downtime.as_millis() as u64);
+                            return Some(Err(SessionError::NoConvergence { rounds, needed_ms }));
+                        }
+                    }
+                    match self.leave(at, brake).await? {
+                        Ok((id, killed)) => {
+                            let (rounds, run_percent) = (convergence.rounds(), convergence.run_percent());
+                            return Some(Ok(HandoffDone { rounds, run_percent, id, killed }));
+                        }
+                        Err(failed) => failed,
+                    }
+                }
+                Err(error) => (error, true),
+            };
+            failures += 1;
+            if !is_ours || !matches!(error, SessionError::Capture(_)) || failures > HANDOFF_FAILURES_MAX {
                 return Some(Err(error));
             }
-            let downtime = at.last_cost + RESTORE_ALLOWANCE;
-            tracing::debug!(name = %self.name, rounds = convergence.rounds(), run_percent, ?downtime, "a round");
-            match convergence.after(downtime) {
-                Step::Round { run_percent: next } => run_percent = next,
-                Step::Final => break,
-                Step::GiveUp => {
-                    let (rounds, needed_ms) = (convergence.rounds(), downtime.as_millis() as u64);
-                    return Some(Err(SessionError::NoConvergence { rounds, needed_ms }));
-                }
-            }
+            tracing::warn!(%error, name = %self.name, "what fails an epoch once seldom does again: another round");
+            tokio::time::sleep(HANDOFF_REST).await;
         }
-        let last = Final::new();
-        let capturing = self.begin(at, Some(last.judged), brake).await?;
-        let leaving = capturing.ship(&self.link, self.owner.clone(), Some(last.verdict));
+    }
+
+    /// The final epoch. After an error: whether the owner knows nothing of it yet.
+    async fn leave(
+        &mut self,
+        at: &mut Progress,
+        brake: &Arc<Brake>,
+    ) -> Option<Result<(EpochId, bool), (SessionError, bool)>> {
+        let Final { verdict, judged, held } = Final::new();
+        let capturing = self.begin(at, Some(judged), brake).await?;
+        let leaving = capturing.ship(&self.link, self.owner.clone(), Some(verdict));
         let outcome = match leaving.captured().await? {
             Ok(mut shipping) => shipping.outcome().await?,
             Err(failed) => Err(failed),
@@ -426,10 +457,12 @@ impl Session {
         Some(match outcome {
             Ok(Committed { figures, cost, killed }) => {
                 at.commit(figures.id, cost.latency);
-                let (rounds, run_percent) = (convergence.rounds(), convergence.run_percent());
-                Ok(HandoffDone { rounds, run_percent, id: figures.id, killed })
+                Ok((figures.id, killed))
             }
-            Err(failed) => Err(at.fail(failed)),
+            Err(failed) => {
+                let is_ours = !failed.held && !held.load(Ordering::Acquire);
+                Err((at.fail(failed), is_ours))
+            }
         })
     }
 

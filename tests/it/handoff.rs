@@ -69,3 +69,31 @@ fn a_handoff_to_the_wrong_peer_is_refused() {
     assert_eq!(code, 4);
     assert!(text.contains("ask the agent on a"), "{text}");
 }
+
+/// Has an io_uring, which CRIU refuses to dump, for a moment after each signal.
+const REFUSED_FOR_A_MOMENT: &str = "
+import ctypes, os, signal, time
+def hold(*_):
+    ring = ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(256))
+    time.sleep(0.3)
+    os.close(ring)
+signal.signal(signal.SIGUSR1, hold)
+while True:
+    time.sleep(0.01)
+";
+
+/// What fails one epoch does not fail the handoff.
+#[test]
+fn a_handoff_goes_on_when_what_criu_refuses_is_gone() {
+    let cluster = Cluster::up("moment");
+    cluster.standin(Host::A, &["run", "moment", "--", "/usr/bin/python3", "-c", REFUSED_FOR_A_MOMENT]);
+    cluster.standin(Host::A, &["protect", "moment", "--to", "b", "--every", "10s"]);
+    cluster.wait_state_of("moment", Host::A, "primary", "protected");
+    let pid = cluster.status(Host::A, "moment")["pid"].to_string();
+    cluster.lab.ok(Host::A, &["kill", "-USR1", &pid]);
+    let done = cluster.json(Host::A, &["handoff", "moment"]);
+    eprintln!("{done}");
+    cluster.wait_state_of("moment", Host::B, "primary", "protected");
+    let log = std::fs::read_to_string(format!("/tmp/standin-it-{}-a.log", cluster.lab.name())).unwrap();
+    assert!(log.contains("another round"), "nothing was refused: {log}");
+}
