@@ -79,7 +79,7 @@ struct Plan {
     moves: usize,
 }
 
-const FULL: Plan = Plan { epochs: 20, moves: 6 };
+const FULL: Plan = Plan { epochs: 10, moves: 3 };
 const QUICK: Plan = Plan { epochs: 3, moves: 2 };
 
 #[derive(Clone, Copy)]
