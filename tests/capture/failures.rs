@@ -83,7 +83,8 @@ fn after_a_page_server_that_failed_the_next_epoch_is_right() {
             sys::shut_streams();
             Ok(())
         });
-        assert!(matches!(error, CaptureError::Criu(_)), "{error}");
+        // CRIU lets the program run at once, which may change guard regions while we compare them.
+        assert!(matches!(error, CaptureError::Criu(_) | CaptureError::Guards(_)), "{error}");
         primary.true_epoch(false);
     }
 }
