@@ -8,6 +8,7 @@ use std::{
         unix::fs::{FileExt, MetadataExt, OpenOptionsExt, symlink},
     },
     path::{Path, PathBuf},
+    sync::RwLock,
 };
 
 use memmap2::MmapMut;
@@ -219,6 +220,7 @@ impl World {
 
 #[test]
 fn a_tracked_scan_emits_what_a_walk_would_have() {
+    let _few = EVENTS.read();
     let mut tracked = 0;
     for seed in 0..seeds(40) {
         let mut rng = Rng(seed);
@@ -252,6 +254,9 @@ fn a_tracked_scan_emits_what_a_walk_would_have() {
     assert!(tracked > seeds(40) * 15, "only {tracked} scans were tracked");
 }
 
+/// The kernel tells each listener of all that happens on a file system: one that runs over takes others along.
+static EVENTS: RwLock<()> = RwLock::new(());
+
 /// A tree of many files of which nothing is new to the scanner.
 fn many(files: usize) -> (World, Twins) {
     let world = World::new();
@@ -267,6 +272,7 @@ fn many(files: usize) -> (World, Twins) {
 
 #[test]
 fn a_scan_looks_at_what_changed_and_at_nothing_else() {
+    let _few = EVENTS.read();
     let (world, mut twins) = many(1000);
     let (records, stats) = twins.scan(Phase::Frozen, &world.in_use, "unchanged");
     assert_eq!((records, stats.entries, stats.walked), (Vec::new(), 0, 0));
@@ -284,6 +290,7 @@ fn a_scan_looks_at_what_changed_and_at_nothing_else() {
 
 #[test]
 fn a_queue_that_ran_over_leads_to_a_walk() {
+    let _many = EVENTS.write();
     let (world, mut twins) = many(10);
     let queued = fs::read_to_string("/proc/sys/fs/fanotify/max_queued_events").unwrap();
     let queued: usize = queued.trim().parse().unwrap();
