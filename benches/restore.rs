@@ -451,7 +451,7 @@ impl Image {
             return Err("the CRIU that waited has ended".into());
         }
         let mark = Mark::make(&self.ram.path().join("mark"), b"")?;
-        let pages = restore::page_files(&view, &self.recency);
+        let pages = restore::page_files(&view, &self.recency)?;
         let pager = Pager::start(&self.install, &self.lazy, mark, &pages)?;
         let name = self.lazy.file_name().and_then(|name| name.to_str()).ok_or("no name")?;
         let handle = pager.handle()?;

@@ -537,7 +537,7 @@ impl Standby {
         plan: &RestorePlan,
     ) -> anyhow::Result<(PagerHandle, std::thread::JoinHandle<()>)> {
         self.learn(&view);
-        let pages = restore::page_files(&view, &lock(&self.recency));
+        let pages = restore::page_files(&view, &lock(&self.recency))?;
         let mark = Mark::make(&self.mark, &serde_json::to_vec(&plan.epoch)?)?;
         let pager = Pager::start(&agent.install, dir, mark, &pages)?;
         let handle = pager.handle()?;

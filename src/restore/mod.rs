@@ -193,16 +193,16 @@ pub fn materialise(
 }
 
 /// Where the pages of the view's epoch lie, those that were written lately first.
-pub fn page_files(view: &View, recency: &Recency) -> PageFiles {
+pub fn page_files(view: &View, recency: &Recency) -> Result<PageFiles, ReadError> {
     let mut pages = PageFiles::default();
     view.for_each_place(|space, extent, place| {
         // Shared memory does not come lazily.
         if matches!(space, Space::Task(_)) {
             pages.add(space, extent, place);
         }
-    });
+    })?;
     pages.set_hot(recency.order());
-    pages
+    Ok(pages)
 }
 
 /// Removes every directory that [`materialise`] made (or did not finish) under `root`, but the one to keep.

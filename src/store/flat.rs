@@ -191,13 +191,9 @@ impl Flat {
         Ok(())
     }
 
-    /// Calls `each` with the file of each part of a run, and the offset in it.
-    pub(super) fn places(&self, space: Space, extent: Extent, mut each: impl FnMut(Extent, &Path, u64)) {
-        for (chunk, range) in chunks(extent.start, extent.end()) {
-            let start = (chunk << CHUNK_SHIFT) + range.start;
-            let part = Extent { start, pages: (range.end - range.start) / PAGE_SIZE };
-            each(part, &self.paths(space, chunk).0, range.start);
-        }
+    /// Says where pages lie.
+    pub(super) fn places(&self) -> Places<'_> {
+        Places { flat: self, last: None }
     }
 
     /// Reads the pages' sums.
@@ -225,6 +221,59 @@ impl Flat {
     pub(super) fn sync(&self, durability: Durability) -> Result<(), IoFault> {
         disk::sync_files_in(&self.pages_dir, durability)?;
         disk::sync_files_in(&self.sums_dir, durability)
+    }
+}
+
+/// Where the pages of a flat image lie.
+pub(super) struct Places<'a> {
+    flat: &'a Flat,
+    /// The chunk that was asked for last: runs come in order, and a chunk has many.
+    last: Option<Opened>,
+}
+
+struct Opened {
+    space: Space,
+    chunk: u64,
+    files: Arc<Chunk>,
+    bytes: u64,
+}
+
+impl Places<'_> {
+    /// Calls `each` with the file of each part of a run and the offset in it; with none where the file has ended, behind
+    /// which all pages are zero.
+    pub(super) fn of(
+        &mut self,
+        space: Space,
+        extent: Extent,
+        mut each: impl FnMut(Extent, Option<(&Path, u64)>),
+    ) -> Result<(), IoFault> {
+        for (chunk, range) in chunks(extent.start, extent.end()) {
+            let opened = self.turn_to(space, chunk)?;
+            let border = range.end.min((opened.bytes / PAGE_SIZE * PAGE_SIZE).max(range.start));
+            let part = |from: u64, to: u64| Extent {
+                start: (chunk << CHUNK_SHIFT) + from,
+                pages: (to - from) / PAGE_SIZE,
+            };
+            if border > range.start {
+                each(part(range.start, border), Some((&opened.files.pages_path, range.start)));
+            }
+            if border < range.end {
+                each(part(border, range.end), None);
+            }
+        }
+        Ok(())
+    }
+
+    fn turn_to(&mut self, space: Space, chunk: u64) -> Result<&Opened, IoFault> {
+        let last = self.last.take().filter(|last| last.space == space && last.chunk == chunk);
+        let opened = if let Some(opened) = last {
+            opened
+        } else {
+            let files = self.flat.needed(space, chunk)?;
+            let bytes = files.pages.metadata().context("examine", &files.pages_path)?.len();
+            Opened { space, chunk, files, bytes }
+        };
+        Ok(self.last.insert(opened))
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
 };
 
@@ -10,7 +11,7 @@ use tempfile::TempDir;
 
 use super::{
     ApplyFiles, BeginError, CommitError, Committed, Durability, FoldError, OpenError, RemoveError, Staging,
-    Store, VerifyError, fault, staging::space_order,
+    Store, VerifyError, View, fault, staging::space_order,
 };
 use crate::{
     model::{Epoch, EpochId, Extent, Name, PAGE_SIZE, Space, Term},
@@ -165,9 +166,30 @@ fn assert_is(store: &Store, step: &Step) {
             assert!(page == page_of(step.after[&(space_order(space), at)]));
         }
     });
+    assert_lies_where_it_says(&view, &step.after);
     view.verify().expect("the image is what was received");
     let label = fs::read_to_string(view.criu_dir().join("core-2.img")).expect("the small image");
     assert_eq!(label, step.id.to_string());
+}
+
+/// Whoever reads the files of the image by themselves finds every page there, whole.
+fn assert_lies_where_it_says(view: &View, pages: &Pages) {
+    let mut told = 0;
+    let each = |space, extent: Extent, place: Option<(&Path, u64)>| {
+        let mut all = vec![0; extent.bytes() as usize];
+        if let Some((path, offset)) = place {
+            fs::File::open(path)
+                .and_then(|file| file.read_exact_at(&mut all, offset))
+                .expect("the file has it");
+        }
+        for (i, page) in all.chunks_exact(PAGE_SIZE as usize).enumerate() {
+            let at = extent.start / PAGE_SIZE + i as u64;
+            assert!(page == page_of(pages[&(space_order(space), at)]), "page {at:#x} of {space:?}");
+        }
+        told += extent.pages;
+    };
+    view.for_each_place(each).expect("the files can be examined");
+    assert_eq!(told, pages.len() as u64);
 }
 
 pub(super) fn root() -> TempDir {

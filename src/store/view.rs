@@ -9,6 +9,7 @@ use super::{
     FoldError, Held, Image, Inner, Store,
     disk::IoFault,
     extents,
+    flat::Places,
     layer::Layer,
     layout,
     staging::extents_of,
@@ -159,14 +160,19 @@ impl View {
     /// Calls `each` with every run of the epoch's pages, in order, and where its content lies: a file and the offset
     /// in it, or nowhere if the pages are zero. The files stay what they are while the view lives; after that, for
     /// whoever has them open, until a newer epoch is folded.
-    pub fn for_each_place(&self, mut each: impl FnMut(Space, Extent, Option<(&Path, u64)>)) {
+    pub fn for_each_place(
+        &self,
+        mut each: impl FnMut(Space, Extent, Option<(&Path, u64)>),
+    ) -> Result<(), ReadError> {
+        let mut flat = self.image.flat.places();
         for map in &self.held.manifest.spaces {
             for extent in &map.extents {
-                places(&self.image, &self.layers, map.space, *extent, &mut |extent, place| {
+                places(&mut flat, &self.layers, map.space, *extent, &mut |extent, place| {
                     each(map.space, extent, place);
-                });
+                })?;
             }
         }
+        Ok(())
     }
 
     /// The runs of pages that each epoch brought which is not folded yet, oldest first.
@@ -252,23 +258,30 @@ pub(super) fn read(
 type EachPlace<'a> = dyn FnMut(Extent, Option<(&Path, u64)>) + 'a;
 
 /// As [`read`], for the places.
-fn places(image: &Image, layers: &[Arc<Layer>], space: Space, extent: Extent, each: &mut EachPlace<'_>) {
+fn places(
+    flat: &mut Places<'_>,
+    layers: &[Arc<Layer>],
+    space: Space,
+    extent: Extent,
+    each: &mut EachPlace<'_>,
+) -> Result<(), IoFault> {
     let Some((top, below)) = layers.split_first() else {
-        return image.flat.places(space, extent, |extent, path, offset| each(extent, Some((path, offset))));
+        return flat.of(space, extent, each);
     };
     let mut from = extent.start;
     for run in top.overlapping(space, extent) {
         if from < run.extent.start {
             let gap = Extent { start: from, pages: (run.extent.start - from) / PAGE_SIZE };
-            places(image, below, space, gap, each);
+            places(flat, below, space, gap, each)?;
         }
         each(run.extent, top.place(run.source));
         from = run.extent.end();
     }
     if from < extent.end() {
         let gap = Extent { start: from, pages: (extent.end() - from) / PAGE_SIZE };
-        places(image, below, space, gap, each);
+        places(flat, below, space, gap, each)?;
     }
+    Ok(())
 }
 
 /// As [`read`], for the checksums.
