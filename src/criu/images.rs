@@ -3,6 +3,8 @@
 //!
 //! Pure but for [`read`], which reads one file of a directory under a size limit.
 
+pub mod namespaces;
+
 use std::{
     fs::File,
     io::{self, Read as _},

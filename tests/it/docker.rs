@@ -35,7 +35,8 @@ pub(crate) const DOCKER: Daemon = Daemon {
 /// With what it needs to restore containers whole.
 pub(crate) const DOCKER_WHOLE: Daemon = Daemon {
     wraps: false,
-    start: "mkdir -p /etc/docker /etc/criu; echo '{\"experimental\":true}' > /etc/docker/daemon.json; \
+    start: "mkdir -p /etc/docker /etc/criu; cp /usr/bin/tini-static /srv/init; \
+            echo '{\"experimental\": true, \"init-path\": \"/srv/init\"}' > /etc/docker/daemon.json; \
             echo tcp-established > /etc/criu/runc.conf; PATH=/opt/standin/criu/bin:$PATH \
             dockerd --storage-driver overlay2 --exec-opt native.cgroupdriver=cgroupfs",
     flags: &["--memory", "1g"],
@@ -84,7 +85,7 @@ impl Docker {
         docker
     }
 
-    fn start_daemon(&self, host: Host) {
+    pub(crate) fn start_daemon(&self, host: Host) {
         let Daemon { command, start, .. } = self.daemon;
         let script = format!(
             "mkdir -p /var/lib/docker; {start} > /srv/daemon.log 2>&1 < /dev/null & \

@@ -206,6 +206,53 @@ fn an_unprepared_container_is_docker_s_after_a_takeover() {
     wait_for("the standby to forget it", || docker.cluster.status(Host::A, "redis").is_null());
 }
 
+/// Docker's own init is pid 1, and reaps; the workload is below it.
+#[test]
+fn a_container_with_dockers_own_init_goes_whole() {
+    let mut docker = Docker::up("docker-init", &DOCKER_WHOLE);
+    docker.ship_image();
+    for host in [Host::A, Host::B] {
+        docker.cluster.lab.ok(host, &["sh", "-c", "echo UTC > /srv/UTC; ln -s UTC /srv/zone"]);
+    }
+    docker.run(&["--init", "-v", "/srv/zone:/etc/zone:ro"], &["sh", "-c", COUNTS]);
+    docker.protect(&[]);
+    assert_eq!(docker.cluster.status(Host::A, "redis")["container"]["way"], "whole");
+    let mut at = (Host::A, Host::B);
+    for round in 0..3 {
+        let (primary, standby) = at;
+        docker.cluster.wait_state(primary, "primary", "protected");
+        docker.cluster.wait_state(standby, "standby", "ready");
+        if round == 1 {
+            // What enters a container that was restored before, and stays: CRIU would dump it, and never restore it.
+            docker.inside(primary, "sleep 2 &");
+            let told = || docker.cluster.status(primary, "redis")["error"].to_string();
+            wait_for("the reason", || told().contains("time namespace"));
+            docker.cluster.wait_state(primary, "primary", "protected");
+        }
+        // Somebody must reap what it leaves behind.
+        docker.inside(primary, "sleep 0.1 &");
+        if round == 1 {
+            docker.cluster.json(primary, &["handoff", "redis", "--max-downtime", "3s"]);
+        } else {
+            docker.cluster.lab.kill(primary);
+            docker.cluster.wait_state(standby, "primary", "alone");
+        }
+        assert_eq!(docker.inside(standby, "cat /proc/1/comm /etc/zone"), "docker-init\nUTC");
+        let lines = || docker.docker(standby, &["logs", "redis"]).lines().count();
+        let before = lines();
+        wait_for("output", || lines() > before + 5);
+        wait_for("no zombies", || !docker.inside(standby, "cat /proc/[0-9]*/stat").contains(") Z "));
+        if round != 1 {
+            docker.cluster.lab.boot(primary);
+            docker.start_daemon(primary);
+            docker.cluster.start_agent(primary);
+        }
+        at = (standby, primary);
+    }
+    docker.docker(at.0, &["stop", "redis"]);
+    assert_eq!(docker.docker(at.0, &["inspect", "-f", "{{.State.ExitCode}}", "redis"]), "7");
+}
+
 #[test]
 fn unprepared_containers_of_docker_that_would_run_twice_are_refused() {
     let docker = Docker::up("docker-refusals", &DOCKER_WHOLE);
@@ -218,6 +265,11 @@ fn unprepared_containers_of_docker_that_would_run_twice_are_refused() {
     docker.docker(Host::A, &["rm", "--force", "redis"]);
     docker.run(&["--ipc", "shareable"], &command);
     assert!(refused().contains("--ipc private"));
+    docker.docker(Host::A, &["rm", "--force", "redis"]);
+    docker.run(&["--init"], &command);
+    docker.cluster.lab.ok(Host::A, &["sh", "-c", "mv /srv/init /srv/tini; ln -s tini /srv/init"]);
+    let reason = refused();
+    assert!(reason.contains("\"init-path\": \"/srv/tini\""), "{reason}");
     docker.docker(Host::A, &["rm", "--force", "redis"]);
     docker.run(&[], &command);
     docker.cluster.lab.ok(Host::A, &["rm", "/etc/criu/runc.conf"]);

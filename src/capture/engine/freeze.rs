@@ -20,7 +20,9 @@ use crate::{
         lists::Lists,
     },
     criu::{
-        hurry, hurry_meanwhile, page_server, parent, stats,
+        hurry, hurry_meanwhile,
+        images::namespaces,
+        page_server, parent, stats,
         swrk::{CriuError, DumpOptions},
     },
     delta::{Encoder, Known},
@@ -187,6 +189,7 @@ fn explained(source: CriuError, root: i32) -> CaptureError {
 impl Outlet<'_, '_> {
     /// Emits what the freeze read, the small images and the manifest.
     fn send(&mut self, known: &mut Known, frozen: Frozen) -> Result<Manifest, CaptureError> {
+        namespaces::check(&self.dir)?;
         let (figures, emit) = (&mut *self.figures, &mut *self.emit);
         figures.dirty_bytes += frozen.dirty_pages * PAGE_SIZE;
         let manifest = frozen.manifest;

@@ -28,6 +28,7 @@ use crate::{
         Install,
         bridge::Bridge,
         fork_server::ForkServer,
+        images::namespaces::NamespaceError,
         parent,
         spawn::{Place, Spawn},
         swrk::{CriuError, Swrk},
@@ -105,6 +106,9 @@ pub enum CaptureError {
     /// The small images or the frames.
     #[error("writing the epoch failed: {0}")]
     Io(#[from] io::Error),
+    /// CRIU dumped what it could not restore.
+    #[error(transparent)]
+    Namespaces(#[from] NamespaceError),
     /// CRIU answered well and never asked for the memory.
     #[error("CRIU dumped the tree without its memory: is the page server's protocol of another version?")]
     NoMemory,

@@ -13,7 +13,7 @@ use super::{
     },
     engine::{self, Found, Named, Network, PidOne, TreeAt, Trees},
     error::{ContainerError, engine_error, unfit},
-    has_own, sharing,
+    has_own, sharing, wrap,
 };
 use crate::model::Name;
 
@@ -46,6 +46,9 @@ impl Candidate {
                 let reason = format!("it was wrapped as {wrapped_as}; protect it under that name");
                 return Err(unfit(id, &reason));
             }
+        }
+        if matches!(pid_one, PidOne::Init(_)) && !starts_as(pid, wrap::INIT) {
+            return Err(unfit(id, &format!("its pid 1 is not {}: start it without --init", wrap::INIT)));
         }
         if !ips.is_empty() && network == Network::Host {
             return Err(unfit(id, "it is in the host's network, where --ip has no place; leave that out"));
@@ -138,6 +141,12 @@ fn root_of(init: ProcessId) -> Option<(ProcessId, u32)> {
     });
     let inside = children.filter_map(|id| Some((id, inner_pid(id.pid)?)));
     inside.min_by_key(|(id, inside)| (id.started, *inside))
+}
+
+/// Whether a process was started as this program.
+fn starts_as(pid: u32, program: &str) -> bool {
+    let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    arguments.split(|byte| *byte == 0).next() == Some(program.as_bytes())
 }
 
 /// Which of a process's standard streams (0, 1, 2) are pipes, and what CRIU calls them.

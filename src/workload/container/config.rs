@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{
     super::spec::{ContainerTree, ContainerTreeKind, MountRule},
-    engine::{EngineError, TreeAt, Trees, a_file, own_place},
+    engine::{EngineError, TreeAt, Trees, a_file, behind_link, own_place},
     wrap,
 };
 
@@ -188,8 +188,9 @@ impl Config {
             if inside == Path::new(wrap::INSIDE) || trees.iter().any(|tree| tree.inside == inside) {
                 continue;
             }
-            if let Some(own) = own_place(left, &inside, &source, data_dir)? {
-                mount["source"] = path_value(&own);
+            let other = own_place(left, &inside, &source, data_dir)?.or_else(|| behind_link(&source));
+            if let Some(other) = other {
+                mount["source"] = path_value(&other);
             } else if !source.exists() {
                 // What is shared, and what it only reads, is the operator's to have on both hosts.
                 return Err(EngineError::Unfit(format!(

@@ -20,10 +20,10 @@ use serde_json::{Value, json};
 use super::{
     super::spec::{ContainerTree, ContainerTreeKind, Daemon, Engine},
     engine::{
-        EngineError, Found, Local, Made, Network, PidOne, Survey, TreeAt, Trees, a_file, check_is_ours,
-        is_ours, own_place,
+        EngineError, Found, Local, Made, Network, PidOne, Survey, TreeAt, Trees, a_file, behind_link,
+        check_is_ours, is_ours, own_place,
     },
-    whole::HIDDEN,
+    whole::{HIDDEN, has_own_init},
     wrap,
 };
 use crate::{model::Name, unix_http};
@@ -120,7 +120,11 @@ impl Docker {
         };
         let networks = self.networks(&found)?;
         let name = text(&found["Name"]).trim_start_matches('/').to_owned();
-        let (image_name, create) = (text(&found["Config"]["Image"]).to_owned(), create_of(&found));
+        let (image_name, mut create) = (text(&found["Config"]["Image"]).to_owned(), create_of(&found));
+        if matches!(pid_one, PidOne::Application(_)) && has_own_init(&found) {
+            // It may be so because of a setting of this daemon alone.
+            create["HostConfig"]["Init"] = true.into();
+        }
         let recipe = Recipe { image_name, create, networks };
         let config = serde_json::to_string(&recipe).map_err(|error| EngineError::Unfit(error.to_string()))?;
         Ok(Found {
@@ -485,15 +489,17 @@ fn localise(host: &mut Value, trees: &[ContainerTree], local: &Local<'_>) -> Res
     };
     let provide = |inside: &str, source: &str| -> Result<Option<String>, EngineError> {
         let own = own_place(local.left, Path::new(inside), Path::new(source), local.data_dir)?;
+        let source = Path::new(source);
         match place(inside).or(own) {
             Some(path) => {
                 let made = std::fs::create_dir_all(&path);
                 made.map_err(|source| EngineError::Config { path: path.clone(), source })?;
                 Ok(Some(path.display().to_string()))
             }
-            None if Path::new(source).exists() => Ok(None),
+            None if source.exists() => Ok(behind_link(source).map(|path| path.display().to_string())),
             None => unfit(format!(
-                "{source} is not there, which the container shows as {inside}; put it on both hosts"
+                "{} is not there, which the container shows as {inside}; put it on both hosts",
+                source.display()
             )),
         }
     };

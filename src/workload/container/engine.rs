@@ -282,6 +282,11 @@ pub(super) fn own_place(
     Ok(Some(path))
 }
 
+/// What to mount in the place of a source that is a symbolic link: CRIU would show the link itself (seen with 4.2.1).
+pub(super) fn behind_link(source: &Path) -> Option<PathBuf> {
+    source.is_symlink().then(|| source.canonicalize().ok()).flatten()
+}
+
 /// Makes one that waits. What an earlier agent left of it is ended; one that is not the workload's is in the way.
 pub(super) fn make(spec: &ContainerSpec, local: &Local<'_>) -> Result<Made, EngineError> {
     match &spec.engine {

@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::{
     super::{
         docker::{Docker, LABEL, Recipe, check_addresses, create_of, text, unfit},
-        engine::{Bundle, EngineError, Local, Prepared, Restore, TreeAt, Trees},
+        engine::{Bundle, EngineError, Local, Prepared, Restore, TreeAt, Trees, behind_link},
         wrap,
     },
     mounts,
@@ -30,6 +30,11 @@ use crate::{
 const SETTINGS: &str = "/etc/criu/runc.conf";
 /// Where the daemon says which process it is.
 const PID_FILES: [&str; 2] = ["/run/docker.pid", "/var/run/docker.pid"];
+/// Where a container sees the daemon's own init; in many, `/sbin` is a link to `/usr/sbin`.
+const OWN_INIT: [&str; 2] = ["/sbin/docker-init", "/usr/sbin/docker-init"];
+/// Where the daemon looks for that beside its PATH.
+const OWN_INIT_PLACES: [&str; 4] =
+    ["/usr/local/libexec/docker", "/usr/libexec/docker", "/usr/local/lib/docker", "/usr/lib/docker"];
 /// What the daemon calls the images.
 const CHECKPOINT: &str = "standin";
 /// Says of a container that was made here for which workload.
@@ -85,9 +90,34 @@ impl Docker {
         if text(&host["IpcMode"]) != "private" {
             return refused("its /dev/shm is not its own (--ipc private)");
         }
+        if has_own_init(found)
+            && let Err(EngineError::Unfit(reason)) = self.check_own_init()
+        {
+            return refused(&reason);
+        }
         let id = text(&found["Id"]).to_owned();
         let root = text(&found["GraphDriver"]["Data"]["MergedDir"]).into();
         Ok(Bundle { dir: data.join("containers").join(&id), root, leaf: id })
+    }
+
+    /// Whether CRIU can show the daemon's own init in a container that is restored.
+    fn check_own_init(&self) -> Result<(), EngineError> {
+        let info = self.get("/info")?.unwrap_or_default();
+        let path = path_of_daemon().unwrap_or_default();
+        let places = path.split(':').chain(OWN_INIT_PLACES);
+        // An absolute path is what it is, whatever it is joined to.
+        let init =
+            places.map(|dir| Path::new(dir).join(text(&info["InitBinary"]))).find(|init| init.is_file());
+        let Some(init) = init else { return unfit("the daemon's own init (--init) is not found".into()) };
+        match behind_link(&init) {
+            None => Ok(()),
+            Some(program) => unfit(format!(
+                "the daemon's own init (--init), {}, is a link, which would be shown in place of the program: put \
+                 \"init-path\": \"{}\" into /etc/docker/daemon.json and restart the daemon",
+                init.display(),
+                program.display()
+            )),
+        }
     }
 
     /// Creates the container that will be restored. One that was created before has the files of the last epoch.
@@ -100,6 +130,9 @@ impl Docker {
     ) -> Result<(Bundle, Vec<TreeAt>), EngineError> {
         let data = self.can_restore()?;
         let recipe = recipe_of(config)?;
+        if recipe.create["HostConfig"]["Init"] == true {
+            self.check_own_init()?;
+        }
         self.check_image(&recipe)?;
         for network in &recipe.networks {
             self.provide_network(network)?;
@@ -164,7 +197,8 @@ impl Docker {
         let labels = &found["Config"]["Labels"];
         let is_ours = labels[OF_WORKLOAD] == workload.as_str();
         // What was started here has ended when it went to the other host. Its host name tells it from any other.
-        let is_the_first = found["State"]["Status"] == "exited" && create_of(&found) == recipe.create;
+        let is_the_first =
+            found["State"]["Status"] == "exited" && is_alike(create_of(&found), &recipe.create);
         if !is_ours && !is_the_first {
             return unfit(format!(
                 "another container named {name} is on the standby, which is not this workload's; remove or rename it there"
@@ -228,6 +262,20 @@ impl Docker {
     }
 }
 
+/// Whether a container was created like another, whether or not it was said that it has the daemon's own init.
+fn is_alike(mut created: Value, other: &Value) -> bool {
+    created["HostConfig"]["Init"] = other["HostConfig"]["Init"].clone();
+    created == *other
+}
+
+/// Whether the daemon has its own init (`--init`) as pid 1 of a container that runs.
+pub(in super::super) fn has_own_init(found: &Value) -> bool {
+    let pid = found["State"]["Pid"].as_u64().unwrap_or(0) as u32;
+    mounts::Mounts::of(pid).is_ok_and(|mounts| {
+        mounts.external().any(|inside| OWN_INIT.iter().any(|own| inside == Path::new(own)))
+    })
+}
+
 fn recipe_of(config: &str) -> Result<Recipe, EngineError> {
     serde_json::from_str(config)
         .map_err(|error| EngineError::Unfit(format!("what it is made from is not understood: {error}")))
@@ -274,12 +322,17 @@ fn copy_images(from: &Path, to: &Path) -> std::io::Result<()> {
 
 /// The CRIU that runc finds when the daemon starts it.
 fn criu_of_daemon() -> Result<Install, String> {
+    let path = path_of_daemon()?;
+    let found = path.split(':').map(|dir| Path::new(dir).join("criu")).find(|criu| criu.is_file());
+    let found = found.ok_or("the daemon finds no CRIU")?;
+    Install::find(Some(&found)).map_err(|error| format!("what the daemon finds does not serve: {error}"))
+}
+
+/// Where the daemon looks for programs.
+fn path_of_daemon() -> Result<String, String> {
     let pid = PID_FILES.iter().find_map(|path| fs::read_to_string(path).ok());
     let pid = pid.ok_or("the daemon's process is not known")?;
     let environ = fs::read(format!("/proc/{}/environ", pid.trim())).map_err(|error| error.to_string())?;
     let path = environ.split(|byte| *byte == 0).find_map(|entry| entry.strip_prefix(b"PATH="));
-    let path = String::from_utf8_lossy(path.unwrap_or(b"/usr/sbin:/usr/bin:/sbin:/bin")).into_owned();
-    let found = path.split(':').map(|dir| Path::new(dir).join("criu")).find(|criu| criu.is_file());
-    let found = found.ok_or("the daemon finds no CRIU")?;
-    Install::find(Some(&found)).map_err(|error| format!("what the daemon finds does not serve: {error}"))
+    Ok(String::from_utf8_lossy(path.unwrap_or(b"/usr/sbin:/usr/bin:/sbin:/bin")).into_owned())
 }

@@ -25,10 +25,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub(super) use self::mounts::HIDDEN;
 use nix::{fcntl::OFlag, unistd::pipe2};
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::{docker::has_own_init, mounts::HIDDEN};
 use super::{
     super::{
         bare,
