@@ -21,6 +21,19 @@ pub const EVENTS_MAX: usize = 1000;
 /// Most epochs whose figures are kept.
 pub const EPOCHS_MAX: usize = 4096;
 
+/// What went wrong, and why, for people. Many of our errors say their cause themselves: that is not said again.
+pub fn in_full(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// Milliseconds since 1970 by the wall clock: for people, decides nothing.
 pub fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_millis() as u64)

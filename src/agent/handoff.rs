@@ -27,6 +27,7 @@ use crate::{
     capture::converge::Allowed,
     ha::{Core, Input, Standing},
     model::Term,
+    observe::in_full,
     transport::block_in_place,
 };
 
@@ -181,7 +182,7 @@ impl Owner {
         match held {
             Ok(()) => true,
             Err(error) => {
-                handoff.reason = Some(format!("{error:#}"));
+                handoff.reason = Some(in_full(&error));
                 false
             }
         }

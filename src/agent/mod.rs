@@ -66,7 +66,7 @@ use crate::{
     ha::{Message, Standing},
     memory::Vmas,
     model::{Name, Term},
-    observe::HistoryLog,
+    observe::{HistoryLog, in_full},
     transport::{
         Endpoint, Identity, PeerName, Peers,
         pairing::{Card, PairingCode},
@@ -337,8 +337,7 @@ impl Agent {
         trees::clear_shm(&self.config, &name).map_err(unseeded)?;
         let seeds = trees::Seeds::find(&place, &spec).map_err(unseeded)?;
         let spec = PlaceSpec::Sandbox(spec);
-        let home =
-            Home::create(self, &spec, true).map_err(|error| ApiError::refused(format!("{error:#}")))?;
+        let home = Home::create(self, &spec, true).map_err(|error| ApiError::refused(in_full(&error)))?;
         let seeded = seeds.sow().map_err(unseeded);
         let started = seeded.and_then(|()| self.start_in(&home, request, user));
         let started = started.and_then(|pid| seeds.keep().map(|()| pid).map_err(unseeded));
@@ -374,8 +373,8 @@ impl Agent {
         }
         let command = Command { argv: request.command.clone(), env, cwd: request.cwd.clone(), user };
         sandbox.start(&command).map_err(|error| failed(&error))?;
-        home.open_up().map_err(|error| failed(&format!("{error:#}")))?;
-        let root = home.root().map_err(|error| failed(&format!("{error:#}")))?;
+        home.open_up().map_err(|error| failed(&in_full(&error)))?;
+        let root = home.root().map_err(|error| failed(&in_full(&error)))?;
         root.map(|root| root.host as i32).ok_or_else(|| {
             ApiError::refused(format!(
                 "{:?} ended at once; its output is in the workload's log",
@@ -412,7 +411,7 @@ impl Agent {
                 let home = tokio::task::spawn_blocking(move || Home::adopt(&agent, &adopting, pid))
                     .await
                     .map_err(ApiError::failed)?
-                    .map_err(|error| ApiError::new(ErrorCode::Refused, format!("{error:#}")))?;
+                    .map_err(|error| ApiError::new(ErrorCode::Refused, in_full(&error)))?;
                 let hostname = nix::unistd::gethostname()
                     .map_or_else(|_| name.to_string(), |name| name.to_string_lossy().into_owned());
                 let sandbox = SandboxSpec { name: name.clone(), net: Net::Host, paths: Vec::new(), hostname };
@@ -437,7 +436,7 @@ impl Agent {
         let home = tokio::task::spawn_blocking(adopt)
             .await
             .map_err(ApiError::failed)?
-            .map_err(|error| ApiError::new(ErrorCode::Refused, format!("{error:#}")))?;
+            .map_err(|error| ApiError::new(ErrorCode::Refused, in_full(&error)))?;
         let adopted = home.container_spec().ok_or_else(|| ApiError::failed("the place is no container"))?;
         let place = PlaceSpec::Container(adopted.clone());
         let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace };

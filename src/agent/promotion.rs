@@ -16,6 +16,7 @@ use super::{
 use crate::{
     ha::{self, Input, Standing},
     model::{EpochId, Term},
+    observe::in_full,
     takeover::announce::SCHEDULE,
     transport::block_in_place,
 };
@@ -49,7 +50,7 @@ impl Owner {
             self.kill_copy();
         }
         if let Err(error) = self.warm_place() {
-            let _ = to_self.try_send(Msg::RestoreFailed(format!("{error:#}")));
+            let _ = to_self.try_send(Msg::RestoreFailed(in_full(&error)));
             return;
         }
         let Some(mut home) = self.home.take() else { return };
@@ -62,7 +63,7 @@ impl Owner {
                 Ok((phases, root)) => Msg::Restored { home: Box::new(home), phases, root },
                 Err(error) => {
                     drop(home);
-                    Msg::RestoreFailed(format!("{error:#}"))
+                    Msg::RestoreFailed(in_full(&error))
                 }
             };
             let _ = to_self.blocking_send(message);
@@ -81,7 +82,8 @@ impl Owner {
                 self.lazy_pages = false;
                 Msg::RestoreFailed(format!(
                     "epoch {epoch} ran here and has changed its files since, so that its memory does not fit them any \
-                     more: {error:#}. The files are as it left them, as after a crash: start the workload from them"
+                     more: {}. The files are as it left them, as after a crash: start the workload from them",
+                    in_full(&error)
                 ))
             }
         };
@@ -136,7 +138,7 @@ impl Owner {
     pub(super) fn speak(&mut self) {
         let Some(home) = &self.home else { return };
         if let Err(error) = block_in_place(|| home.open_up().and_then(|()| home.announce())) {
-            self.error = Some(format!("the workload cannot be heard: {error:#}"));
+            self.error = Some(format!("the workload cannot be heard: {}", in_full(&error)));
         }
         self.announced = Some((Instant::now(), 1));
     }

@@ -18,6 +18,7 @@ use crate::{
     capture::Capturer,
     ha::{self, Copy, Core, Input, Message, Record, Standing, Start},
     model::{Epoch, Term},
+    observe::in_full,
     takeover::check::check_vip,
     transport::block_in_place,
     wire::message::Reply,
@@ -58,7 +59,7 @@ impl Owner {
         if (!matches!(record.role, ha::Role::Primary { .. }) || marked.is_some())
             && let Err(error) = self.open_standby()
         {
-            self.error = Some(format!("{error:#}"));
+            self.error = Some(in_full(&error));
         }
         if let (true, Some(standby)) = (self.lazy_pages, &self.standby) {
             standby.await_served(self.to_self.clone());
@@ -106,7 +107,7 @@ impl Owner {
         if let Some(home) = &mut self.home
             && let Err(error) = block_in_place(|| home.prepare(&place, &vips))
         {
-            self.error = Some(format!("the address cannot be served here: {error:#}"));
+            self.error = Some(format!("the address cannot be served here: {}", in_full(&error)));
         }
     }
 
@@ -175,7 +176,7 @@ impl Owner {
                     self.name
                 )));
             }
-            Err(error) => return Err(ApiError::failed(format!("{error:#}"))),
+            Err(error) => return Err(ApiError::failed(in_full(&error))),
         }
         let mut durable = self.durable.clone();
         durable.spec.vips.clone_from(&request.vips);
@@ -185,7 +186,7 @@ impl Owner {
         let term = Term(unused_term(&self.history));
         durable.record = Some(Record::primary(term));
         block_in_place(|| home.prepare(&durable.spec.place, &request.vips))
-            .map_err(|error| ApiError::failed(format!("{error:#}")))?;
+            .map_err(|error| ApiError::failed(in_full(&error)))?;
         block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
         self.durable = durable;
         self.event("protecting", &format!("{} is to be the standby", request.to), None);
@@ -331,8 +332,9 @@ impl Owner {
                 return Err(format!("{} stands as {standing:?} there, under term {own}", self.name));
             }
         }
-        self.open_standby().map_err(|error| format!("its image cannot be kept there: {error:#}"))?;
-        self.warm_place().map_err(|error| format!("its place cannot be made there: {error:#}"))?;
+        self.open_standby()
+            .map_err(|error| format!("its image cannot be kept there: {}", in_full(&error)))?;
+        self.warm_place().map_err(|error| format!("its place cannot be made there: {}", in_full(&error)))?;
         let standby = self.standby.as_ref().ok_or("its image cannot be kept there")?;
         let held = standby.held();
         if held.is_none() {
@@ -354,7 +356,7 @@ impl Owner {
             self.gone = true;
             // Nothing depends on it yet; a record that stays is found by the next agent and offered to again.
             let _ = self.place.forget();
-            return Err(format!("its image cannot be kept there: {error:#}"));
+            return Err(format!("its image cannot be kept there: {}", in_full(&error)));
         }
         self.start_core(record, Copy::Gone, None);
         self.event("became-standby", &format!("of {}", offer.peer), None);
@@ -420,7 +422,7 @@ impl Owner {
         self.error = None;
         let opened = self.open_standby().and_then(|()| self.warm_place());
         if let Err(error) = opened {
-            self.error = Some(format!("this host cannot be the standby: {error:#}"));
+            self.error = Some(format!("this host cannot be the standby: {}", in_full(&error)));
         }
         self.answer_waiting_offer();
     }

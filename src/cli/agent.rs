@@ -6,6 +6,7 @@ use super::{Failure, Outcome};
 use crate::{
     agent::{self, api::ErrorCode},
     config::{Config, DEFAULT_FILE, Settings},
+    observe::in_full,
 };
 
 #[derive(clap::Args)]
@@ -28,9 +29,7 @@ pub(super) fn main(args: Args) -> Outcome {
         .init();
     crate::capture::share_heaps();
     let runtime = crate::transport::prompt_runtime().map_err(anyhow::Error::from)?;
-    runtime
-        .block_on(agent::main(config))
-        .map_err(|error| Failure::new(ErrorCode::Failed, format!("{error:#}")))
+    runtime.block_on(agent::main(config)).map_err(|error| Failure::new(ErrorCode::Failed, in_full(&error)))
 }
 
 /// The settings of the file and the flags.

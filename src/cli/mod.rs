@@ -18,7 +18,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::{agent::api::ErrorCode, config::DEFAULT_RUN_DIR};
+use crate::{agent::api::ErrorCode, config::DEFAULT_RUN_DIR, observe::in_full};
 
 /// Keeps a running workload alive through the loss of its host.
 ///
@@ -79,7 +79,7 @@ impl Failure {
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
-        Self::new(ErrorCode::Failed, format!("{error:#}"))
+        Self::new(ErrorCode::Failed, in_full(&error))
     }
 }
 
