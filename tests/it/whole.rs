@@ -178,8 +178,13 @@ fn an_unprepared_redis_in_docker_goes_round_three_times_and_more() {
 fn an_unprepared_container_is_docker_s_after_a_takeover() {
     let docker = Docker::up("docker-whole", &DOCKER_WHOLE);
     docker.ship_image();
-    docker.run(&["--tmpfs", "/scratch:size=1m"], &["sh", "-c", COUNTS]);
-    docker.protect(&[]);
+    for host in [Host::A, Host::B] {
+        docker.cluster.lab.ok(host, &["sh", "-c", "mkdir /srv/both; hostname > /srv/both/name"]);
+    }
+    docker.cluster.lab.ok(Host::A, &["sh", "-c", "mkdir /srv/own; echo A > /srv/own/name"]);
+    let mounts = ["--tmpfs", "/scratch:size=1m", "-v", "/srv/own:/own", "-v", "/srv/both:/both"];
+    docker.run(&mounts, &["sh", "-c", COUNTS]);
+    docker.protect(&["--mount", "/own=ignore", "--mount", "/both=shared"]);
     assert_eq!(docker.cluster.status(Host::A, "redis")["container"]["way"], "whole");
     docker.cluster.wait_state(Host::B, "standby", "ready");
     let inside = |host, script: &str| docker.docker(host, &["exec", "redis", "sh", "-c", script]);
@@ -192,6 +197,8 @@ fn an_unprepared_container_is_docker_s_after_a_takeover() {
     assert!(lines[0] > 3 && lines.windows(2).all(|pair| pair[1] == pair[0] + 1), "{lines:?}");
     let found = "cat /scratch/file; ls /dev/null; ls /sys/firmware; [ -e /dev/.standin ] || echo hidden";
     assert_eq!(inside(Host::B, found), "kept\n/dev/null\nhidden");
+    let of_the_host = docker.cluster.lab.ok(Host::B, &["hostname"]);
+    assert_eq!(inside(Host::B, "ls /own; cat /both/name"), of_the_host.trim());
     assert!(docker.docker(Host::B, &["top", "redis"]).contains("while"));
 
     docker.cluster.wait_state(Host::B, "primary", "protected");

@@ -198,7 +198,7 @@ impl Docker {
         let is_ours = labels[OF_WORKLOAD] == workload.as_str();
         // What was started here has ended when it went to the other host. Its host name tells it from any other.
         let is_the_first =
-            found["State"]["Status"] == "exited" && is_alike(create_of(&found), &recipe.create);
+            found["State"]["Status"] == "exited" && is_alike(&create_of(&found), &recipe.create);
         if !is_ours && !is_the_first {
             return unfit(format!(
                 "another container named {name} is on the standby, which is not this workload's; remove or rename it there"
@@ -263,9 +263,13 @@ impl Docker {
 }
 
 /// Whether a container was created like another, whether or not it was said that it has the daemon's own init.
-fn is_alike(mut created: Value, other: &Value) -> bool {
-    created["HostConfig"]["Init"] = other["HostConfig"]["Init"].clone();
-    created == *other
+fn is_alike(created: &Value, other: &Value) -> bool {
+    let without_init = |of: &Value| {
+        let mut of = of.clone();
+        of["HostConfig"].as_object_mut().map(|host| host.remove("Init"));
+        of
+    };
+    without_init(created) == without_init(other)
 }
 
 /// Whether the daemon has its own init (`--init`) as pid 1 of a container that runs.
