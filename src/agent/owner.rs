@@ -398,6 +398,7 @@ impl Owner {
     /// Does one thing; what follows from it at once is returned.
     fn act(&mut self, action: Action) -> Option<Input> {
         match action {
+            Action::Ask { .. } => {}
             Action::Persist { ticket, record } => self.persist(ticket, record),
             Action::Send(message) => self.tell(message),
             Action::ArmGuard { until } => return self.arm_guard(until),

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     capture::Capturer,
-    ha::{self, Copy, Core, Input, Message, Record, Standing, Start},
+    ha::{self, Arbiter, Copy, Core, Input, Message, Record, Standing, Start},
     model::{Epoch, Term},
     observe::in_full,
     takeover::check::check_vip,
@@ -91,7 +91,14 @@ impl Owner {
         if getrandom::fill(&mut seed).is_err() {
             seed = boot_now().as_nanos().to_le_bytes()[..8].try_into().unwrap_or_default();
         }
-        let start = Start { record, copy, held, guard_until, first_seq: u64::from_le_bytes(seed) >> 1 };
+        let start = Start {
+            arbiter: Arbiter::Peer,
+            record,
+            copy,
+            held,
+            guard_until,
+            first_seq: u64::from_le_bytes(seed) >> 1,
+        };
         match Core::start(self.agent.config.timing, boot_now(), &start) {
             Ok((core, actions)) => {
                 self.core = Some(core);

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, time::Duration};
 
 use super::{
     timing::{Timing, TimingError},
-    types::{Action, Copy, Input, Message, Record, Role, Standing, Start, Ticket},
+    types::{Action, Arbiter, Copy, Input, Message, Record, Role, Standing, Start, Ticket},
 };
 use crate::model::{EpochId, Term};
 
@@ -52,6 +52,9 @@ pub(super) enum Then {
     },
     SendTakeOver,
     RunOn,
+    /// The copy stays frozen whatever happens.
+    KeepFenced,
+    Unfenced,
     Demoted,
     Restore,
     Announce,
@@ -85,6 +88,7 @@ pub(super) enum Ending {
 #[derive(Clone, Debug)]
 pub struct Core {
     pub(super) timing: Timing,
+    pub(super) arbiter: Arbiter,
     /// As it is on disk, never ahead of it.
     pub(super) record: Record,
     pub(super) mode: Mode,
@@ -97,6 +101,8 @@ pub struct Core {
     pub(super) stopped: bool,
 
     // Primary.
+    /// An operator has fenced the copy; its record says so, or is about to.
+    pub(super) kept_fenced: bool,
     pub(super) next_heartbeat: Duration,
     pub(super) next_seq: u64,
     pub(super) sent: VecDeque<(u64, Duration)>,
@@ -115,6 +121,10 @@ pub struct Core {
     pub(super) granted_at: Duration,
     /// Promotion waits at least until then, and the wait was given once in this silence.
     pub(super) grace: Option<Duration>,
+    /// The term under which the arbiter was asked to let this host run the workload.
+    pub(super) asking: Option<Term>,
+    /// It said no, and is not asked again before this time.
+    pub(super) ask_again_at: Duration,
 
     pub(super) retry_at: Duration,
     writing: Option<Writing>,
@@ -129,12 +139,14 @@ impl Core {
         timing.validate()?;
         let mut core = Self {
             timing,
+            arbiter: start.arbiter,
             record: start.record,
             mode: Mode::Following,
             held: start.held,
             newest: start.record.term,
             stopping: false,
             stopped: false,
+            kept_fenced: start.record.fenced,
             next_heartbeat: now,
             next_seq: start.first_seq,
             sent: VecDeque::new(),
@@ -146,6 +158,8 @@ impl Core {
             inherited: EpochId::default(),
             granted_at: now,
             grace: None,
+            asking: None,
+            ask_again_at: now,
             retry_at: now,
             writing: None,
             next_ticket: 0,
@@ -179,7 +193,23 @@ impl Core {
         let heartbeat = self.sends_heartbeats().then_some(self.next_heartbeat);
         let guard = (self.mode == Mode::Running && self.guarded).then(|| self.guard_until());
         let retry = self.retries().then_some(self.retry_at);
-        [heartbeat, guard, retry, self.promote_at()].into_iter().flatten().min()
+        [heartbeat, guard, retry, self.decide_at()].into_iter().flatten().min()
+    }
+
+    /// [`Arbiter::Store`]: the term whose key this host shall have there, `None` for no key. To be looked at whenever all
+    /// actions have been done, and not before: a copy that is to be fenced may need the key until it is. What was answered about
+    /// an earlier claim, be it of the same term, must not be handed in any more.
+    pub fn claim(&self) -> Option<Term> {
+        if self.arbiter != Arbiter::Store {
+            return None;
+        }
+        match (&self.mode, self.record.role) {
+            (Mode::Running | Mode::Fenced, _) => (!self.kept_fenced).then_some(self.record.term),
+            (Mode::Promoting { .. }, Role::Promoting { .. }) => Some(self.record.term),
+            // Not durable yet.
+            (Mode::Promoting { .. }, _) => Some(Term(self.record.term.0 + 1)),
+            _ => self.asking,
+        }
     }
 
     /// How this host stands.
@@ -255,6 +285,13 @@ impl Core {
             Input::RestoreFailed { reason } => self.on_restore_failed(reason),
             Input::HandoffReady(epoch) => self.on_handoff_ready(now, epoch),
             Input::AbortHandoff => self.on_abort_handoff(now),
+            Input::Leased { term, until } => self.on_leased(now, term, until),
+            Input::Agreed { term } => self.on_agreed(now, term),
+            Input::Disagreed { term } => self.on_disagreed(now, term),
+            Input::ForcePromote => self.on_force_promote(),
+            Input::Fence => self.on_fence_command(),
+            Input::Unfence => self.on_unfence_command(),
+            Input::Resume => self.on_resume_command(now),
             Input::Suspend => self.on_suspend_command(now),
             Input::Withdraw => self.on_withdraw_command(now),
             Input::ForceRunAlone => self.on_force(),
@@ -336,6 +373,8 @@ impl Core {
             Then::Disarmed { unprotect } => self.disarmed(unprotect),
             Then::SendTakeOver => self.retry_at = now,
             Then::RunOn => self.run_on(now),
+            Then::KeepFenced => {}
+            Then::Unfenced => self.unfenced(now),
             Then::Demoted => self.demoted(now),
             Then::Restore => self.restore(),
             Then::Announce => self.promoted(now),
@@ -343,6 +382,7 @@ impl Core {
             Then::Yielded { term } => self.yielded(term),
             Then::Forgotten { term } => {
                 self.mode = Mode::Forgotten;
+                self.asking = None;
                 self.send(Message::Withdrawn { term });
                 self.act(Action::Forgotten);
             }
@@ -444,6 +484,11 @@ fn defers(input: &Input) -> bool {
         | Input::Withdraw
         | Input::ForceRunAlone
         | Input::RetryRestore
+        | Input::ForcePromote
+        | Input::Fence
+        | Input::Unfence
+        | Input::Resume
+        | Input::Agreed { .. }
         | Input::Restored
         | Input::RestoreFailed { .. } => true,
         Input::Tick
@@ -454,6 +499,8 @@ fn defers(input: &Input) -> bool {
         | Input::GuardLate { .. }
         | Input::AskCommit(_)
         | Input::Committed(_)
+        | Input::Leased { .. }
+        | Input::Disagreed { .. }
         | Input::AbortHandoff => false,
     }
 }

@@ -57,15 +57,37 @@
 //! two never hold the same term as primary, the higher one wins wherever they meet, and
 //! [`Input::ForceRunAlone`] cannot pick the term that an unreachable standby may be promoting under.
 //!
+//! # Who decides besides the two
+//!
+//! The [`Arbiter`] is agreed upon when a protection begins, and is the same on both hosts until it ends.
+//!
+//! *A store of keys* ([`Arbiter::Store`]): a key that ends by itself, beside the newest term that was ever given one. The
+//! primary runs while the key of its term is its own *or* the standby grants. The standby promotes when it has got the key
+//! for the next term *and* has granted nothing for a lease: then neither can be true of the primary any more. A key is given
+//! only for a term that no newer one has followed, so that a primary that lost its key to a standby never gets it back, though
+//! that standby may have ended since. So either host may be lost, or the link between them, and the other goes on; without the
+//! store the primary goes on while the standby agrees, and nobody promotes.
+//!
+//! *A command* ([`Arbiter::Command`]): when the standby has heard nothing for a lease, it has the primary's host switched off,
+//! and promotes when the command says so, whatever was heard meanwhile. The primary needs no lease: the loss of the standby
+//! does not concern it. A command that lies gives two copies.
+//!
+//! *A person* ([`Arbiter::Operator`]): the standby never promotes by itself; [`Input::ForcePromote`] is a promise that the
+//! primary's host is off.
+//!
+//! *An operator's fence* is part of the record: no grant, no key and no restart lets that copy run, and it asks for neither, so
+//! that a standby which is armed takes over.
+//!
 //! # What the agent owes
 //!
 //! - Actions in order, each finished before the next; the guard answers as [`Action`] says.
+//! - [`Core::claim`] is looked at whenever all actions are done.
 //! - [`Core::accepts_epoch`] is asked at the commit point of every epoch.
 //! - A workload unknown to an agent has no core: it answers `Withdraw` with `Withdrawn` and refuses the rest;
 //!   an offer makes it write [`Record::standby`] first. `Yielded` is only ever said by a core.
 //! - Epochs in flight are numbered from [`Core::first_epoch`] on.
 //!
-//! With two hosts and nobody else, the loss of the standby fences an armed primary until the standby is back
+//! With two hosts and nobody else ([`Arbiter::Peer`]), the loss of the standby fences an armed primary until the standby is back
 //! or an operator uses force: neither can know that the other is dead.
 
 mod machine;
@@ -80,4 +102,4 @@ mod types;
 
 pub use machine::Core;
 pub use timing::{Timing, TimingError};
-pub use types::{Action, Copy, Input, Message, Record, Role, Standing, Start, Ticket};
+pub use types::{Action, Arbiter, Copy, Input, Message, Record, Role, Standing, Start, Ticket};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{
     machine::{Core, Ending, Mode, Then},
-    types::{Action, Copy, Message, Role, Standing, Start},
+    types::{Action, Arbiter, Copy, Message, Record, Role, Standing, Start},
 };
 use crate::model::{Epoch, EpochId, Term};
 
@@ -30,6 +30,17 @@ impl Core {
             return;
         }
         self.mode = if start.copy == Copy::Running { Mode::Running } else { Mode::Fenced };
+        if self.kept_fenced {
+            if start.copy == Copy::Running {
+                self.fence();
+            }
+            self.guarded = armed && self.arbiter.leases();
+            return;
+        }
+        if armed && !self.arbiter.leases() {
+            // A frozen copy waits for the peer's word: it may have been frozen because of a newer term.
+            return;
+        }
         self.guarded = armed;
         match (armed, start.guard_until) {
             (true, Some(until)) => self.lease_end = until + self.timing.fence_margin,
@@ -99,7 +110,7 @@ impl Core {
     // Lease.
 
     pub(super) fn sends_heartbeats(&self) -> bool {
-        matches!(self.mode, Mode::Running | Mode::Fenced)
+        matches!(self.mode, Mode::Running | Mode::Fenced) && !self.kept_fenced
     }
 
     pub(super) fn send_heartbeat(&mut self, now: Duration) {
@@ -117,7 +128,27 @@ impl Core {
         if term != self.record.term || !ours || !self.sends_heartbeats() {
             return;
         }
-        self.lease_end = self.lease_end.max(sent_at + self.timing.lease);
+        if self.arbiter.leases() {
+            self.extend_lease(now, sent_at + self.timing.lease);
+            return;
+        }
+        if self.mode == Mode::Fenced {
+            // The peer follows in this very term.
+            self.mode = Mode::Running;
+            self.act(Action::Unfence { until: None });
+        }
+        self.try_commit(now);
+    }
+
+    /// The arbiter's word counts as the peer's does: while this host has the key there, nobody else gets it.
+    pub(super) fn on_leased(&mut self, now: Duration, term: Term, until: Duration) {
+        if self.arbiter == Arbiter::Store && term == self.record.term && self.sends_heartbeats() {
+            self.extend_lease(now, until);
+        }
+    }
+
+    fn extend_lease(&mut self, now: Duration, until: Duration) {
+        self.lease_end = self.lease_end.max(until);
         if self.guarded && self.lease_holds(now) {
             let until = self.guard_until();
             if self.mode == Mode::Fenced {
@@ -157,11 +188,12 @@ impl Core {
         // The peer may hold an epoch that it has promised not to promote from.
         let harmless = asked <= self.record.disarmed_through;
         let covered = armed.is_some_and(|through| asked.epoch <= through);
-        if harmless || (covered && self.guarded) {
+        let leases = self.arbiter.leases();
+        if harmless || (covered && (self.guarded || !leases)) {
             self.asked = None;
             return self.act(Action::MayCommit(asked));
         }
-        if !self.lease_holds(now) {
+        if leases && !self.lease_holds(now) {
             return;
         }
         if covered {
@@ -341,6 +373,7 @@ impl Core {
 
     pub(super) fn run_on(&mut self, now: Duration) {
         self.mode = Mode::Fenced;
+        self.kept_fenced = false;
         self.asked = None;
         if let Some(Ending::Suspend { .. }) = self.ending {
             self.ending = None;
@@ -349,6 +382,49 @@ impl Core {
         self.release();
         self.next_heartbeat = now;
         self.stop_if_wanted();
+    }
+
+    // An operator's fence.
+
+    pub(super) fn on_fence_command(&mut self) {
+        if !matches!(self.mode, Mode::Running | Mode::Fenced) {
+            return self.reject("no copy runs on this host that could be fenced");
+        }
+        self.act(Action::Fence);
+        self.mode = Mode::Fenced;
+        self.kept_fenced = true;
+        self.asked = None;
+        self.persist(Record { fenced: true, ..self.record }, Then::KeepFenced);
+    }
+
+    pub(super) fn on_unfence_command(&mut self) {
+        if !self.kept_fenced {
+            return self.reject("no operator has fenced this copy: see the status");
+        }
+        self.persist(Record { fenced: false, ..self.record }, Then::Unfenced);
+    }
+
+    /// The peer is asked whether it has taken over; where it could not, the copy runs at once.
+    pub(super) fn unfenced(&mut self, now: Duration) {
+        self.kept_fenced = false;
+        self.drop_lease();
+        self.next_heartbeat = now;
+        self.arming = None;
+        self.guarded = self.armed() && self.arbiter.leases();
+        if self.mode == Mode::Fenced && !self.armed() {
+            self.release();
+        }
+    }
+
+    pub(super) fn on_resume_command(&mut self, now: Duration) {
+        self.stopping = false;
+        self.stopped = false;
+        if let Some(Ending::Suspend { .. }) = self.ending {
+            // The peer may have done it without our hearing of it: epochs up to here arm it no more.
+            self.ending = None;
+            self.inherited = self.newest_epoch();
+        }
+        self.try_commit(now);
     }
 
     pub(super) fn on_force(&mut self) {
@@ -373,7 +449,7 @@ impl Core {
             Mode::Handoff { .. } => term > self.record.term,
             _ => false,
         };
-        if gave_up && awaited {
+        if gave_up && awaited && !self.kept_fenced {
             self.send(Message::Abort { term });
         }
     }
@@ -391,6 +467,8 @@ impl Core {
         self.asked = None;
         self.ending = None;
         self.stopped = false;
+        self.kept_fenced = false;
+        self.asking = None;
         self.drop_lease();
         self.granted_at = now;
         self.act(Action::BecomeStandby { term: self.record.term });

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{
     machine::{Core, Mode, Then},
-    types::{Action, Message, Role},
+    types::{Action, Arbiter, Message, Role},
 };
 use crate::model::{Epoch, EpochId, Term};
 
@@ -28,6 +28,9 @@ impl Core {
         if granted {
             self.granted_at = now;
             self.grace = None;
+            if self.arbiter == Arbiter::Store {
+                self.asking = None;
+            }
         }
         self.send(Message::Ack { term: self.record.term, seq, sent_at, granted });
     }
@@ -40,9 +43,10 @@ impl Core {
 
     // Promotion.
 
-    /// When this standby promotes if it hears nothing more.
+    /// When this standby promotes, or asks whether it may, if it hears nothing more.
     pub(super) fn promote_at(&self) -> Option<Duration> {
-        if self.mode != Mode::Following || !self.armed() || self.is_writing() || !self.may_begin_next() {
+        let may = self.mode == Mode::Following && self.armed() && self.arbiter != Arbiter::Operator;
+        if !may || self.is_writing() || !self.may_begin_next() {
             return None;
         }
         // The promise: *later* than the lease's end by the allowance.
@@ -50,12 +54,18 @@ impl Core {
         Some(self.grace.map_or(after, |grace| grace.max(after)))
     }
 
+    /// When there is something to decide.
+    pub(super) fn decide_at(&self) -> Option<Duration> {
+        let at = self.promote_at().filter(|_| self.asking.is_none())?;
+        Some(if self.arbiter.is_asked() { at.max(self.ask_again_at) } else { at })
+    }
+
     fn may_begin_next(&self) -> bool {
         self.record.term >= self.record.refused
     }
 
     pub(super) fn consider_promotion(&mut self, now: Duration) {
-        let Some(at) = self.promote_at() else { return };
+        let Some(at) = self.decide_at() else { return };
         if now < at {
             return;
         }
@@ -64,7 +74,49 @@ impl Core {
             self.grace = Some(now + self.timing.heartbeat * 2);
             return;
         }
+        if self.arbiter.is_asked() {
+            let term = Term(self.record.term.0 + 1);
+            self.asking = Some(term);
+            return self.act(Action::Ask { term });
+        }
         self.promote();
+    }
+
+    /// Of a store: the primary's lease there has ended. Whether the grants have, too, is this host's to know, and may have
+    /// changed since. Of a command: the primary's host is off, whatever was heard of it before.
+    pub(super) fn on_agreed(&mut self, now: Duration, term: Term) {
+        if self.asking.take_if(|asking| *asking == term).is_none() {
+            return;
+        }
+        let silent = self.promote_at().is_some_and(|at| now >= at);
+        let off = self.arbiter == Arbiter::Command && self.promote_at().is_some();
+        if silent || off {
+            self.promote();
+        }
+    }
+
+    pub(super) fn on_disagreed(&mut self, now: Duration, term: Term) {
+        if self.asking.take_if(|asking| *asking == term).is_some() {
+            self.ask_again_at = now + self.timing.lease;
+        }
+    }
+
+    pub(super) fn on_force_promote(&mut self) {
+        match self.mode {
+            Mode::Following if self.held.is_none() => {
+                self.reject("no whole epoch is held here: there is nothing to run");
+            }
+            Mode::Following if !self.may_begin_next() => {
+                self.reject(
+                    "this host has given that term up: hand the workload over, or run it where it is",
+                );
+            }
+            Mode::Following => self.promote(),
+            Mode::Stuck { .. } => self.on_retry_restore(),
+            Mode::Promoting { .. } => self.reject("it is being restored already"),
+            Mode::Running => self.reject("the workload runs here already"),
+            _ => self.reject("this host is no standby: see the status"),
+        }
     }
 
     fn promote(&mut self) {
@@ -72,6 +124,7 @@ impl Core {
         let term = Term(self.record.term.0 + 1);
         self.mode = Mode::Promoting { epoch, attempt: 1 };
         self.grace = None;
+        self.asking = None;
         let mut record = self.record;
         record.term = term;
         record.role = Role::Promoting { epoch };

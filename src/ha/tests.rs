@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Action, Copy, Core, Input, Message, Record, Role, Standing, Start, Ticket, Timing};
+use super::{Action, Arbiter, Copy, Core, Input, Message, Record, Role, Standing, Start, Ticket, Timing};
 use crate::model::{Epoch, EpochId, Term};
 
 fn ms(ms: u64) -> Duration {
@@ -19,8 +19,28 @@ fn start(
     held: Option<EpochId>,
     guard_until: Option<Duration>,
 ) -> (Core, Vec<Action>) {
-    let start = Start { record, copy, held, guard_until, first_seq: 100 };
+    start_with(Arbiter::Peer, record, copy, held, guard_until)
+}
+
+fn start_with(
+    arbiter: Arbiter,
+    record: Record,
+    copy: Copy,
+    held: Option<EpochId>,
+    guard_until: Option<Duration>,
+) -> (Core, Vec<Action>) {
+    let start = Start { arbiter, record, copy, held, guard_until, first_seq: 100 };
     Core::start(Timing::default(), ms(1000), &start).unwrap()
+}
+
+/// As [`armed_standby`], with another arbiter.
+fn standby_with(arbiter: Arbiter) -> Core {
+    start_with(arbiter, Record::standby(Term(1)), Copy::Gone, Some(id(1, 5)), None).0
+}
+
+/// A tick at each of these times; a standby that slept waits once for what was sent meanwhile.
+fn ticks(core: &mut Core, times: &[u64]) -> Vec<Action> {
+    times.iter().flat_map(|at| core.handle(ms(*at), Input::Tick)).collect()
 }
 
 fn armed_record() -> Record {
@@ -424,4 +444,106 @@ fn an_older_term_is_answered_with_the_newer() {
 fn the_guard_that_fired_before_it_was_disarmed_is_undone() {
     let (mut core, _) = start(Record::primary(Term(1)), Copy::Running, None, None);
     assert_eq!(core.handle(ms(1001), Input::GuardFired), [Action::Unfence { until: None }]);
+}
+
+// Who decides besides the two.
+
+#[test]
+fn a_key_of_the_store_lets_a_primary_run_on_without_its_standby() {
+    let (mut core, _) = start_with(Arbiter::Store, armed_record(), Copy::Running, None, Some(ms(1250)));
+    assert_eq!(core.claim(), Some(Term(1)));
+    let leased = |term, until| Input::Leased { term: Term(term), until: ms(until) };
+    ticks(&mut core, &[1100]);
+    assert_eq!(core.handle(ms(1100), leased(3, 9000)), []);
+    let extended = core.handle(ms(1100), leased(1, 2000));
+    assert_eq!(extended, [Action::ExtendGuard { until: ms(1950) }]);
+    assert!(!core.handle(ms(1940), Input::Tick).contains(&Action::Fence));
+    assert!(core.handle(ms(1950), Input::Tick).contains(&Action::Fence));
+    // The key is still its own: then nobody else has run.
+    ticks(&mut core, &[2100]);
+    let again = core.handle(ms(2100), leased(1, 2600));
+    assert_eq!(again, [Action::Unfence { until: Some(ms(2550)) }]);
+}
+
+#[test]
+fn a_standby_takes_over_only_with_the_key_and_in_silence() {
+    let mut core = standby_with(Arbiter::Store);
+    assert_eq!(core.claim(), None);
+    assert_eq!(ticks(&mut core, &[1310]), [Action::Ask { term: Term(2) }]);
+    assert_eq!(core.claim(), Some(Term(2)));
+    // Asked once.
+    assert_eq!(ticks(&mut core, &[1320]), []);
+    // A heartbeat is granted meanwhile: the key alone decides nothing.
+    hear(&mut core, 1330, heartbeat(1, 7));
+    assert_eq!(core.claim(), None);
+    assert_eq!(core.handle(ms(1340), Input::Agreed { term: Term(2) }), []);
+    assert_eq!(core.standing(), Standing::Standby);
+    assert_eq!(ticks(&mut core, &[1640]), [Action::Ask { term: Term(2) }]);
+    // No: it is asked again, later.
+    core.handle(ms(1650), Input::Disagreed { term: Term(2) });
+    assert_eq!(ticks(&mut core, &[1700]), []);
+    assert_eq!(ticks(&mut core, &[1951]), [Action::Ask { term: Term(2) }]);
+    let (_, record) = ticket(&core.handle(ms(1960), Input::Agreed { term: Term(2) }));
+    assert_eq!(record.role, Role::Promoting { epoch: id(1, 5) });
+    assert_eq!(core.claim(), Some(Term(2)));
+}
+
+#[test]
+fn a_standby_has_its_peer_switched_off_before_it_takes_over() {
+    let mut core = standby_with(Arbiter::Command);
+    assert_eq!(ticks(&mut core, &[1310]), [Action::Ask { term: Term(2) }]);
+    assert_eq!(core.handle(ms(1400), Input::Agreed { term: Term(4) }), []);
+    // It was heard before it was off.
+    hear(&mut core, 1410, heartbeat(1, 7));
+    let (_, record) = ticket(&core.handle(ms(1420), Input::Agreed { term: Term(2) }));
+    assert_eq!(record.term, Term(2));
+}
+
+#[test]
+fn without_a_lease_a_primary_commits_and_runs_on_in_silence() {
+    let (mut core, _) = start_with(Arbiter::Command, armed_record(), Copy::Running, None, None);
+    let committed = core.handle(ms(1001), Input::AskCommit(id(1, 5)));
+    assert_eq!(committed, [Action::MayCommit(id(1, 5))]);
+    assert!(!ticks(&mut core, &[2000, 9000]).contains(&Action::Fence));
+    // A copy that an agent finds frozen waits for the peer's word.
+    let (mut core, actions) = start_with(Arbiter::Command, armed_record(), Copy::Frozen, None, None);
+    assert!(!actions.iter().any(|action| matches!(action, Action::Unfence { .. })));
+    assert_eq!(hear(&mut core, 1010, grant(100, 1000)), [Action::Unfence { until: None }]);
+}
+
+#[test]
+fn a_standby_of_an_operator_takes_over_when_told_to() {
+    let mut core = standby_with(Arbiter::Operator);
+    assert_eq!(ticks(&mut core, &[1310, 1500, 9000]), []);
+    let (_, record) = ticket(&core.handle(ms(9001), Input::ForcePromote));
+    assert_eq!(record.role, Role::Promoting { epoch: id(1, 5) });
+    // Not from nothing.
+    let mut empty = start(Record::standby(Term(1)), Copy::Gone, None, None).0;
+    assert!(matches!(empty.handle(ms(1001), Input::ForcePromote)[..], [Action::Rejected { .. }]));
+}
+
+#[test]
+fn what_an_operator_fenced_stays_so_and_asks_for_nothing() {
+    let mut core = armed_primary();
+    ticks(&mut core, &[1001]);
+    let actions = core.handle(ms(1010), Input::Fence);
+    assert!(actions.contains(&Action::Fence));
+    let (written, record) = ticket(&actions);
+    assert!(record.fenced);
+    core.handle(ms(1011), Input::Persisted(written));
+    // Neither a grant that was under way nor time.
+    assert_eq!(hear(&mut core, 1020, grant(100, 1000)), []);
+    assert_eq!(ticks(&mut core, &[1100, 2000]), []);
+    // Nor another life of the agent, whatever it finds.
+    for copy in [Copy::Frozen, Copy::Running] {
+        let (mut next, actions) = start(record, copy, None, Some(ms(1250)));
+        assert_eq!(actions.contains(&Action::Fence), copy == Copy::Running);
+        assert_eq!(ticks(&mut next, &[1100]), []);
+        let (written, record) = ticket(&next.handle(ms(1200), Input::Unfence));
+        assert!(!record.fenced);
+        let asked = next.handle(ms(1201), Input::Persisted(written));
+        assert!(matches!(asked[..], [Action::Send(Message::Heartbeat { .. })]), "{asked:?}");
+        let back = hear(&mut next, 1210, grant(100, 1201));
+        assert!(matches!(back[..], [Action::Unfence { until: Some(_) }]), "{back:?}");
+    }
 }

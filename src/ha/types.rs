@@ -6,6 +6,34 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Epoch, EpochId, Term};
 
+/// Who decides that the standby runs the workload. Both hosts have the same for as long as it is protected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Arbiter {
+    /// The standby itself, by its grants: a primary that gets none falls silent in time.
+    #[default]
+    Peer,
+    /// Besides the grants, a store of keys that a third party keeps: the primary runs by a lease from there or by the standby's
+    /// grants, and the standby only when it has neither granted nor found the primary's lease there.
+    Store,
+    /// A command that makes sure that the primary's host is off. The primary needs no lease.
+    Command,
+    /// A person. The primary needs no lease.
+    Operator,
+}
+
+impl Arbiter {
+    /// A primary whose standby may promote runs by a lease, with a guard.
+    pub fn leases(self) -> bool {
+        matches!(self, Self::Peer | Self::Store)
+    }
+
+    /// Somebody else must agree before a standby promotes.
+    pub(super) fn is_asked(self) -> bool {
+        matches!(self, Self::Store | Self::Command)
+    }
+}
+
 /// What an agent must remember of a workload through a crash or a power cut. Written whole, atomically.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -18,6 +46,9 @@ pub struct Record {
     pub disarmed_through: EpochId,
     /// This host never begins to run under a term up to this one (a handoff that was refused or called back).
     pub refused: Term,
+    /// An operator has fenced this host's copy: nothing but an operator lets it run again.
+    #[serde(default)]
+    pub fenced: bool,
 }
 
 /// A host's part in a term.
@@ -44,7 +75,7 @@ impl Record {
     /// The record of a host that begins to protect a workload that it runs.
     pub fn primary(term: Term) -> Self {
         let role = Role::Primary { armed: None, handoff: false };
-        Self { term, role, disarmed_through: Self::before(term), refused: Term(0) }
+        Self { term, role, disarmed_through: Self::before(term), refused: Term(0), fenced: false }
     }
 
     /// The record of a host that accepts to be standby of a primary of `term`.
@@ -59,7 +90,8 @@ impl Record {
 
     /// This record moved to a newer term in which no epoch has been committed yet.
     pub(super) fn moved_to(self, term: Term, role: Role) -> Self {
-        Self { term, role, disarmed_through: self.disarmed_through.max(Self::before(term)), ..self }
+        let disarmed_through = self.disarmed_through.max(Self::before(term));
+        Self { term, role, disarmed_through, fenced: false, ..self }
     }
 }
 
@@ -192,6 +224,8 @@ pub enum Copy {
 /// What the core begins with: a new agent's life, or a new workload.
 #[derive(Clone, Copy, Debug)]
 pub struct Start {
+    /// Agreed upon when the protection began.
+    pub arbiter: Arbiter,
     /// As it is on disk.
     pub record: Record,
     /// As found.
@@ -244,6 +278,23 @@ pub enum Input {
     HandoffReady(EpochId),
     /// Call the handoff back.
     AbortHandoff,
+    /// [`Arbiter::Store`]: this host has the key of its term there, and nobody else can have it before this time.
+    Leased {
+        /// Under which the key was taken.
+        term: Term,
+        /// On this host's boot-time clock: counted from when the request that extended it was *sent*.
+        until: Duration,
+    },
+    /// The arbiter that [`Action::Ask`] named agrees: the primary's lease has ended and it gets no other, or its host is off.
+    Agreed {
+        /// Of the action.
+        term: Term,
+    },
+    /// The arbiter said no, or nothing within its time; it is asked again.
+    Disagreed {
+        /// Of the action.
+        term: Term,
+    },
     /// The agent is about to stop on purpose; wait for [`Action::Suspended`].
     Suspend,
     /// The workload shall not be protected any more; wait for [`Action::Unprotected`].
@@ -254,6 +305,16 @@ pub enum Input {
     ForceRunAlone,
     /// Operator: try again to restore what is [`Standing::Stuck`].
     RetryRestore,
+    /// Operator: run the workload on this standby although nothing says that the primary's copy is silent.
+    ///
+    /// **Unsafe** unless the primary's host is known to be off.
+    ForcePromote,
+    /// Operator: this host's copy shall be frozen and silent until [`Input::Unfence`], and a standby may take over.
+    Fence,
+    /// Operator: the copy that was fenced may run again as after any fencing.
+    Unfence,
+    /// The agent does not stop after all, or protection goes on that [`Input::Suspend`] paused.
+    Resume,
 }
 
 /// What the agent must do, in this order, each done before the next is begun (`Persist` and `Restore`, which
@@ -320,6 +381,12 @@ pub enum Action {
     Suspended,
     /// Protection has ended; the core may be dropped and the record removed.
     Unprotected,
+    /// Ask the arbiter whether this host may run the workload under this term; give [`Input::Agreed`] or
+    /// [`Input::Disagreed`]. Asked again while it is under way, it is the same question.
+    Ask {
+        /// The term that it would run under.
+        term: Term,
+    },
     /// The primary withdrew the workload; the core may be dropped and the image removed.
     Forgotten,
     /// The workload could not be restored and nothing more is tried before a person decides.

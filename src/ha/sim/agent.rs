@@ -15,12 +15,17 @@ impl World {
             Tree::Running | Tree::Restoring => Copy::Running,
         };
         let guard_until = host.guard.until.filter(|_| !host.guard.fired);
-        let start = Start { record, copy, held: host.held, guard_until, first_seq };
+        let start = Start { arbiter: self.arbiter, record, copy, held: host.held, guard_until, first_seq };
         let (core, actions) = Core::start(self.timing, now, &start).expect("valid timing");
         host.life += 1;
         host.core = Some(core);
         host.actions.extend(actions);
         host.wants_handoff = false;
+        // What an earlier life had of the store is given up with the first look at what this one wants.
+        host.claims += 1;
+        host.claim = None;
+        let life = host.life;
+        self.after(0, 1_000, Event::Claim { node, life });
         self.note(|| format!("{node} boots {start:?}"));
         self.schedule_wake(node);
         self.work(node);
@@ -78,7 +83,10 @@ impl World {
             }
             if let Some(action) = self.nodes[node].actions.pop_front() {
                 self.execute(node, &action);
-            } else if let Some(work) = self.nodes[node].inbox.pop_front() {
+                continue;
+            }
+            self.look_at_claim(node);
+            if let Some(work) = self.nodes[node].inbox.pop_front() {
                 self.hand_over(node, work);
             } else {
                 return;
@@ -182,6 +190,7 @@ impl World {
                 }
             }
             Action::DestroyCopy => self.destroy(node),
+            Action::Ask { term } => self.ask(node, term),
             Action::Suspended => self.stop_agent(node, (50_000, 600_000)),
             Action::BecomeStandby { .. }
             | Action::Unprotected

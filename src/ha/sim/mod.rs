@@ -5,6 +5,7 @@
 mod agent;
 mod host;
 mod promises;
+mod referee;
 
 use std::{
     cmp::Reverse,
@@ -12,7 +13,8 @@ use std::{
     time::Duration,
 };
 
-use super::{Action, Core, Input, Message, Record, Ticket, Timing};
+use self::referee::{Answer, Question, Store};
+use super::{Action, Arbiter, Core, Input, Message, Record, Ticket, Timing};
 use crate::model::{EpochId, Term};
 
 /// Simulated time with faults, then time to recover in.
@@ -33,6 +35,12 @@ enum Flaw {
     OldTermAccepted,
     /// `End` is sent without waiting for `MayCommit`.
     CommitBeforeArming,
+    /// What the store gave is counted from when its answer came.
+    KeyFromReceive,
+    /// The store gives a key again to a term that was overtaken.
+    OvertakenKeyGiven,
+    /// The fence command says that a host is off that runs.
+    FenceLies,
 }
 
 /// SplitMix64.
@@ -58,15 +66,57 @@ impl Rng {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
-    Wake { node: usize, stamp: u64 },
-    Deliver { to: usize, packet: usize },
-    Durable { node: usize, life: u64, ticket: u64 },
-    GuardDue { node: usize, stamp: u64 },
-    GuardFroze { node: usize, stamp: u64 },
-    RestoreEnds { node: usize, stamp: u64 },
-    Resume { node: usize },
-    Boot { node: usize, life: u64 },
-    Capture { node: usize },
+    Wake {
+        node: usize,
+        stamp: u64,
+    },
+    Deliver {
+        to: usize,
+        packet: usize,
+    },
+    Durable {
+        node: usize,
+        life: u64,
+        ticket: u64,
+    },
+    GuardDue {
+        node: usize,
+        stamp: u64,
+    },
+    GuardFroze {
+        node: usize,
+        stamp: u64,
+    },
+    RestoreEnds {
+        node: usize,
+        stamp: u64,
+    },
+    /// The agent sends to the store what it wants.
+    Claim {
+        node: usize,
+        life: u64,
+    },
+    AtStore {
+        question: usize,
+    },
+    FromStore {
+        answer: usize,
+    },
+    FenceEnds {
+        node: usize,
+        life: u64,
+        term: Term,
+    },
+    Resume {
+        node: usize,
+    },
+    Boot {
+        node: usize,
+        life: u64,
+    },
+    Capture {
+        node: usize,
+    },
     Chaos,
     Nurse,
 }
@@ -123,11 +173,18 @@ struct Node {
     handoff: Option<EpochId>,
     wants_handoff: bool,
     hands_off: bool,
+    /// What it has asked of the store, and which such claim it is.
+    claim: Option<Term>,
+    claims: u64,
 }
 
 struct World {
     seed: u64,
     flaw: Flaw,
+    arbiter: Arbiter,
+    store: Store,
+    questions: Vec<Question>,
+    answers: Vec<Answer>,
     rng: Rng,
     now_us: u64,
     events: BinaryHeap<Reverse<(u64, u64, Event)>>,
@@ -176,7 +233,15 @@ impl World {
             handoff: None,
             wants_handoff: false,
             hands_off: false,
+            claim: None,
+            claims: 0,
         });
+        let arbiter = match flaw {
+            Flaw::None => [Arbiter::Peer, Arbiter::Store, Arbiter::Command][rng.range(0, 3) as usize],
+            Flaw::KeyFromReceive | Flaw::OvertakenKeyGiven => Arbiter::Store,
+            Flaw::FenceLies => Arbiter::Command,
+            _ => Arbiter::Peer,
+        };
         let loss_one_in = [4, 10, 50, 1_000_000][rng.range(0, 4) as usize];
         let delay_max_us = [1_000, 20_000, 200_000, 600_000][rng.range(0, 4) as usize];
         let power_cuts = rng.one_in(2);
@@ -184,6 +249,10 @@ impl World {
         let mut world = Self {
             seed,
             flaw,
+            arbiter,
+            store: Store::default(),
+            questions: Vec::new(),
+            answers: Vec::new(),
             rng,
             now_us: 1_000,
             events: BinaryHeap::new(),
@@ -242,6 +311,10 @@ impl World {
             Event::GuardDue { node, stamp } => self.guard_due(node, stamp),
             Event::GuardFroze { node, stamp } => self.guard_froze(node, stamp),
             Event::RestoreEnds { node, stamp } => self.restore_ends(node, stamp),
+            Event::Claim { node, life } => self.send_claim(node, life),
+            Event::AtStore { question } => self.at_store(question),
+            Event::FromStore { answer } => self.from_store(answer),
+            Event::FenceEnds { node, life, term } => self.fence_ends(node, life, term),
             Event::Resume { node } => {
                 self.nodes[node].paused = false;
                 self.work(node);
@@ -322,7 +395,7 @@ fn one_runs_and_nothing_is_lost_under_any_schedule() {
         assert!(run(seed, Flaw::None).is_ok(), "seed {seed} fails");
         return;
     }
-    let schedules = std::env::var("STANDIN_SIM_SCHEDULES").map_or(2_500, |n| n.parse().expect("a number"));
+    let schedules = std::env::var("STANDIN_SIM_SCHEDULES").map_or(12_000, |n| n.parse().expect("a number"));
     let (mut promotions, mut handed_off, mut called_back, mut lost) = (0, 0, 0, 0);
     for seed in 0..schedules {
         match run(seed, Flaw::None) {
@@ -339,7 +412,7 @@ fn one_runs_and_nothing_is_lost_under_any_schedule() {
         "{schedules} schedules: {promotions} promotions, {handed_off} handoffs done, {called_back} called back, \
          {lost} schedules with a copy lost to a power cut"
     );
-    let telling = promotions > schedules && handed_off > schedules / 10 && called_back > schedules / 50;
+    let telling = promotions > schedules / 2 && handed_off > schedules / 10 && called_back > schedules / 50;
     assert!(telling, "the schedules hardly ever promote or hand off: they prove little");
 }
 
@@ -367,4 +440,19 @@ fn accepting_an_old_term_is_caught() {
 #[test]
 fn a_commit_before_the_guard_stands_is_caught() {
     caught(Flaw::CommitBeforeArming);
+}
+
+#[test]
+fn a_key_counted_from_its_answer_is_caught() {
+    caught(Flaw::KeyFromReceive);
+}
+
+#[test]
+fn a_key_given_to_an_overtaken_term_is_caught() {
+    caught(Flaw::OvertakenKeyGiven);
+}
+
+#[test]
+fn a_fence_command_that_lies_is_caught() {
+    caught(Flaw::FenceLies);
 }

@@ -10,7 +10,7 @@ impl World {
         }
         self.after(20_000, 200_000, Event::Chaos);
         let node = self.rng.range(0, 2) as usize;
-        match self.rng.range(0, 12) {
+        match self.rng.range(0, 16) {
             0..=2 => self.pause(node),
             3 => self.stop_agent(node, (5_000, 500_000)),
             4 if self.power_cuts && self.rng.one_in(3) => self.cut_power(node),
@@ -25,6 +25,10 @@ impl World {
             7 => self.give(node, Work::Input(Input::Suspend)),
             8..=9 => self.nodes[node].wants_handoff = true,
             10 => self.give(node, Work::Input(Input::AbortHandoff)),
+            11 => self.give(node, Work::Input(Input::Fence)),
+            12 => self.give(node, Work::Input(Input::Unfence)),
+            13 => self.give(node, Work::Input(Input::Resume)),
+            14 => self.cut_store(node),
             _ => {}
         }
     }
@@ -36,6 +40,7 @@ impl World {
             if self.nodes[node].core.as_ref().is_some_and(|core| core.standing() == Standing::Stuck) {
                 self.give(node, Work::Input(Input::RetryRestore));
             }
+            self.give(node, Work::Input(Input::Unfence));
         }
     }
 
