@@ -260,6 +260,7 @@ mod tests {
                 ips: Vec::new(),
                 trees,
                 left: Vec::new(),
+                lent: Vec::new(),
             })
         }
         let edits: [fn(&mut WorkloadSpec); 10] = [

@@ -94,6 +94,8 @@ pub enum FrameHead {
         /// BLAKE3 of every byte of the epoch before this frame.
         digest: [u8; 32],
     },
+    /// Not of an epoch, but of a supply: the next bytes of an engine's archive, the body. See [`super::supply`].
+    Piece,
 }
 
 /// Which pages an epoch's image holds.
