@@ -195,9 +195,11 @@ async fn take_files(
     receiver.ready(supply, size).await?;
     let (frames_tx, frames) = mpsc::channel::<Option<(FileRecord, Vec<u8>)>>(FRAMES_MAX);
     let (place, lent) = (place, lent.clone());
-    let writing = tokio::task::spawn_blocking(move || write(&staged, room, size, frames).and_then(|whole| {
-        if whole { put(&staged, &place, &lent) } else { Ok(()) }
-    }));
+    let writing =
+        tokio::task::spawn_blocking(move || {
+            write(&staged, room, size, frames)
+                .and_then(|whole| if whole { put(&staged, &place, &lent) } else { Ok(()) })
+        });
     let mut broken = None;
     loop {
         let frame = match receiver.next_frame().await {
@@ -335,5 +337,100 @@ impl Room {
             "no room in {dir}: {needed} bytes are needed, {ROOM_LEFT_BYTES} more are to stay free, and {free} are free; free \
              space there, then try again"
         )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        files::{InUse, Phase, Scanner, Source},
+        wire::message::FileMeta,
+    };
+
+    const PLENTY: Size = Size { stream_bytes: 1 << 20, room_bytes: 1 << 20 };
+
+    /// What a primary sends of a directory, and its digest.
+    fn records_of(dir: &Path) -> (Vec<Option<(FileRecord, Vec<u8>)>>, String) {
+        let mut records = Vec::new();
+        let mut scanner = Scanner::untracked(vec![Source::plain(dir)]);
+        let mut emit = |record, body: &[u8]| records.push(Some((record, body.to_vec())));
+        scanner.scan(Phase::Frozen, &InUse::default(), &mut emit).unwrap();
+        records.push(None);
+        (records, blake3::Hash::from(scanner.digest().unwrap()).to_hex().to_string())
+    }
+
+    fn arrive(
+        dir: &Path,
+        size: Size,
+        records: Vec<Option<(FileRecord, Vec<u8>)>>,
+    ) -> (Staged, Result<bool, String>) {
+        let staged = Staged::make(&dir.join("arriving")).unwrap();
+        let Ok(room) = Room::ensure(dir, 0) else { panic!("the test needs some room") };
+        let (sender, frames) = mpsc::channel(records.len().max(1));
+        records.into_iter().for_each(|record| sender.try_send(record).unwrap());
+        drop(sender);
+        let written = write(&staged, room, size, frames);
+        (staged, written)
+    }
+
+    #[test]
+    fn only_what_is_whole_and_right_gets_its_place_and_the_rest_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("source");
+        fs::create_dir_all(source.join("sub")).unwrap();
+        fs::write(source.join("sub/file"), vec![7; 100_000]).unwrap();
+        let (records, digest) = records_of(&source);
+        let place = durable::Place::of(dir.path(), &"db".parse().unwrap());
+        let lent = Lent { inside: "/conf".into(), digest, is_file: false };
+
+        let cut = records[..records.len() - 1].to_vec();
+        let (staged, written) = arrive(dir.path(), PLENTY, cut);
+        assert_eq!(written, Ok(false), "it has no end");
+        drop(staged);
+        let (staged, written) = arrive(dir.path(), PLENTY, records.clone());
+        assert_eq!(written, Ok(true));
+        let other = Lent { digest: "0".repeat(64), ..lent.clone() };
+        assert!(put(&staged, &place, &other).unwrap_err().contains("try again"));
+        let file = Lent { is_file: true, ..lent.clone() };
+        assert!(put(&staged, &place, &file).is_err());
+        assert!(!place.data().exists(), "nothing was made for what was refused");
+        put(&staged, &place, &lent).unwrap();
+        drop(staged);
+        assert_eq!(fs::read(lent.source(&place.data()).join("sub/file")).unwrap(), vec![7; 100_000]);
+        assert_eq!(fs::read_dir(dir.path().join("arriving")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_peer_gets_no_more_than_it_announced_and_never_leaves_its_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let meta = |kind| FileMeta { kind, mode: 0o644, uid: 0, gid: 0, mtime: (0, 0), xattrs: Vec::new() };
+        let entry = |path: &str, kind| {
+            Some((FileRecord::Entry { tree: 0, path: path.into(), meta: meta(kind) }, Vec::new()))
+        };
+        // A hole takes no space, but whoever reads it back has to go through it.
+        let (_staged, hole) =
+            arrive(dir.path(), PLENTY, vec![entry("hole", FileKind::Regular { size: 1 << 60 })]);
+        assert!(hole.unwrap_err().contains("larger than was announced"));
+        let many = (0..1000).map(|number| entry(&number.to_string(), FileKind::Fifo)).collect();
+        assert!(arrive(dir.path(), PLENTY, many).1.unwrap_err().contains("larger than was announced"));
+
+        let outside = dir.path().join("outside");
+        fs::create_dir(&outside).unwrap();
+        let target = outside.as_os_str().as_encoded_bytes().to_vec();
+        let escape =
+            vec![entry("link", FileKind::Symlink { target }), entry("link/file", FileKind::Fifo), None];
+        assert!(arrive(dir.path(), PLENTY, escape).1.is_err());
+        assert!(arrive(dir.path(), PLENTY, vec![entry("../file", FileKind::Fifo), None]).1.is_err());
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_has_no_room_is_refused_before_it_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        let Err(Stop::Refused(reason)) = Room::ensure(dir.path(), u64::MAX) else {
+            panic!("there is no such room")
+        };
+        assert!(reason.contains("no room in") && reason.contains("free space"), "{reason}");
     }
 }

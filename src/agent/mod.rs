@@ -478,6 +478,11 @@ impl Agent {
         if self.owners().contains_key(name) {
             return Err(ApiError::refused(format!("the name {name} is taken; see `standin status {name}`")));
         }
+        if lock(&self.shipments).contains_key(name) {
+            let reason =
+                format!("what {name} needs is on its way to its standby already; see `standin status`");
+            return Err(ApiError::refused(reason));
+        }
         Ok(())
     }
 

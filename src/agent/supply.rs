@@ -173,16 +173,15 @@ impl Agent {
         }
     }
 
+    /// Nobody else takes a name that is free as long as this is held.
     fn reserve(self: &Arc<Self>, name: &Name, to: &str) -> Result<Reserved, ApiError> {
+        self.check_free(name)?;
         let mut shipments = lock(&self.shipments);
-        if shipments.contains_key(name) {
-            let status = "see `standin status`";
-            return Err(ApiError::refused(format!(
-                "what {name} needs is on its way to its standby already; {status}"
-            )));
-        }
         let what = "nothing yet".to_owned();
         let shipment = Shipment { to: to.to_owned(), what, sent_bytes: Arc::default(), total_bytes: 0 };
+        if shipments.contains_key(name) {
+            return Err(ApiError::refused(format!("another `standin protect {name}` has just begun")));
+        }
         shipments.insert(name.clone(), shipment);
         Ok(Reserved { agent: Arc::clone(self), name: name.clone() })
     }

@@ -31,7 +31,9 @@ const EARLY_ANSWER_WITHIN: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum SendSupplyError {
     /// The connection is gone.
-    #[error("the connection to {peer} is lost ({source}); nothing of it is kept there: try again when it is back")]
+    #[error(
+        "the connection to {peer} is lost ({source}); nothing of it is kept there: try again when it is back"
+    )]
     Lost {
         /// The peer.
         peer: PeerName,

@@ -84,7 +84,7 @@ impl Docker {
         docker
     }
 
-    fn start_daemon(&self, host: Host) {
+    pub(crate) fn start_daemon(&self, host: Host) {
         let Daemon { command, start, .. } = self.daemon;
         let script = format!(
             "mkdir -p /var/lib/docker; {start} > /srv/daemon.log 2>&1 < /dev/null & \

@@ -9,7 +9,9 @@ use super::{
     super::{
         inner_pid,
         keeper::{ProcessId, Stat},
-        spec::{Cidr, ContainerSpec, ContainerTree, ContainerTreeKind, Engine, ImageId, Lent, MountRule, Way},
+        spec::{
+            Cidr, ContainerSpec, ContainerTree, ContainerTreeKind, Engine, ImageId, Lent, MountRule, Way,
+        },
     },
     docker::Docker,
     engine::{self, Found, Lendable, Named, Network, PidOne, TreeAt, Trees},
@@ -41,7 +43,8 @@ impl Candidate {
         rules: &[MountRule],
     ) -> Result<Self, ContainerError> {
         let id = named.container();
-        let Found { engine, pid, pid_one, trees, lendable, network } = engine::find(named).map_err(engine_error(id))?;
+        let Found { engine, pid, pid_one, trees, lendable, network } =
+            engine::find(named).map_err(engine_error(id))?;
         let trees = replicated(trees, rules).map_err(|reason| unfit(id, &reason))?;
         if let PidOne::Init(wrap) = &pid_one {
             let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -86,7 +89,15 @@ impl Candidate {
         let (trees, places) = trees.into_iter().unzip();
         let left = rules.iter().filter(|rule| rule.is_left()).cloned().collect();
         let engine_net = ips.is_empty() && network == Network::Own;
-        let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees, left, lent: Vec::new(), way };
+        let spec = ContainerSpec {
+            name: name.clone(),
+            engine,
+            ips: ips.to_vec(),
+            trees,
+            left,
+            lent: Vec::new(),
+            way,
+        };
         Ok(Self { spec, init, root, pid_one, trees: places, lendable, engine_net })
     }
 

@@ -20,8 +20,8 @@ use serde_json::{Value, json};
 use super::{
     super::spec::{ContainerTree, ContainerTreeKind, Daemon, Engine, ImageId},
     engine::{
-        EngineError, Found, Local, Made, Network, PidOne, Survey, TreeAt, Trees, a_file, check_is_ours,
-        Lendable, is_ours, not_here, own_place,
+        EngineError, Found, Lendable, Local, Made, Network, PidOne, Survey, TreeAt, Trees, a_file,
+        check_is_ours, is_ours, not_here, own_place,
     },
     whole::HIDDEN,
     wrap,
@@ -507,7 +507,11 @@ fn lendable(found: &Value) -> Vec<Lendable> {
         source.starts_with('/') && !ours && is_read_only(inside)
     });
     of_host
-        .map(|(source, inside)| Lendable { inside: inside.into(), source: source.into(), wanted: source.into() })
+        .map(|(source, inside)| Lendable {
+            inside: inside.into(),
+            source: source.into(),
+            wanted: source.into(),
+        })
         .collect()
 }
 
@@ -577,7 +581,13 @@ mod tests {
     fn binds_are_made_local_and_volumes_left() {
         let dir = tempfile::tempdir().unwrap();
         let (wrap, data_dir) = (dir.path().join("wrap/web"), dir.path().join("paths"));
-        let local = Local { wrap: &wrap, data_dir: &data_dir, bundle: dir.path(), fresh: true, left: Unreplicated::default() };
+        let local = Local {
+            wrap: &wrap,
+            data_dir: &data_dir,
+            bundle: dir.path(),
+            fresh: true,
+            left: Unreplicated::default(),
+        };
         let tree = |inside: &str| ContainerTree { inside: inside.into(), kind: ContainerTreeKind::Mount };
         let trees = [tree("/"), tree("/data"), tree("/srv")];
         let mut host = json!({

@@ -107,7 +107,8 @@ impl Load {
         let docker = Docker::of(image.daemon);
         let answer = tokio::spawn(async move {
             let body = ("application/x-tar", Pieces(body));
-            let response = unix_http::open(docker.socket(), &Method::POST, "/images/load?quiet=1", body).await;
+            let response =
+                unix_http::open(docker.socket(), &Method::POST, "/images/load?quiet=1", body).await;
             let response = response.map_err(|source| lost(&docker, source))?;
             let status = response.status();
             let said = whole(&docker, response).await?;
