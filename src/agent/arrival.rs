@@ -195,11 +195,10 @@ async fn take_files(
     receiver.ready(supply, size).await?;
     let (frames_tx, frames) = mpsc::channel::<Option<(FileRecord, Vec<u8>)>>(FRAMES_MAX);
     let (place, lent) = (place, lent.clone());
-    let writing =
-        tokio::task::spawn_blocking(move || {
-            write(&staged, room, size, frames)
-                .and_then(|whole| if whole { put(&staged, &place, &lent) } else { Ok(()) })
-        });
+    let writing = tokio::task::spawn_blocking(move || {
+        write(&staged, room, size, frames)
+            .and_then(|whole| if whole { put(&staged, &place, &lent) } else { Ok(()) })
+    });
     let mut broken = None;
     loop {
         let frame = match receiver.next_frame().await {
@@ -350,8 +349,11 @@ mod tests {
 
     const PLENTY: Size = Size { stream_bytes: 1 << 20, room_bytes: 1 << 20 };
 
+    /// Ends with `None` if it has an end.
+    type Records = Vec<Option<(FileRecord, Vec<u8>)>>;
+
     /// What a primary sends of a directory, and its digest.
-    fn records_of(dir: &Path) -> (Vec<Option<(FileRecord, Vec<u8>)>>, String) {
+    fn records_of(dir: &Path) -> (Records, String) {
         let mut records = Vec::new();
         let mut scanner = Scanner::untracked(vec![Source::plain(dir)]);
         let mut emit = |record, body: &[u8]| records.push(Some((record, body.to_vec())));
@@ -360,15 +362,13 @@ mod tests {
         (records, blake3::Hash::from(scanner.digest().unwrap()).to_hex().to_string())
     }
 
-    fn arrive(
-        dir: &Path,
-        size: Size,
-        records: Vec<Option<(FileRecord, Vec<u8>)>>,
-    ) -> (Staged, Result<bool, String>) {
+    fn arrive(dir: &Path, size: Size, records: Records) -> (Staged, Result<bool, String>) {
         let staged = Staged::make(&dir.join("arriving")).unwrap();
         let Ok(room) = Room::ensure(dir, 0) else { panic!("the test needs some room") };
         let (sender, frames) = mpsc::channel(records.len().max(1));
-        records.into_iter().for_each(|record| sender.try_send(record).unwrap());
+        for record in records {
+            sender.try_send(record).unwrap();
+        }
         drop(sender);
         let written = write(&staged, room, size, frames);
         (staged, written)

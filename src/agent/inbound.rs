@@ -52,7 +52,7 @@ async fn answer(agent: &Arc<Agent>, connection: &Connection, request: Request) -
     let peer = connection.peer();
     match request {
         Request::Offer { spec, term, resident_bytes } => {
-            agent.offered(peer, spec, term, resident_bytes).await
+            agent.offered(peer, *spec, term, resident_bytes).await
         }
         Request::Tell { name, message } => {
             let Some(owner) = agent.owner_for(&name, peer) else {

@@ -25,7 +25,7 @@ pub enum Request {
     /// The primary asks the peer to be (or stay) its standby.
     Offer {
         /// The workload, whole.
-        spec: WorkloadSpec,
+        spec: Box<WorkloadSpec>,
         /// The primary's term.
         term: Term,
         /// Bytes of memory that the image will need at least.

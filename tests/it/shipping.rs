@@ -231,6 +231,59 @@ fn what_breaks_off_leaves_nothing_and_can_be_tried_again() {
     assert_eq!(sum(Host::B), expected);
 }
 
+/// An image of 400 MB; the standby's daemon has its images in a file system of its own.
+fn large_image(hint: &str) -> Docker {
+    let cluster = Cluster::up(hint);
+    let own = "mkdir -p /var/lib/docker && mount -t tmpfs -o size=1400m own /var/lib/docker";
+    cluster.lab.ok(Host::B, &["sh", "-c", own]);
+    cluster
+        .lab
+        .ok(Host::A, &["sh", "-c", "mkdir -p /srv/rootfs && head -c 400M /dev/urandom > /srv/rootfs/big"]);
+    let docker = Docker::up_in(cluster, &DOCKER);
+    docker.run(&[], &["sleep", "1000"]);
+    docker
+}
+
+#[test]
+fn an_image_that_breaks_off_leaves_nothing_in_the_standbys_daemon() {
+    let docker = large_image("ship-image-cut");
+    let protect = ["protect", "redis", "--docker", "redis", "--to", "b", "--ship-image"];
+    let begin = || {
+        let mut begun = docker.cluster.lab.command(Host::A, &[&[STANDIN], protect.as_slice()].concat());
+        let begun = begun.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for("it to be on its way", || sent_bytes(&docker.cluster) > Some(8 << 20));
+        begun
+    };
+    let nothing = || {
+        wait_for("it to end", || sent_bytes(&docker.cluster).is_none());
+        wait_for("the daemon to drop it", || {
+            entries_below(&docker.cluster, Host::B, "/var/lib/docker/tmp") == 0
+        });
+        assert_eq!(docker.docker(Host::B, &["images", "--all", "--quiet"]), "");
+        assert!(docker.cluster.status(Host::A, "redis").is_null());
+        assert_eq!(docker.state(Host::A), "running");
+    };
+    // Whoever asked for it goes away.
+    let mut begun = begin();
+    begun.kill().unwrap();
+    begun.wait().unwrap();
+    nothing();
+
+    // The disk fills up in the middle.
+    let begun = begin();
+    let fill = "n=$(df --output=avail -B1M /var/lib/docker | tail -1) && fallocate -l $((n - 20))M /var/lib/docker/full";
+    docker.cluster.lab.ok(Host::B, &["sh", "-c", fill]);
+    let output = begun.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(REFUSED), "{said}");
+    assert!(said.contains("no room in /var/lib/docker") && said.contains("image lab"), "{said}");
+    nothing();
+    docker.cluster.lab.ok(Host::B, &["rm", "/var/lib/docker/full"]);
+
+    docker.cluster.standin(Host::A, &protect);
+    docker.cluster.wait_state(Host::B, "standby", "ready");
+}
+
 #[test]
 fn an_image_for_which_the_standby_has_no_room_is_refused_before_it_is_sent() {
     let cluster = Cluster::up("ship-full");

@@ -5,7 +5,7 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http_body_util::{BodyExt as _, Collected, Empty, Limited};
 use hyper::{
     Method, Response,
     body::{Bytes, Incoming},
@@ -199,7 +199,7 @@ fn lost(docker: &Docker, source: io::Error) -> EngineError {
 
 async fn whole(docker: &Docker, response: Response<Incoming>) -> Result<Bytes, EngineError> {
     let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-    body.map(|body| body.to_bytes()).map_err(|error| lost(docker, io::Error::other(error)))
+    body.map(Collected::to_bytes).map_err(|error| lost(docker, io::Error::other(error)))
 }
 
 #[cfg(test)]
