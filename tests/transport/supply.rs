@@ -47,6 +47,10 @@ async fn accept(ends: &Ends) -> SupplyReceiver {
     receiver
 }
 
+async fn both<A, B>(one: impl Future<Output = A>, other: impl Future<Output = B>) -> (A, B) {
+    Box::pin(soon(async { tokio::join!(one, other) })).await
+}
+
 async fn drain(receiver: &mut SupplyReceiver) -> Result<usize, RecvSupplyError> {
     let mut bytes = 0;
     while let Some((_, body)) = receiver.next_frame().await? {
@@ -65,7 +69,7 @@ async fn a_question_is_answered_and_a_supply_arrives_whole() {
         assert_eq!(receiver.request().await.unwrap(), ask);
         receiver.answer(&lacks).await.unwrap();
     };
-    let (answered, ()) = soon(async { tokio::join!(ends.from.ask_supply(&ask, WITHIN), answer) }).await;
+    let (answered, ()) = both(ends.from.ask_supply(&ask, WITHIN), answer).await;
     assert_eq!(answered.unwrap(), lacks);
 
     let send = async {
@@ -81,11 +85,11 @@ async fn a_question_is_answered_and_a_supply_arrives_whole() {
         assert_eq!(drain(&mut receiver).await.unwrap(), 16 << 20);
         receiver.answer(&SupplyAnswer::Done).await.unwrap();
     };
-    soon(async { tokio::join!(send, receive) }).await.0.unwrap();
+    both(send, receive).await.0.unwrap();
 
     let held = async { accept(&ends).await.answer(&SupplyAnswer::Held).await.unwrap() };
     let offer = ship();
-    let (sender, ()) = soon(async { tokio::join!(ends.from.send_supply(&offer, WITHIN), held) }).await;
+    let (sender, ()) = both(ends.from.send_supply(&offer, WITHIN), held).await;
     assert!(sender.unwrap().is_none());
 }
 
@@ -101,7 +105,7 @@ async fn a_sender_that_gives_up_is_never_taken_for_whole() {
         receiver.ready(&image(), SIZE).await.unwrap();
         drain(&mut receiver).await
     };
-    let ((), received) = soon(async { tokio::join!(send, receive) }).await;
+    let ((), received) = both(send, receive).await;
     assert!(matches!(received, Err(RecvSupplyError::Message { .. })), "{received:?}");
 }
 
@@ -111,7 +115,7 @@ async fn a_refusal_reaches_the_sender_before_and_in_the_middle() {
     let refusal = |reason: &str| SupplyAnswer::Refused { reason: reason.into() };
     let refuse = async { accept(&ends).await.answer(&refusal("no room")).await.unwrap() };
     let offer = ship();
-    let (sender, ()) = soon(async { tokio::join!(ends.from.send_supply(&offer, WITHIN), refuse) }).await;
+    let (sender, ()) = both(ends.from.send_supply(&offer, WITHIN), refuse).await;
     assert!(matches!(sender, Err(SendSupplyError::Refused { reason, .. }) if reason == "no room"));
 
     let send = async {
@@ -128,7 +132,7 @@ async fn a_refusal_reaches_the_sender_before_and_in_the_middle() {
         receiver.next_frame().await.unwrap();
         receiver.answer(&refusal("the disk is full")).await.unwrap();
     };
-    let (error, ()) = soon(async { tokio::join!(send, receive) }).await;
+    let (error, ()) = both(send, receive).await;
     assert!(matches!(&error, SendSupplyError::Refused { reason, .. } if reason.contains("full")), "{error}");
 }
 
@@ -146,6 +150,6 @@ async fn a_receiver_that_goes_without_a_word_is_an_error() {
         let mut receiver = accept(&ends).await;
         receiver.ready(&image(), SIZE).await.unwrap();
     };
-    let (sent, ()) = soon(async { tokio::join!(send, receive) }).await;
+    let (sent, ()) = both(send, receive).await;
     assert!(sent.is_err());
 }
