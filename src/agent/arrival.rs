@@ -31,7 +31,7 @@ use crate::{
     transport::{Connection, PeerName, SupplyReceiver, supply::RecvSupplyError},
     wire::{
         message::{FileKind, FileRecord, FrameHead},
-        supply::{Size, Supply, SupplyAnswer, SupplyRequest},
+        supply::{ENTRY_BYTES, Size, Supply, SupplyAnswer, SupplyRequest},
     },
     workload::{
         container::{EngineError, supply},
@@ -45,8 +45,6 @@ pub(super) const ARRIVALS_MAX: usize = 4;
 const ROOM_LEFT_BYTES: u64 = 64 << 20;
 /// How often the room is looked at.
 const ROOM_CHECK_BYTES: u64 = 16 << 20;
-/// What a file takes on a disk beside its content.
-const ENTRY_BYTES: u64 = 4096;
 /// Frames between the network and the disk.
 const FRAMES_MAX: usize = 8;
 

@@ -34,7 +34,7 @@ use crate::{
     wire::{
         frame::{self, BODY_LEN_MAX, FrameError},
         message::{FileKind, FileRecord, FrameHead},
-        supply::{END_LEN_MAX, Size, Supply, SupplyAnswer, SupplyRequest},
+        supply::{END_LEN_MAX, ENTRY_BYTES, Size, Supply, SupplyAnswer, SupplyRequest},
     },
     workload::{
         container::{Candidate, EngineError, Lendable, Named, supply},
@@ -50,8 +50,6 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(supply::UNPACK_LIMIT.as_secs(
 const ARCHIVE_FACTOR: u64 = 2;
 /// So much longer than that it may be for all the names in it.
 const ARCHIVE_NAMES_BYTES: u64 = 1 << 30;
-/// What a file takes on a disk beside its content.
-const ENTRY_BYTES: u64 = 4096;
 /// Frames between the disk and the network.
 const FRAMES_MAX: usize = 8;
 

@@ -35,6 +35,8 @@ use crate::{
 
 /// Most things that are asked about at once.
 pub const FILES_MAX: usize = check::TREES_MAX;
+/// What a file is taken to need on a disk beside its content.
+pub const ENTRY_BYTES: u64 = 4096;
 /// Most characters of an image's id or name.
 pub const IMAGE_NAME_LEN_MAX: usize = 512;
 
@@ -62,7 +64,8 @@ impl Supply {
 pub struct Size {
     /// Most bytes of the frames.
     pub stream_bytes: u64,
-    /// Bytes that the standby's disk needs for it.
+    /// Bytes that the standby's disk needs for it; of files the sum of their sizes, holes included, and [`ENTRY_BYTES`] for
+    /// each.
     pub room_bytes: u64,
 }
 

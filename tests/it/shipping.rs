@@ -170,6 +170,23 @@ fn what_a_bundle_mounts_read_only_is_sent_and_again_when_it_has_changed() {
     assert_eq!(oci.cluster.lab.ok(Host::B, &["sh", "-c", "ls /srv"]).trim(), "", "nothing is put elsewhere");
 }
 
+#[test]
+fn a_container_that_is_protected_whole_is_restored_with_what_was_sent() {
+    let programs = ["tr", "cut"];
+    let oci = Oci::unprepared("runc", "sleeper", &programs, &["sleep", "1000"]);
+    let mounts = ["/srv/conf", "/conf", "/srv/motd", "/etc/motd"];
+    oci.cluster.lab.ok(Host::A, &[&["python3", "-c", MOUNT, "/srv/sleeper"], mounts.as_slice()].concat());
+    read_only(&oci.cluster);
+    oci.start(true);
+    let seen = oci.inside(Host::A, &["sh", "-c", LOOK]);
+    oci.protect(&["--ship-image"]);
+    assert_eq!(oci.cluster.status(Host::A, "sleeper")["container"]["way"], "whole");
+    oci.cluster.wait_state_of("sleeper", Host::B, "standby", "ready");
+    oci.cluster.lab.kill(Host::A);
+    oci.cluster.wait_state_of("sleeper", Host::B, "primary", "alone");
+    assert_eq!(oci.inside(Host::B, &["sh", "-c", LOOK]), seen);
+}
+
 /// Begins to protect, and returns when some of it is on its way.
 fn begin(oci: &Oci, least_bytes: u64) -> Child {
     let command = [&[STANDIN], PROTECT.as_slice(), &["--ship-image"]].concat();
