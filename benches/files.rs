@@ -6,8 +6,15 @@
 //! **Small files**: 100,000 of 1 KiB in 1,000 directories; before each scan 10 of them are changed (or none).
 //! **A big file**: 512 MiB; before each scan 20 scattered blocks of 4 KiB are written to.
 //!
-//! Each round does the same with a scanner that listens to what changes, with one that looks at everything, and with the
+//! **Clones**: files on btrfs and on XFS, each on a loop device of a file in DIRECTORY; in every round the running scan, 20
+//! scattered pages of 4 KiB, the write-back, 5 more pages, and the scan in the freeze: in turn without clones and with them
+//! where the scanner expects a gain; with the latter, what follows the thaw.
+//!
+//! Each round of the first two does the same with a scanner that listens to what changes, with one that looks at everything, and with the
 //! plain tools: `find -newer`, which sees no removal and no write within a tick of the clock, and `rsync -an` against a copy.
+
+#[path = "files/clones.rs"]
+mod clones;
 
 use std::{
     error::Error,
@@ -35,11 +42,15 @@ const MIB: usize = 1 << 20;
 struct Plan {
     files: usize,
     big_mib: usize,
+    clone_mib: &'static [usize],
+    clone_rounds: usize,
     rounds: usize,
 }
 
-const FULL: Plan = Plan { files: 100_000, big_mib: 512, rounds: 20 };
-const QUICK: Plan = Plan { files: 20_000, big_mib: 64, rounds: 5 };
+const FULL: Plan =
+    Plan { files: 100_000, big_mib: 512, clone_mib: &[16, 64, 512, 2048], clone_rounds: 8, rounds: 20 };
+const QUICK: Plan =
+    Plan { files: 20_000, big_mib: 64, clone_mib: &[16, 64, 512], clone_rounds: 5, rounds: 5 };
 
 /// SplitMix64.
 struct Rng(u64);
@@ -71,6 +82,7 @@ fn main() -> Result<()> {
     );
     let mut rows = small_files(&plan, &place)?;
     rows.push(big_file(&plan, &place)?);
+    rows.extend(clones::measure(plan.clone_mib, plan.clone_rounds, &place)?);
     if let Some(path) = json {
         fs::write(path, serde_json::to_vec_pretty(&rows)?)?;
     }

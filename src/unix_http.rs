@@ -1,10 +1,21 @@
 //! HTTP over a Unix socket, one request a connection: to the agent's control socket, and to an engine's.
 
-use std::{io, path::Path, time::Duration};
+use std::{
+    error::Error,
+    io,
+    path::Path,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request, StatusCode, body::Bytes};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Body, Bytes, Frame, Incoming},
+};
 use hyper_util::rt::TokioIo;
+use tokio::sync::mpsc;
 
 /// How long a listener may take to accept.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -35,12 +46,48 @@ pub(crate) fn call(
     })
 }
 
+/// A body that is handed over piece by piece. `None` is its end; should the other side go without that, the request breaks
+/// off and is not taken for whole.
+pub(crate) struct Pieces(pub(crate) mpsc::Receiver<Option<Bytes>>);
+
+impl Body for Pieces {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        self.0.poll_recv(context).map(|piece| match piece {
+            Some(Some(bytes)) => Some(Ok(Frame::data(bytes))),
+            Some(None) => None,
+            None => Some(Err(io::ErrorKind::BrokenPipe.into())),
+        })
+    }
+}
+
 async fn exchange(
     socket: &Path,
     method: &Method,
     path: &str,
     body: Vec<u8>,
 ) -> io::Result<(StatusCode, Bytes)> {
+    let response = open(socket, method, path, ("application/json", Full::new(Bytes::from(body)))).await?;
+    let status = response.status();
+    let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+    Ok((status, body.map_err(io::Error::other)?.to_bytes()))
+}
+
+/// Sends a request whose body has a type, and returns the answer as it begins.
+pub(crate) async fn open<B>(
+    socket: &Path,
+    method: &Method,
+    path: &str,
+    (content_type, body): (&str, B),
+) -> io::Result<Response<Incoming>>
+where
+    B: Body<Data = Bytes, Error: Into<Box<dyn Error + Send + Sync>>> + Send + 'static,
+{
     let connect = tokio::net::UnixStream::connect(socket);
     let stream = tokio::time::timeout(CONNECT_LIMIT, connect)
         .await
@@ -52,11 +99,8 @@ async fn exchange(
         .method(method)
         .uri(path)
         .header("host", "localhost")
-        .header("content-type", "application/json")
-        .body(Full::new(Bytes::from(body)))
+        .header("content-type", content_type)
+        .body(body)
         .map_err(io::Error::other)?;
-    let response = sender.send_request(request).await.map_err(io::Error::other)?;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-    Ok((status, body.map_err(io::Error::other)?.to_bytes()))
+    sender.send_request(request).await.map_err(io::Error::other)
 }

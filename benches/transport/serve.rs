@@ -57,6 +57,8 @@ pub(crate) fn serve(dir: &Dir, own_net: bool) -> Result<()> {
                         take_epoch(receiver).await.expect("an epoch arrives whole");
                     }
                 })),
+                // Not measured.
+                Channel::Supply => {}
             }
         }
     });

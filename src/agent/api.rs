@@ -158,6 +158,24 @@ pub struct ProtectRequest {
     /// Addresses that follow it.
     #[serde(default)]
     pub vips: Vec<Vip>,
+    /// Of a container: send the standby what it lacks of its image and of what it mounts read-only.
+    #[serde(default)]
+    pub ship_image: bool,
+}
+
+/// Something on its way to a standby, for a workload that is protected when it is there.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ShipmentStatus {
+    /// Name of the workload.
+    pub name: Name,
+    /// The standby.
+    pub to: String,
+    /// What.
+    pub what: String,
+    /// Bytes handed to the network.
+    pub sent_bytes: u64,
+    /// About how many there are.
+    pub total_bytes: u64,
 }
 
 /// End protection; the workload runs on.
@@ -320,6 +338,9 @@ pub struct AgentStatus {
     pub listen: String,
     /// All workloads.
     pub workloads: Vec<WorkloadStatus>,
+    /// What is on its way to standbys.
+    #[serde(default)]
+    pub shipments: Vec<ShipmentStatus>,
 }
 
 /// Something that happened to a workload, kept across restarts.

@@ -15,7 +15,7 @@ use crate::{
         keeper::Keeper,
         network::Gate,
         sandbox::{self, Sandbox},
-        spec::{Cidr, ContainerSpec, MountRule, PlaceSpec, Vip, Way, WorkloadSpec},
+        spec::{Cidr, ContainerSpec, Lent, MountRule, PlaceSpec, Vip, Way, WorkloadSpec},
     },
 };
 
@@ -123,9 +123,12 @@ impl Home {
         name: &Name,
         named: &Named,
         (ips, mounts): (&[Cidr], &[MountRule]),
+        lent: Vec<Lent>,
     ) -> Result<Self> {
         durable::Place::of(&agent.config.state_dir, name).make()?;
-        let (found, options) = (Candidate::find(name, named, ips, mounts)?, container_options(agent, name));
+        let mut found = Candidate::find(name, named, ips, mounts)?;
+        found.lend(lent);
+        let options = container_options(agent, name);
         let place = match found.way() {
             Way::Inside => Place::Container(Box::new(Container::adopt(name, found, &options)?)),
             Way::Whole => Place::Whole(Box::new(Whole::adopt(name, found, &options)?)),

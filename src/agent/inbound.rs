@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Agent, owner::Msg, standby};
+use super::{Agent, arrival, owner::Msg, standby};
 use crate::{
     transport::{Channel, Connection},
     wire::message::{Reply, Request},
@@ -16,6 +16,7 @@ pub(super) async fn serve(agent: Arc<Agent>) {
             match connection.channel() {
                 Channel::Lease => serve_lease(agent, connection).await,
                 Channel::Bulk => serve_bulk(agent, connection).await,
+                Channel::Supply => arrival::serve(agent, connection).await,
             }
         });
     }
@@ -51,7 +52,7 @@ async fn answer(agent: &Arc<Agent>, connection: &Connection, request: Request) -
     let peer = connection.peer();
     match request {
         Request::Offer { spec, term, resident_bytes } => {
-            agent.offered(peer, spec, term, resident_bytes).await
+            agent.offered(peer, *spec, term, resident_bytes).await
         }
         Request::Tell { name, message } => {
             let Some(owner) = agent.owner_for(&name, peer) else {

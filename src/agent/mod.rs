@@ -8,6 +8,7 @@
 //! | `standby` | the standby's: receive, commit, fold, restore |
 //! | `home` | the workload's place and addresses |
 //! | `trees` | the files of its declared paths |
+//! | `supply`, `arrival` | what a container needs and its standby lacks: sent, taken in |
 //! | `links`, `inbound` | connections to and from peers |
 //! | `durable` | what survives restarts and power cuts |
 //!
@@ -15,6 +16,7 @@
 //! everything is found again from the durable record and from what runs.
 
 pub mod api;
+mod arrival;
 mod durable;
 mod ending;
 mod fencing;
@@ -29,6 +31,7 @@ mod promotion;
 mod roles;
 mod session;
 mod standby;
+mod supply;
 mod telling;
 mod throttle;
 mod trees;
@@ -46,7 +49,7 @@ use std::{
 use anyhow::Context;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
 };
 
 use self::{
@@ -59,6 +62,8 @@ use self::{
     home::Home,
     links::Links,
     owner::{Msg, Offer, Owner, QUEUE_MAX},
+    standby::lock,
+    supply::{Shipment, Shipped},
 };
 use crate::{
     config::Config,
@@ -96,6 +101,10 @@ pub struct Agent {
     pub(crate) vmas: Option<Arc<Vmas>>,
     links: Links,
     owners: Mutex<BTreeMap<Name, mpsc::Sender<Msg>>>,
+    /// What is on its way to standbys, of workloads that are not known yet.
+    shipments: Mutex<BTreeMap<Name, Shipment>>,
+    /// Places for what arrives from primaries.
+    arrivals: Semaphore,
 }
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Workloads run on.
@@ -113,6 +122,7 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("cannot find this executable")?;
     tracing::info!(name = config.name, listen = %config.listen, criu = %install.version, "the agent starts");
     warm_criu(&config, &install);
+    arrival::sweep(&config).context("cannot remove what had not arrived whole")?;
     let kernel = Kernel::probe(&program).context("cannot try what this kernel offers")?;
     let vmas = Vmas::open().inspect_err(|error| {
         tracing::info!(%error, "freezes take longer the more memory a workload has; see `standin doctor`");
@@ -126,6 +136,8 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
         vmas: vmas.ok().map(Arc::new),
         links: Links::default(),
         owners: Mutex::new(BTreeMap::new()),
+        shipments: Mutex::new(BTreeMap::new()),
+        arrivals: Semaphore::new(arrival::ARRIVALS_MAX),
     });
     agent.resume()?;
     tokio::spawn(http::serve(listener, Arc::clone(&agent)));
@@ -184,6 +196,11 @@ impl Agent {
         let owner = self.owners().get(name).cloned();
         owner.ok_or_else(|| {
             let was = durable::Place::of(&self.config.state_dir, name).history().exists();
+            if lock(&self.shipments).contains_key(name) {
+                return ApiError::not_found(format!(
+                    "what {name} needs is on its way to its standby; see `standin status`"
+                ));
+            }
             let was = if was {
                 format!(", and what became of it: `standin history {name}`")
             } else {
@@ -274,6 +291,7 @@ impl Agent {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             listen: self.config.listen.to_string(),
             workloads,
+            shipments: self.shipments(),
         }
     }
 
@@ -385,6 +403,10 @@ impl Agent {
 
     async fn protect(self: &Arc<Self>, request: ProtectRequest) -> Result<WorkloadStatus, ApiError> {
         let name = request.name.clone();
+        let mut shipped = Vec::new();
+        if request.ship_image && !matches!(request.source, Source::Oci(_) | Source::Docker(_)) {
+            return Err(ApiError::invalid("--ship-image is for containers: a sandbox has no image"));
+        }
         match &request.source {
             Source::Run(run) => {
                 self.owner(run).map_err(|_| {
@@ -396,11 +418,11 @@ impl Agent {
             Source::Oci(OciContainer { id, runtime, state, ips, mounts }) => {
                 let (runtime, state) = (*runtime, state.clone());
                 let named = Named::Oci { runtime, state, id: id.clone() };
-                self.adopt_container(&request, named, (ips.clone(), mounts.clone())).await?;
+                shipped = self.adopt_container(&request, named, (ips.clone(), mounts.clone())).await?;
             }
             Source::Docker(DockerContainer { daemon, container, ips, mounts }) => {
                 let named = Named::Docker { daemon: *daemon, container: container.clone() };
-                self.adopt_container(&request, named, (ips.clone(), mounts.clone())).await?;
+                shipped = self.adopt_container(&request, named, (ips.clone(), mounts.clone())).await?;
             }
             Source::Pid(pid) => {
                 self.check_free(&name)?;
@@ -420,7 +442,7 @@ impl Agent {
                 self.own(Durable { spec, peer: None, record: None, bare: true }, Some(home));
             }
         }
-        self.ask(&name, |answer| Msg::Protect { request: Box::new(request), answer }).await?
+        self.ask(&name, |answer| Msg::Protect { request: Box::new(request), shipped, answer }).await?
     }
 
     async fn adopt_container(
@@ -428,11 +450,18 @@ impl Agent {
         request: &ProtectRequest,
         named: Named,
         (ips, mounts): (Vec<Cidr>, Vec<MountRule>),
-    ) -> Result<(), ApiError> {
+    ) -> Result<Vec<String>, ApiError> {
         self.check_free(&request.name)?;
         self.check_container(named.container()).await?;
+        let Shipped { lent, what } = if request.ship_image {
+            let shipped = self.ship(request, &named, (&ips, &mounts)).await?;
+            self.check_free(&request.name)?;
+            shipped
+        } else {
+            Shipped::default()
+        };
         let (agent, name) = (Arc::clone(self), request.name.clone());
-        let adopt = move || Home::adopt_container(&agent, &name, &named, (&ips, &mounts));
+        let adopt = move || Home::adopt_container(&agent, &name, &named, (&ips, &mounts), lent);
         let home = tokio::task::spawn_blocking(adopt)
             .await
             .map_err(ApiError::failed)?
@@ -441,12 +470,17 @@ impl Agent {
         let place = PlaceSpec::Container(adopted.clone());
         let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace };
         self.own(Durable { spec, peer: None, record: None, bare: false }, Some(home));
-        Ok(())
+        Ok(what)
     }
 
     fn check_free(&self, name: &Name) -> Result<(), ApiError> {
         if self.owners().contains_key(name) {
             return Err(ApiError::refused(format!("the name {name} is taken; see `standin status {name}`")));
+        }
+        if lock(&self.shipments).contains_key(name) {
+            let reason =
+                format!("what {name} needs is on its way to its standby already; see `standin status`");
+            return Err(ApiError::refused(reason));
         }
         Ok(())
     }

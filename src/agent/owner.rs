@@ -56,6 +56,8 @@ pub(super) type Answer<T> = oneshot::Sender<Result<T, ApiError>>;
 pub(super) enum Msg {
     Protect {
         request: Box<ProtectRequest>,
+        /// What its standby was sent for it, for people.
+        shipped: Vec<String>,
         answer: Answer<WorkloadStatus>,
     },
     Unprotect {
@@ -291,7 +293,7 @@ impl Owner {
 
     fn handle(&mut self, message: Msg) {
         match message {
-            Msg::Protect { request, answer } => self.protect(&request, answer),
+            Msg::Protect { request, shipped, answer } => self.protect(&request, &shipped, answer),
             Msg::Unprotect { request, answer } => self.unprotect(request, answer),
             Msg::Handoff { request, answer } => self.begin_handoff(&request, answer),
             Msg::Remove { answer } => {

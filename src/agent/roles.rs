@@ -120,10 +120,18 @@ impl Owner {
 
     // Protecting.
 
-    pub(super) fn protect(&mut self, request: &ProtectRequest, answer: Answer<WorkloadStatus>) {
+    pub(super) fn protect(
+        &mut self,
+        request: &ProtectRequest,
+        shipped: &[String],
+        answer: Answer<WorkloadStatus>,
+    ) {
         if let Err(error) = self.check_protect(request) {
             let _ = answer.send(Err(error));
             return;
+        }
+        for what in shipped {
+            self.event("shipped", what, None);
         }
         let begun = self.begin_protection(request);
         match begun {

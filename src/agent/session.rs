@@ -290,7 +290,7 @@ impl Session {
             return Err(SessionError::NoConnection);
         }
         let lease = self.link.lease().ok_or(SessionError::NoConnection)?;
-        let request = Request::Offer { spec: self.spec.clone(), term: self.term, resident_bytes };
+        let request = Request::Offer { spec: Box::new(self.spec.clone()), term: self.term, resident_bytes };
         match lease.request(&request, OFFER_TIMEOUT).await? {
             Reply::Accepted { held } => Ok(held),
             Reply::Refused { reason, .. } => Err(SessionError::Refused(reason)),

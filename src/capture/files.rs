@@ -9,7 +9,7 @@ use std::{
 
 use super::engine::{CaptureError, Emit};
 use crate::{
-    files::{FileId, InUse, Phase, ScanError, Scanner, Source},
+    files::{Cloning, FROZEN_BYTES_MAX, FileId, InUse, Phase, ScanError, Scanner, Source},
     memory::{self, TreeError},
     wire::message::{FileRecord, FrameHead},
 };
@@ -18,8 +18,6 @@ use crate::{
 const ROUND_BYTES_MIN: u64 = 8 << 20;
 /// Most rounds of one epoch; files that change faster than they are sent are taken in the freeze all the same.
 const ROUNDS_MAX: u32 = 4;
-/// Most that the freeze may hold in memory until it can be sent.
-const FROZEN_BYTES_MAX: u64 = 256 << 20;
 /// What a record takes beside its path and its body, about.
 const RECORD_BYTES: u64 = 256;
 
@@ -50,8 +48,8 @@ pub enum FilesError {
     },
     /// Too much for one freeze.
     #[error(
-        "more than {} MiB changed in the replicated directories since they were sent ahead; lower the load, or name \
-         smaller directories with --path",
+        "more than {} MiB changed in the replicated directories since they were sent ahead; lower the load, name \
+         smaller directories with --path, or have them on btrfs or XFS, where big files do not count",
         FROZEN_BYTES_MAX >> 20
     )]
     TooMuch,
@@ -107,12 +105,30 @@ impl Files {
         Ok(())
     }
 
+    /// Right before the freeze. `follows`: what the freeze took in is sent after the thaw.
+    pub(super) fn write_back(&mut self, follows: bool) {
+        self.scanner.write_back(if follows { Cloning::Shorter } else { Cloning::BeyondMemory });
+    }
+
+    /// Sends what was left to be read after the thaw.
+    pub(super) fn settle(&mut self, emit: &mut Emit<'_>) -> Result<(), CaptureError> {
+        let mut sent = Ok(());
+        let settled = self.scanner.settle(&mut |record, body| {
+            if sent.is_ok() {
+                sent = emit(FrameHead::File(record), body.to_vec());
+            }
+        });
+        sent?;
+        settled.map_err(FilesError::from)?;
+        Ok(())
+    }
+
     /// Finds most of what has changed since, of the frozen tree, while CRIU goes on, which may still change names: what it
     /// does after this is all that [`Self::frozen`] finds. Does nothing where that would look at everything again.
     pub(super) fn freeze(&mut self) -> Result<(), FilesError> {
         if self.scanner.is_told() {
             let in_use = self.look_at_tasks()?;
-            self.frozen = Some(self.changes(Phase::Running, &in_use, Vec::new())?);
+            self.frozen = Some(self.changes(Phase::Standing, &in_use, Vec::new())?);
         }
         Ok(())
     }

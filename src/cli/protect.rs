@@ -1,16 +1,25 @@
 //! `standin protect` and `standin unprotect`.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::Duration,
+};
 
-use super::{Failure, Outcome, client, parse_ms, print_json};
+use super::{Failure, Outcome, client, human_bytes, parse_ms, print_json};
 use crate::{
     agent::api::{
-        DockerContainer, ErrorCode, OciContainer, ProtectRequest, Role, Source, UnprotectRequest,
-        WorkloadStatus,
+        AgentStatus, DockerContainer, ErrorCode, OciContainer, ProtectRequest, Role, ShipmentStatus, Source,
+        UnprotectRequest, WorkloadStatus,
     },
     model::Name,
     workload::spec::{Cidr, Daemon, MountRule, PaceMode, PaceSpec, Runtime, Vip},
 };
+
+/// How often people are told how far it is.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(300);
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -44,6 +53,10 @@ pub(super) struct Args {
     /// every epoch (the default); `shared`: it is the same storage on both hosts; `ignore`: each host has its own
     #[arg(long = "mount", value_name = "DESTINATION=MODE", conflicts_with_all = ["pid", "run"])]
     mounts: Vec<MountRule>,
+    /// Of a container: send the standby first what it lacks of its image and of what it mounts read-only, where that is
+    /// otherwise refused. Nothing that is there is changed
+    #[arg(long, conflicts_with_all = ["pid", "run"])]
+    ship_image: bool,
     /// The standby: a paired peer
     #[arg(long, value_name = "PEER")]
     to: String,
@@ -102,9 +115,12 @@ pub(super) struct UnprotectArgs {
 pub(super) fn main(socket: &Path, args: Args) -> Outcome {
     let pace = args.pace.spec();
     let (name, to, vips, json) = (args.name.clone(), args.to.clone(), args.vips.clone(), args.json);
+    let ship_image = args.ship_image;
     let source = source(args)?;
-    let request = ProtectRequest { name, source, to, pace, vips };
-    let status: WorkloadStatus = client::post(socket, "/v1/protect", &request)?;
+    let request = ProtectRequest { name, source, to, pace, vips, ship_image };
+    let protect = || client::post(socket, "/v1/protect", &request);
+    let status: WorkloadStatus =
+        if ship_image && !json { with_progress(socket, &request.name, protect)? } else { protect()? };
     if json {
         return print_json(&status);
     }
@@ -131,6 +147,43 @@ pub(super) fn unprotect(socket: &Path, args: &UnprotectArgs) -> Outcome {
         println!("{} runs on alone; it is protected again when {peer} is back", status.name);
     }
     Ok(())
+}
+
+/// Says on the standard error what is on its way to the standby, as long as `work` takes.
+fn with_progress<T>(socket: &Path, name: &Name, work: impl FnOnce() -> T) -> T {
+    let (done, finished) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let terminal = std::io::stderr().is_terminal();
+            let mut told = String::new();
+            while finished.recv_timeout(PROGRESS_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                let status = client::get::<AgentStatus>(socket, "/v1/status");
+                let shipments = status.map(|status| status.shipments).unwrap_or_default();
+                let Some(shipment) = shipments.into_iter().find(|shipment| shipment.name == *name) else {
+                    continue;
+                };
+                // A log needs no more than a line for each thing.
+                if terminal {
+                    eprint!("\r\x1b[K{}", progress(&shipment));
+                } else if shipment.what != told {
+                    eprintln!("{}", progress(&shipment));
+                }
+                told = shipment.what;
+            }
+            if terminal && !told.is_empty() {
+                eprintln!();
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
+}
+
+/// One line for people.
+pub(super) fn progress(shipment: &ShipmentStatus) -> String {
+    let ShipmentStatus { what, to, sent_bytes, total_bytes, .. } = shipment;
+    format!("sending {what} to {to}: {} of about {}", human_bytes(*sent_bytes), human_bytes(*total_bytes))
 }
 
 /// What is to be protected.

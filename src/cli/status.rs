@@ -57,6 +57,9 @@ fn show(socket: &Path, args: &Args) -> Outcome {
     if status.workloads.is_empty() {
         println!("no workloads; start one with: standin run NAME -- CMD");
     }
+    for shipment in &status.shipments {
+        println!("{}  {}", shipment.name, super::protect::progress(shipment));
+    }
     for workload in &status.workloads {
         println!();
         print_workload(workload);

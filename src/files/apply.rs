@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::{CString, OsStr},
+    ffi::{CStr, CString, OsStr},
     fs::File,
     io,
     os::{
@@ -36,6 +36,8 @@ const NAME_LEN_MAX: usize = 255;
 const XATTR_NAME_LEN_MAX: usize = 255;
 /// The longest text of a symbolic link.
 const TARGET_LEN_MAX: usize = 4095;
+/// Where overlayfs notes of a file which one of a lower layer it was copied from.
+const ORIGIN: &CStr = c"trusted.overlay.origin";
 /// Why an epoch is refused.
 const MORE_ENTRIES: &str = "more entries in one epoch than a scanner sends";
 
@@ -112,6 +114,9 @@ pub struct Receiver {
     /// Entries that could not be made because something else is in the way, as when an epoch is applied again whose
     /// end has changed it. A later record of the epoch removes what stands here.
     skipped: BTreeSet<(u32, Vec<u8>)>,
+    /// Files that are new in an overlay and were removed, emptied so far: most are made again by the next record, and stay the
+    /// same object, for the reason above.
+    emptied: BTreeSet<(u32, Vec<u8>)>,
 }
 
 /// A tree's copy, open.
@@ -141,7 +146,8 @@ impl Receiver {
             Ok(Root { dir: open(&target.path)?, upper: target.upper.as_ref().map(open).transpose()? })
         };
         let roots = trees.iter().map(open_one).collect::<Result<_, _>>()?;
-        Ok(Self { roots, properties: BTreeMap::new(), whole: BTreeMap::new(), skipped: BTreeSet::new() })
+        let (properties, whole) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { roots, properties, whole, skipped: BTreeSet::new(), emptied: BTreeSet::new() })
     }
 
     /// Applies a record with its body. The records of an epoch may be applied again, from the first on.
@@ -173,6 +179,10 @@ impl Receiver {
     pub fn finish(mut self) -> Result<(), ApplyError> {
         if let Some((tree, path)) = self.skipped.first() {
             return Err(io_error("make", *tree, path)(io::ErrorKind::NotFound.into()));
+        }
+        for (tree, path) in std::mem::take(&mut self.emptied) {
+            let place = self.place(tree, &path)?;
+            remove_all(place.dir.as_fd(), &place.name, 0).map_err(io_error("remove", tree, &path))?;
         }
         for (tree, named) in std::mem::take(&mut self.whole) {
             let root = self.root(tree, b"")?;
@@ -239,6 +249,7 @@ impl Receiver {
         }
         let key = (tree, path.to_vec());
         self.skipped.remove(&key);
+        self.emptied.remove(&key);
         if matches!(meta.kind, FileKind::HardLink { .. }) {
             // Its properties come with its first name.
             self.properties.remove(&key);
@@ -296,6 +307,7 @@ impl Receiver {
             self.root(tree, path)?;
             self.properties.retain(|key, _| key.0 != tree);
             self.skipped.retain(|key| key.0 != tree);
+            self.emptied.retain(|key| key.0 != tree);
             self.whole.insert(tree, BTreeSet::new());
             return Ok(());
         }
@@ -305,7 +317,25 @@ impl Receiver {
             Err(ApplyError::Io { source, .. }) if is_in_the_way(&source) => return Ok(()),
             other => other?,
         };
+        if self.emptied.len() < ENTRIES_MAX && self.empties(tree, path, &place) {
+            self.emptied.insert((tree, path.to_vec()));
+            return Ok(());
+        }
         remove_all(place.dir.as_fd(), &place.name, 0).map_err(io_error("remove", tree, path))
+    }
+
+    /// Empties a file of an overlay that no lower layer has any part in and that has no other name; whether it is one.
+    fn empties(&self, tree: u32, path: &[u8], place: &Place) -> bool {
+        let upper = self.roots.get(tree as usize).and_then(|root| root.upper.as_ref());
+        let own =
+            upper.and_then(|upper| open_in(upper.as_fd(), path, OFlag::O_RDONLY | OFlag::O_NONBLOCK).ok());
+        let Some(own) = own else { return false };
+        let is_own = sys::stat_at(own.as_fd(), c"")
+            .is_ok_and(|it| it.format() == libc::S_IFREG && it.nlink == 1)
+            && matches!(sys::get_xattr(own.as_fd(), ORIGIN), Ok(None));
+        let is_shown =
+            sys::stat_at(place.dir.as_fd(), &place.name).is_ok_and(|it| it.format() == libc::S_IFREG);
+        is_own && is_shown && make_as_new(place).is_ok()
     }
 
     /// Nothing is known of a path any more, nor of what is below it. A whole tree may come with a removal for each file.
@@ -319,6 +349,11 @@ impl Receiver {
             self.properties.remove(&key);
         }
         self.skipped.remove(&from(path));
+        self.emptied.remove(&from(path));
+        let kept = self.emptied.range(from(&below)..);
+        for key in kept.take_while(|key| is_below(key)).cloned().collect::<Vec<_>>() {
+            self.emptied.remove(&key);
+        }
         let kept = self.skipped.range(from(&below)..);
         for key in kept.take_while(|key| is_below(key)).cloned().collect::<Vec<_>>() {
             self.skipped.remove(&key);

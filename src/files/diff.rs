@@ -3,21 +3,21 @@
 //! Removals first, then entries in the order of the walk, each followed by its content, then further names of files.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fs::File,
     io,
 };
 
 use super::{
     BLOCK_SIZE,
-    look::{View, read_block, tag_of},
+    clone::Clones,
+    later::{Content, Later},
+    look::{View, blocks_in, read_block, tag_of},
     scan::{Emit, FilesStats, Phase, ScanError, failed, open_content, raced},
-    state::{Key, Node, State, Tag, ZEROS, is_at_or_below, key_of, parent_of, path_of},
+    state::{Key, Node, State, Tag, UNKNOWN, ZEROS, is_at_or_below, key_of, parent_of, path_of},
     tree::Mark,
 };
 use crate::wire::message::{FileKind, FileMeta, FileRecord};
-
-/// A tag that no block has.
-const UNKNOWN: Tag = [0xff; 32];
 
 type Changes = BTreeMap<Key, Option<Node>>;
 
@@ -37,6 +37,10 @@ pub(super) struct Diff<'a> {
     pub(super) emit: Emit<'a>,
     pub(super) stats: &'a mut FilesStats,
     pub(super) ahead: &'a mut Ahead,
+    /// Files that are read later.
+    pub(super) cloned: HashMap<Key, File>,
+    pub(super) clones: &'a mut Clones,
+    pub(super) later: &'a mut Later,
     /// Entries whose content is not what was found, to be looked at in the next scan.
     pub(super) again: &'a mut BTreeSet<Key>,
 }
@@ -168,7 +172,20 @@ impl Diff<'_> {
             let before = before(sent, afresh, key, now);
             let blocks = before.map_or(&[][..], |before| blocks_of(before, sent));
             let same_meta = before.is_some_and(|before| before.meta == now.meta) && !touched.contains(key);
-            if !same_meta || blocks != now.blocks.as_slice() {
+            if let Some(clone) = self.cloned.remove(key) {
+                if !same_meta {
+                    self.entry(key, &now.meta);
+                }
+                let sent = blocks.to_vec();
+                self.later.add(Content {
+                    tree: self.tree,
+                    key: key.clone(),
+                    meta: now.meta.clone(),
+                    sent,
+                    now: None,
+                    clone,
+                });
+            } else if !same_meta || blocks != now.blocks.as_slice() {
                 self.entry(key, &now.meta);
                 self.content(key, now, blocks)?;
             }
@@ -221,6 +238,19 @@ impl Diff<'_> {
             }
             Err(error) => return Err(failed("open", self.view.base, &path)(error)),
         };
+        if self.view.phase != Phase::Running && self.view.cloning.is_some() {
+            let blocks = node.blocks.iter().enumerate();
+            let bytes = blocks.filter(|(block, tag)| differs(*block, tag)).count() as u64 * BLOCK_SIZE as u64;
+            if self.later.is_beyond_memory(bytes)
+                && let Some(clone) = self.clones.take_anyway(self.view.root, &file)
+            {
+                let now = std::mem::replace(&mut node.blocks, vec![UNKNOWN; blocks_in(size)]);
+                let (key, meta, sent) = (key.clone(), node.meta.clone(), before.to_vec());
+                self.later.add(Content { tree: self.tree, key, meta, sent, now: Some(now), clone });
+                return Ok(());
+            }
+            self.later.hold(bytes);
+        }
         let mut buf = vec![0; BLOCK_SIZE.min(size as usize)];
         for (block, tag) in node.blocks.iter_mut().enumerate() {
             if !differs(block, tag) {

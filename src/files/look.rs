@@ -11,7 +11,7 @@ use std::{
     },
     path::Path,
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use nix::{
@@ -22,8 +22,9 @@ use nix::{
 
 use super::{
     BLOCK_SIZE, XATTRS_MAX,
+    clone::{Clones, Cloning},
     scan::{ENTRIES_MAX, FilesStats, InUse, Phase, ScanError, failed, full, open_content, raced},
-    state::{FileId, Key, Node, State, Tag, ZEROS, path_of},
+    state::{FileId, Key, Node, State, Tag, UNKNOWN, ZEROS, path_of},
     sys::{self, Stat},
     tree::{Inexpressible, Mark, hides_lower, take_mark, whiteout_meta},
 };
@@ -62,6 +63,7 @@ pub(super) struct View<'a> {
     pub(super) renumbered: bool,
     pub(super) phase: Phase,
     pub(super) in_use: &'a InUse,
+    pub(super) cloning: Option<Cloning>,
     pub(super) sent: &'a State,
     /// Somebody listens to events: what they call an entry is worth knowing.
     pub(super) watched: bool,
@@ -76,6 +78,9 @@ pub(super) struct Look<'a> {
     pub(super) again: BTreeSet<Key>,
     /// Something has no handle that events could call it by.
     pub(super) unwatchable: bool,
+    /// Files that were cloned in order to be read later: the tags of their blocks are not known.
+    pub(super) cloned: HashMap<Key, File>,
+    clones: &'a mut Clones,
     /// The first name found of each file that has several, or may get one while it is looked for.
     firsts: HashMap<(FileId, u32), Key>,
     /// A change after this look leaves a ctime not older than this.
@@ -84,7 +89,7 @@ pub(super) struct Look<'a> {
 }
 
 impl<'a> Look<'a> {
-    pub(super) fn new(view: View<'a>, stats: &'a mut FilesStats) -> Self {
+    pub(super) fn new(view: View<'a>, clones: &'a mut Clones, stats: &'a mut FilesStats) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let from = now.saturating_sub(CTIME_TICK);
         let racy_from = (from.as_secs() as i64, from.subsec_nanos());
@@ -93,6 +98,8 @@ impl<'a> Look<'a> {
             changes: BTreeMap::new(),
             again: BTreeSet::new(),
             unwatchable: false,
+            cloned: HashMap::new(),
+            clones,
             firsts: HashMap::new(),
             racy_from,
             stats,
@@ -138,7 +145,7 @@ impl<'a> Look<'a> {
         }
         // While the workload runs a file may be met again under a name that it got in between. The copy is told what
         // was met: two names of one file are always links there, so that the next scan can rely on it.
-        let linked = stat.format() != libc::S_IFDIR && (stat.nlink > 1 || self.view.phase == Phase::Running);
+        let linked = stat.format() != libc::S_IFDIR && (stat.nlink > 1 || self.view.phase != Phase::Frozen);
         let file = (stat.id(), stat.format());
         let known = known.filter(|node| node.stat == stat);
         let first = linked.then(|| self.firsts.get(&file).cloned()).flatten();
@@ -240,7 +247,7 @@ impl<'a> Look<'a> {
                     seen_as = seen_in(merged, &path)?;
                 }
                 let file = open_content(root, &path, &stat)?;
-                blocks = self.compare(&file, stat.size)?;
+                blocks = self.content(key, &file, &stat)?;
                 FileKind::Regular { size: stat.size }
             }
             libc::S_IFDIR => FileKind::Directory,
@@ -267,30 +274,50 @@ impl<'a> Look<'a> {
         handle
     }
 
-    /// The tags of all blocks. In the freeze the workload's processors have nothing else to do.
-    fn compare(&mut self, file: &File, size: u64) -> io::Result<Vec<Tag>> {
-        let mut tags = vec![ZEROS; size.div_ceil(BLOCK_SIZE as u64) as usize];
-        let most = match self.view.phase {
-            Phase::Running => 1,
-            Phase::Frozen => thread::available_parallelism().map_or(1, NonZero::get).min(COMPARE_THREADS_MAX),
-        };
-        let threads = (tags.len() / COMPARE_BLOCKS_MIN).clamp(1, most);
-        let part = tags.len().div_ceil(threads).max(1);
-        let parts = tags.chunks_mut(part).enumerate();
-        let mut parts = parts.map(|(index, tags)| move || compare_blocks(file, size, index * part, tags));
-        let mine = parts.next();
-        self.stats.compared_bytes += thread::scope(|scope| -> io::Result<u64> {
-            let others: Vec<_> = parts.map(|part| scope.spawn(part)).collect();
-            let mut bytes = mine.map_or(Ok(0), |mut mine| mine())?;
-            for other in others {
-                bytes += other
-                    .join()
-                    .map_err(|_| io::Error::other("a thread that compares blocks panicked"))??;
-            }
-            Ok(bytes)
-        })?;
+    /// The tags of all blocks, or, of a file that is cloned, what no block has.
+    fn content(&mut self, key: &Key, file: &File, stat: &Stat) -> io::Result<Vec<Tag>> {
+        let stands = self.view.phase != Phase::Running;
+        if stands
+            && let Some(cloning) = self.view.cloning
+            && let Some(clone) = self.clones.take(self.view.root, key, file, cloning)
+        {
+            self.cloned.insert(key.clone(), clone);
+            return Ok(vec![UNKNOWN; blocks_in(stat.size)]);
+        }
+        let began = Instant::now();
+        let threads = if stands { COMPARE_THREADS_MAX } else { 1 };
+        let (tags, bytes) = tags_of(file, stat.size, threads)?;
+        self.stats.compared_bytes += bytes;
+        self.clones.was_read(key, bytes, stands.then(|| began.elapsed()));
         Ok(tags)
     }
+}
+
+/// How many blocks a file of `size` bytes has.
+pub(super) fn blocks_in(size: u64) -> usize {
+    size.div_ceil(BLOCK_SIZE as u64) as usize
+}
+
+/// The tags of all blocks of a file of `size` bytes, and how many bytes were read for them. In the freeze the workload's
+/// processors have nothing else to do.
+pub(super) fn tags_of(file: &File, size: u64, threads_max: usize) -> io::Result<(Vec<Tag>, u64)> {
+    let mut tags = vec![ZEROS; blocks_in(size)];
+    let most = thread::available_parallelism().map_or(1, NonZero::get).min(threads_max);
+    let threads = (tags.len() / COMPARE_BLOCKS_MIN).clamp(1, most);
+    let part = tags.len().div_ceil(threads).max(1);
+    let parts = tags.chunks_mut(part).enumerate();
+    let mut parts = parts.map(|(index, tags)| move || compare_blocks(file, size, index * part, tags));
+    let mine = parts.next();
+    let bytes = thread::scope(|scope| -> io::Result<u64> {
+        let others: Vec<_> = parts.map(|part| scope.spawn(part)).collect();
+        let mut bytes = mine.map_or(Ok(0), |mut mine| mine())?;
+        for other in others {
+            bytes +=
+                other.join().map_err(|_| io::Error::other("a thread that compares blocks panicked"))??;
+        }
+        Ok(bytes)
+    })?;
+    Ok((tags, bytes))
 }
 
 /// Fills in the tags of the blocks from `first` on, reading only those that are not holes. How many bytes it read.
@@ -368,7 +395,7 @@ pub(super) fn xattrs_of(fd: BorrowedFd<'_>) -> io::Result<Vec<(Vec<u8>, Vec<u8>)
 }
 
 /// The next offset from `from` on that is not in a hole.
-fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
+pub(super) fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
     match lseek64(file, from as i64, Whence::SeekData) {
         Ok(offset) => Ok(Some((offset as u64).max(from))),
         Err(Errno::ENXIO) => Ok(None),

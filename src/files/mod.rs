@@ -6,7 +6,8 @@
 //!
 //! ```text
 //!   running ── scan(Running) ──► records ─┐
-//!   frozen  ── scan(Frozen)  ──► records ─┴─► one epoch ──► Receiver::apply … finish ──► the standby's copy
+//!   frozen  ── scan(Frozen)  ──► records ─┼─► one epoch ──► Receiver::apply … finish ──► the standby's copy
+//!   thawed  ── settle() ───────► records ─┘
 //!   the epoch was not committed ── reset() ──► the next scan sends everything
 //! ```
 //!
@@ -14,6 +15,8 @@
 //! - What the scanner remembers is what the records emitted so far make of a copy. A scan of the running
 //!   workload may thus see a torn state: the scan in the freeze, relative to it, puts it right. Only the
 //!   latter's end is consistent.
+//! - Where the file system has reflinks and that makes the freeze shorter, a big file is cloned in the freeze and read after
+//!   it (`clone`, `later`). What is read is the clone; until then nothing is known of the copy's blocks.
 //! - The records of an epoch, those of several scans, are a redo log: applied again, from the start, they give the same
 //!   tree, though the directories hold the epoch's end by then.
 //! - Neither side follows a symbolic link or leaves the tree. Mount points below a tree's root are sent as
@@ -38,7 +41,9 @@
 //! ```
 
 mod apply;
+mod clone;
 mod diff;
+mod later;
 mod look;
 mod scan;
 mod state;
@@ -48,12 +53,15 @@ mod walk;
 mod watch;
 
 pub use apply::{ApplyError, Receiver, VerifyError, verify};
+pub use clone::Cloning;
 pub use scan::{FilesStats, InUse, Phase, ScanError, Scanner};
 pub use state::FileId;
 pub use tree::{Source, Target};
 
 /// Content is compared and sent in pieces of this many bytes.
 pub const BLOCK_SIZE: usize = 64 * 1024;
+/// Most that a freeze may hold in memory of what changed, until it can be sent.
+pub const FROZEN_BYTES_MAX: u64 = 256 << 20;
 /// The longest path within a tree.
 pub const PATH_LEN_MAX: usize = 4095;
 /// The deepest nesting of directories.

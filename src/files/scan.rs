@@ -19,7 +19,9 @@ use nix::{
 
 use super::{
     DEPTH_MAX,
+    clone::{Clones, Cloning},
     diff::{Ahead, Diff},
+    later::Later,
     look::{Look, View},
     state::{FileId, Key, State},
     sys::{self, Stat},
@@ -36,6 +38,8 @@ pub(super) const ENTRIES_MAX: usize = 4_000_000;
 pub enum Phase {
     /// It runs: what vanishes or changes under the scan is left for the next one.
     Running,
+    /// It is frozen, but names may still come and go: CRIU makes some for files that have none. Another scan follows.
+    Standing,
     /// It is frozen: the result is consistent.
     Frozen,
 }
@@ -64,6 +68,8 @@ pub struct FilesStats {
     pub compared_bytes: u64,
     /// Content emitted.
     pub data_bytes: u64,
+    /// Files of which a clone was taken, to be read by [`Scanner::settle`].
+    pub cloned: u64,
 }
 
 /// Why a tree could not be scanned. The next scan must send everything: call [`Scanner::reset`].
@@ -129,6 +135,7 @@ struct Tree {
     /// What changed under the last scan.
     again: BTreeSet<Key>,
     ahead: Ahead,
+    clones: Clones,
     /// The overlay's number for its root: files have others when it was mounted anew.
     merged: Option<FileId>,
 }
@@ -140,6 +147,8 @@ pub struct Scanner {
     /// One for each file system; `None`: none are wanted.
     watches: Option<Vec<Watch>>,
     mounts: Option<Mounts>,
+    cloning: Option<Cloning>,
+    later: Later,
 }
 
 pub(super) type Emit<'a> = &'a mut dyn FnMut(FileRecord, &[u8]);
@@ -159,13 +168,21 @@ impl Scanner {
             tracked: None,
             again: BTreeSet::new(),
             ahead: Ahead::default(),
+            clones: Clones::default(),
             merged: None,
         };
-        Self { trees: trees.into_iter().map(tree).collect(), watches: None, mounts: None }
+        Self {
+            trees: trees.into_iter().map(tree).collect(),
+            watches: None,
+            mounts: None,
+            cloning: None,
+            later: Later::default(),
+        }
     }
 
     /// The next scan sends everything: what was emitted last did not become a commit, or a scan failed.
     pub fn reset(&mut self) {
+        self.later = Later::default();
         for tree in &mut self.trees {
             (tree.sent, tree.ahead) = (None, Ahead::default());
         }
@@ -181,12 +198,44 @@ impl Scanner {
         self.trees.iter().filter_map(|tree| tree.sent.as_ref()).any(State::has_content)
     }
 
+    /// Right before a freeze: has written to disk what would keep the freeze waiting if files are cloned in it. `cloning`:
+    /// when they are; [`Self::settle`] must follow then. In a freeze that this does not precede nothing is cloned.
+    pub fn write_back(&mut self, cloning: Cloning) {
+        self.cloning = Some(cloning);
+        for tree in self.trees.iter_mut().filter(|_| cloning == Cloning::Shorter) {
+            if let (Some(sent), Ok(root)) = (&tree.sent, open_root(&tree.source.path)) {
+                tree.clones.write_back(root.as_fd(), sent);
+            }
+        }
+    }
+
+    /// After the thaw, before the epoch ends: reads what was cloned in the freeze, and emits what changed of it. On an error
+    /// the epoch has failed, as after one of [`Self::scan`].
+    pub fn settle(&mut self, emit: Emit<'_>) -> Result<FilesStats, ScanError> {
+        let mut stats = FilesStats::default();
+        for content in std::mem::take(&mut self.later).into_contents() {
+            let tree = &mut self.trees[content.tree as usize];
+            let failed = failed("read the clone of", &tree.source.path, &content.path());
+            let blocks = content.emit(emit, &mut stats).map_err(failed)?;
+            if let Some(sent) = &mut tree.sent {
+                sent.take_blocks(&content.key, blocks);
+            }
+        }
+        Ok(stats)
+    }
+
     /// Emits what changed since the scan before. `in_use`: files that change unseen.
     pub fn scan(&mut self, phase: Phase, in_use: &InUse, emit: Emit<'_>) -> Result<FilesStats, ScanError> {
+        if !self.later.begin(phase) {
+            self.reset();
+        }
         self.listen();
         let mut stats = FilesStats::default();
         for index in 0..self.trees.len() {
             self.scan_tree(index, phase, in_use, emit, &mut stats)?;
+        }
+        if phase == Phase::Frozen {
+            self.cloning = None;
         }
         Ok(stats)
     }
@@ -239,21 +288,32 @@ impl Scanner {
             renumbered,
             phase,
             in_use,
+            cloning: self.cloning,
             sent: &state,
             watched: tree.tracked.is_some(),
         };
-        let mut look = Look::new(view, stats);
+        let mut look = Look::new(view, &mut tree.clones, stats);
         match doubts {
             Some(doubts) => look.at(doubts)?,
             None => look.at_all()?,
         }
-        let Look { mut changes, mut again, unwatchable, .. } = look;
-        let mut diff =
-            Diff { tree: index as u32, view, emit, stats, ahead: &mut tree.ahead, again: &mut again };
+        let Look { mut changes, mut again, unwatchable, cloned, .. } = look;
+        let mut diff = Diff {
+            tree: index as u32,
+            view,
+            emit,
+            stats,
+            ahead: &mut tree.ahead,
+            cloned,
+            clones: &mut tree.clones,
+            later: &mut self.later,
+            again: &mut again,
+        };
         if whole {
             diff.remove(b"");
         }
         diff.run(&mut changes)?;
+        stats.cloned += self.later.end(index as u32, phase, |key| changes.contains_key(key));
         if phase == Phase::Frozen {
             // The epoch is whole.
             tree.ahead = Ahead::default();
@@ -286,8 +346,11 @@ impl Scanner {
     }
 
     /// A digest of all that was sent: equal for trees that are equal in everything that is replicated.
-    /// `None` after [`Scanner::reset`].
+    /// `None` after [`Scanner::reset`], and before [`Scanner::settle`] if that has something to do.
     pub fn digest(&self) -> Option<[u8; 32]> {
+        if !self.later.is_empty() {
+            return None;
+        }
         let mut hasher = blake3::Hasher::new();
         for tree in &self.trees {
             let sent = tree.sent.as_ref()?;
@@ -355,7 +418,7 @@ fn open_root(path: &Path) -> Result<OwnedFd, ScanError> {
 /// Whether an error only says that a running workload changed the entry meanwhile.
 pub(super) fn raced(phase: Phase, error: &io::Error) -> bool {
     let codes = [libc::ENOENT, libc::ENOTDIR, libc::ELOOP, libc::ESTALE, libc::ENXIO, libc::EINVAL];
-    phase == Phase::Running && error.raw_os_error().is_some_and(|code| codes.contains(&code))
+    phase != Phase::Frozen && error.raw_os_error().is_some_and(|code| codes.contains(&code))
 }
 
 /// Opens within a tree: no link is followed, no mount is entered, nothing above the root is reached.

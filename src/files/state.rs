@@ -21,6 +21,8 @@ pub type FileId = (u64, u64);
 /// The BLAKE3 hash of a block; all zero for one that holds only zeros.
 pub(super) type Tag = [u8; 32];
 pub(super) const ZEROS: Tag = [0; 32];
+/// A tag that no block has.
+pub(super) const UNKNOWN: Tag = [0xff; 32];
 
 /// A path below a root with a zero byte for each slash: so the order of the bytes is that of the walk, and what is
 /// below a directory is one range.
@@ -142,6 +144,13 @@ impl State {
 
     pub(super) fn untold(&self) -> impl Iterator<Item = &Key> {
         self.untold.iter()
+    }
+
+    /// Takes over what was emitted of a file's content.
+    pub(super) fn take_blocks(&mut self, key: &[u8], blocks: Vec<Tag>) {
+        if let Some(node) = self.nodes.get_mut(key) {
+            node.blocks = blocks;
+        }
     }
 
     /// Takes over what was emitted; `None` is gone.

@@ -1,8 +1,9 @@
 //! The system calls that `nix` does not cover: `statx` with mount points, file handles, extended attributes of any
-//! kind of file.
+//! kind of file, clones.
 
 use std::{
     ffi::{CStr, CString},
+    fs::File,
     io,
     mem::MaybeUninit,
     os::fd::{AsRawFd, BorrowedFd},
@@ -195,5 +196,87 @@ pub(super) fn set_mtime(fd: BorrowedFd<'_>, mtime: (i64, u32)) -> io::Result<()>
     let times = [atime, libc::timespec { tv_sec: mtime.0, tv_nsec: i64::from(mtime.1) }];
     // SAFETY: the path is an empty C string and `times` holds the two values that the call reads.
     let rc = unsafe { libc::utimensat(fd.as_raw_fd(), c"".as_ptr(), times.as_ptr(), libc::AT_EMPTY_PATH) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Makes an empty file share the blocks of another one on the same file system, whose dirty pages, those of shared
+/// mappings too, are written first.
+pub(super) fn clone(to: &File, from: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the call takes two descriptors.
+    let rc = unsafe { libc::ioctl(to.as_raw_fd(), libc::FICLONE, from.as_raw_fd()) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// `struct fsxattr` of linux/fs.h.
+#[repr(C)]
+struct FsXattr {
+    xflags: u32,
+    extent_size: u32,
+    extents: u32,
+    project: u32,
+    cow_extent_size: u32,
+    pad: [u8; 8],
+}
+
+const FS_IOC_FSGETXATTR: libc::Ioctl = 0x801c_581f as libc::Ioctl;
+const FS_IOC_FSSETXATTR: libc::Ioctl = 0x401c_5820 as libc::Ioctl;
+/// Of linux/fs.h: btrfs writes the file's blocks in place; it clones to such a file from no other, and conversely.
+const FS_NOCOW_FL: libc::c_int = 0x0080_0000;
+
+/// Prepares a new file for being a clone of another: it takes over what must be the same, and is charged to no project
+/// (a quota that XFS lets the files of a directory inherit), which is the workload's.
+pub(super) fn set_clonable(to: &File, from: &File) -> io::Result<()> {
+    // SAFETY: zeros are a valid value of its integers.
+    let mut attributes: FsXattr = unsafe { MaybeUninit::zeroed().assume_init() };
+    let (mut own, mut other): (libc::c_int, libc::c_int) = (0, 0);
+    // SAFETY: the calls read or write a value of the type that they expect.
+    unsafe {
+        if libc::ioctl(to.as_raw_fd(), FS_IOC_FSGETXATTR, &raw mut attributes) == 0 && attributes.project != 0
+        {
+            attributes.project = 0;
+            if libc::ioctl(to.as_raw_fd(), FS_IOC_FSSETXATTR, &raw const attributes) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        let known = libc::ioctl(to.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut own) == 0
+            && libc::ioctl(from.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut other) == 0;
+        if known && (own ^ other) & FS_NOCOW_FL != 0 {
+            own ^= FS_NOCOW_FL;
+            if libc::ioctl(to.as_raw_fd(), libc::FS_IOC_SETFLAGS, &raw const own) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `struct fiemap` of linux/fiemap.h, without room for extents: they are counted.
+#[repr(C)]
+struct Fiemap {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped_extents: u32,
+    extent_count: u32,
+    reserved: u32,
+}
+
+const FS_IOC_FIEMAP: libc::Ioctl = 0xc020_660b_u32 as libc::Ioctl;
+
+/// In how many pieces a file lies on its device.
+pub(super) fn extents_of(file: &File) -> io::Result<u32> {
+    let mut map =
+        Fiemap { start: 0, length: u64::MAX, flags: 0, mapped_extents: 0, extent_count: 0, reserved: 0 };
+    // SAFETY: the kernel writes the head alone, as there is room for no extents.
+    let rc = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, &raw mut map) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(map.mapped_extents) }
+}
+
+/// Writes the dirty pages of a file to its device, and waits for that; says nothing of its metadata.
+pub(super) fn write_back(file: &File) -> io::Result<()> {
+    let flags =
+        libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: the call takes no pointer.
+    let rc = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) };
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

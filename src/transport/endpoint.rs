@@ -1,7 +1,7 @@
 //! The agent's UDP port: dials peers, and lets in whom it may.
 //!
 //! ```text
-//!   Incoming ─► handshake (≤ 2 s) ─┬─ lease | bulk, a peer ──► welcome ──► accept()
+//!   Incoming ─► handshake (≤ 2 s) ─┬─ lease | bulk | supply, a peer ► welcome ──► accept()
 //!                                  ├─ pairing, a code is open ─► pairing
 //!                                  └─ anything else ──► closed, nothing read or written
 //! ```
@@ -154,7 +154,7 @@ impl Host {
     fn connection(&self, connection: quinn::Connection, peer: PeerName, channel: Channel) -> Connection {
         let thread = match channel {
             Channel::Lease => Handle::current(),
-            Channel::Bulk => self.bulk_thread.clone(),
+            Channel::Bulk | Channel::Supply => self.bulk_thread.clone(),
         };
         Connection::new(connection, peer, channel, thread)
     }
@@ -209,7 +209,7 @@ impl Endpoint {
         }));
         let socket = match channel {
             Channel::Lease => &self.socket,
-            Channel::Bulk => &self.bulk_dialing,
+            Channel::Bulk | Channel::Supply => &self.bulk_dialing,
         };
         let dialed = socket
             .connect_with(config, peer.addr, SERVER_NAME)

@@ -4,6 +4,7 @@
 //!   agent A                                                      agent B
 //!   Endpoint ── standin-lease/2 ── requests, heartbeat datagrams ── Endpoint     one UDP port each
 //!       │    ── standin-bulk/2  ── one stream an epoch ───────────    │
+//!       │    ── standin-supply/1 ── one stream a thing ────────    │
 //!       └─    ── standin-pair/1  ── only while a code is open ──────  ─┘
 //! ```
 //!
@@ -12,6 +13,7 @@
 //! - [`endpoint`]: the UDP port; connects and accepts.
 //! - [`connection`]: requests, replies and datagrams of a channel.
 //! - [`epoch`]: an epoch as a stream.
+//! - [`supply`]: an image or a directory as a stream.
 //! - [`pairing`]: how two hosts come to trust each other by a code that a person types.
 //!
 //! Invariants:
@@ -39,6 +41,7 @@ pub mod epoch;
 pub mod identity;
 pub mod pairing;
 pub mod peers;
+pub mod supply;
 
 pub use connection::{Connection, Responder};
 pub use endpoint::Endpoint;
@@ -48,6 +51,7 @@ pub use lane::{block_in_place, prompt_runtime};
 pub use peers::{Peer, PeerName, Peers};
 pub use private_file::PrivateFileError;
 pub use stream::MessageError;
+pub use supply::{SupplyReceiver, SupplySender};
 pub use tls::TlsError;
 
 /// What a connection is for; agreed in the TLS handshake (ALPN), so both ends know it before the first byte.
@@ -57,19 +61,25 @@ pub enum Channel {
     Lease,
     /// Epochs.
     Bulk,
+    /// What a container needs and its standby lacks, before it is protected: as much as epochs, but one that is slow to take
+    /// it holds up no epoch.
+    Supply,
 }
 
 impl Channel {
+    const ALL: [Self; 3] = [Self::Lease, Self::Bulk, Self::Supply];
+
     /// The channel's name in the handshake.
     fn alpn(self) -> &'static [u8] {
         match self {
             Self::Lease => b"standin-lease/2",
             Self::Bulk => b"standin-bulk/2",
+            Self::Supply => b"standin-supply/1",
         }
     }
 
     fn from_alpn(alpn: &[u8]) -> Option<Self> {
-        [Self::Lease, Self::Bulk].into_iter().find(|channel| channel.alpn() == alpn)
+        Self::ALL.into_iter().find(|channel| channel.alpn() == alpn)
     }
 }
 

@@ -106,7 +106,7 @@ impl<G: ConnectionIdGenerator> ConnectionIdGenerator for Ids<G> {
     fn generate_cid(&mut self) -> ConnectionId {
         loop {
             let id = self.ids.generate_cid();
-            if (id[0] & BULK_BIT != 0) == (self.channel == Channel::Bulk) {
+            if (id[0] & BULK_BIT != 0) == (self.channel != Channel::Lease) {
                 return id;
             }
         }

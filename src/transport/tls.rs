@@ -66,7 +66,7 @@ pub(super) fn server(
         .with_single_cert(vec![identity.certificate()], identity.key())
         .map_err(error)?;
     config.alpn_protocols =
-        vec![Channel::Lease.alpn().into(), Channel::Bulk.alpn().into(), PAIRING_ALPN.into()];
+        Channel::ALL.map(Channel::alpn).into_iter().chain([PAIRING_ALPN]).map(Into::into).collect();
     // A resumed session would not show its certificate again; a removed peer must not come back that way.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;

@@ -52,7 +52,7 @@ pub(super) fn dialer(channel: Channel) -> TransportConfig {
                 .max_idle_timeout(Some(VarInt::from_u32(LEASE_IDLE_MS_MAX).into()))
                 .keep_alive_interval(Some(Duration::from_millis(500)));
         }
-        Channel::Bulk => {
+        Channel::Bulk | Channel::Supply => {
             config
                 .keep_alive_interval(Some(Duration::from_secs(1)))
                 .stream_receive_window(VarInt::from_u32(SMALL_WINDOW))
@@ -79,7 +79,7 @@ pub(super) fn acceptor() -> TransportConfig {
 
 /// Fits an accepted connection to its channel.
 pub(super) fn fit(connection: &quinn::Connection, channel: Channel) {
-    if channel == Channel::Bulk {
+    if channel != Channel::Lease {
         connection.set_receive_window(VarInt::from_u32(BULK_WINDOW));
     }
 }

@@ -11,7 +11,7 @@ use crate::{
     delta::{BATCH_PAGES_MAX, BATCH_RUNS_MAX, BatchHead, Form, PATCH_LEN_MAX, Packing},
     ha::Message,
     model::{PAGE_SIZE, Space},
-    workload::spec::{ContainerSpec, Engine, Net, PlaceSpec, SandboxSpec, WorkloadSpec},
+    workload::spec::{ContainerSpec, Engine, Lent, Net, PlaceSpec, SandboxSpec, WorkloadSpec},
 };
 
 /// Addresses and offsets end below this: user space of x86-64 with four levels of page tables.
@@ -42,6 +42,8 @@ pub const ADDRESSES_MAX: usize = 64;
 pub const CONTAINER_ID_LEN_MAX: usize = 128;
 /// Most bytes of what a container is made from.
 pub const CONTAINER_CONFIG_LEN_MAX: usize = 256 << 10;
+/// Digits of a BLAKE3 digest in hexadecimal.
+const DIGEST_HEX_LEN: usize = 64;
 /// Most bytes of a text for people.
 pub const REASON_LEN_MAX: usize = 2048;
 
@@ -138,9 +140,22 @@ fn container(spec: &ContainerSpec) -> Result<(), Illegal> {
     require(trees <= TREES_MAX, || format!("{trees} trees, at most {TREES_MAX}"))?;
     let left = spec.left.iter().map(|rule| &rule.inside);
     for inside in spec.trees.iter().map(|tree| &tree.inside).chain(left) {
-        require(is_plain_absolute(inside), || format!("{} is no plain absolute path", inside.display()))?;
+        plain_absolute(inside)?;
     }
-    Ok(())
+    require(spec.lent.len() <= TREES_MAX, || format!("more than {TREES_MAX} lent mounts"))?;
+    spec.lent.iter().try_for_each(lent)
+}
+
+/// A copy of what a container mounts: its digest becomes a directory's name.
+pub(super) fn lent(lent: &Lent) -> Result<(), Illegal> {
+    plain_absolute(&lent.inside)?;
+    let fits = lent.digest.len() == DIGEST_HEX_LEN
+        && lent.digest.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    require(fits, || format!("{:?} is no digest", lent.digest))
+}
+
+pub(super) fn plain_absolute(path: &Path) -> Result<(), Illegal> {
+    require(is_plain_absolute(path), || format!("{} is no plain absolute path", path.display()))
 }
 
 /// Absolute, without `.`, `..`, doubled slashes or NUL.
@@ -174,6 +189,7 @@ pub(super) fn frame(head: &FrameHead, body_len: usize) -> Result<(), Illegal> {
         FrameHead::File(record) => file(record, body_len),
         FrameHead::Manifest(list) => manifest(list),
         FrameHead::End { .. } => Ok(()),
+        FrameHead::Piece => require(body_len > 0, || "an empty piece".into()),
     }
 }
 

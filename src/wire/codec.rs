@@ -189,8 +189,8 @@ mod tests {
         ha,
         model::{Epoch, EpochId, Term},
         workload::spec::{
-            ContainerSpec, ContainerTree, ContainerTreeKind, Engine, Net, PaceMode, PaceSpec, PlaceSpec,
-            Runtime, SandboxSpec, Vip, WorkloadSpec,
+            ContainerSpec, ContainerTree, ContainerTreeKind, Engine, Lent, Net, PaceMode, PaceSpec,
+            PlaceSpec, Runtime, SandboxSpec, Vip, WorkloadSpec,
         },
     };
 
@@ -203,7 +203,7 @@ mod tests {
         };
         let vips = vec!["10.0.0.5/24@eth0".parse().unwrap()];
         let spec = WorkloadSpec { place: PlaceSpec::Sandbox(sandbox), vips, pace: PaceSpec::default() };
-        Request::Offer { spec, term: Term(3), resident_bytes: 1 << 33 }
+        Request::Offer { spec: Box::new(spec), term: Term(3), resident_bytes: 1 << 33 }
     }
 
     fn decode_stream<T: Message>(bytes: &[u8]) -> Result<T, CodecError> {
@@ -260,9 +260,16 @@ mod tests {
                 ips: Vec::new(),
                 trees,
                 left: Vec::new(),
+                lent: Vec::new(),
             })
         }
-        let edits: [fn(&mut WorkloadSpec); 10] = [
+        fn lent(inside: &str, digest: &str) -> PlaceSpec {
+            let mut place = container("db", "/");
+            let PlaceSpec::Container(spec) = &mut place else { unreachable!() };
+            spec.lent = vec![Lent { inside: inside.into(), digest: digest.into(), is_file: false }];
+            place
+        }
+        let edits: [fn(&mut WorkloadSpec); 12] = [
             |spec| sandbox(spec).paths = vec!["relative".into()],
             |spec| sandbox(spec).paths = vec!["/a/../b".into()],
             |spec| sandbox(spec).hostname = "a b".into(),
@@ -270,6 +277,8 @@ mod tests {
             |spec| spec.place = container("--force", "/"),
             |spec| spec.place = container("", "/"),
             |spec| spec.place = container("db", "/data/../.."),
+            |spec| spec.place = lent("/conf", "../../../etc"),
+            |spec| spec.place = lent("conf", &"0".repeat(64)),
             |spec| spec.pace.mode = PaceMode::EveryMs(0),
             |spec| spec.vips = vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "-x".into() }],
             |spec| spec.vips = vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "a/b".into() }],

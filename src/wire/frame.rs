@@ -44,6 +44,8 @@ pub enum Kind {
     Manifest = 5,
     /// [`FrameHead::End`].
     End = 6,
+    /// [`FrameHead::Piece`].
+    Piece = 7,
 }
 
 impl Kind {
@@ -56,11 +58,12 @@ impl Kind {
             FrameHead::File(_) => Self::File,
             FrameHead::Manifest(_) => Self::Manifest,
             FrameHead::End { .. } => Self::End,
+            FrameHead::Piece => Self::Piece,
         }
     }
 
     fn from_number(number: u8) -> Option<Self> {
-        [Self::Begin, Self::Pages, Self::Image, Self::File, Self::Manifest, Self::End]
+        [Self::Begin, Self::Pages, Self::Image, Self::File, Self::Manifest, Self::End, Self::Piece]
             .into_iter()
             .find(|kind| *kind as u8 == number)
     }
@@ -68,7 +71,7 @@ impl Kind {
     /// Most bytes of its head.
     pub fn head_len_max(self) -> usize {
         match self {
-            Self::Begin | Self::Image | Self::End => SMALL_HEAD_LEN_MAX,
+            Self::Begin | Self::Image | Self::End | Self::Piece => SMALL_HEAD_LEN_MAX,
             Self::Pages | Self::File => HEAD_LEN_MAX,
             Self::Manifest => MANIFEST_LEN_MAX,
         }
@@ -77,7 +80,7 @@ impl Kind {
     /// Most bytes of its body.
     pub fn body_len_max(self) -> usize {
         match self {
-            Self::Pages | Self::Image | Self::File => BODY_LEN_MAX,
+            Self::Pages | Self::Image | Self::File | Self::Piece => BODY_LEN_MAX,
             Self::Begin | Self::Manifest | Self::End => 0,
         }
     }
@@ -195,7 +198,9 @@ pub fn decode_head(header: &Header, head: &[u8], body_len: usize) -> Result<Fram
     let value: FrameHead = match kind {
         Kind::Manifest => codec::decode::<_, MANIFEST_LEN_MAX>("manifest", head)?,
         Kind::Pages | Kind::File => codec::decode::<_, HEAD_LEN_MAX>("frame head", head)?,
-        Kind::Begin | Kind::Image | Kind::End => codec::decode::<_, SMALL_HEAD_LEN_MAX>("frame head", head)?,
+        Kind::Begin | Kind::Image | Kind::End | Kind::Piece => {
+            codec::decode::<_, SMALL_HEAD_LEN_MAX>("frame head", head)?
+        }
     };
     if Kind::of(&value) != kind {
         return Err(FrameError::Mismatch(kind));

@@ -25,7 +25,7 @@ pub enum Request {
     /// The primary asks the peer to be (or stay) its standby.
     Offer {
         /// The workload, whole.
-        spec: WorkloadSpec,
+        spec: Box<WorkloadSpec>,
         /// The primary's term.
         term: Term,
         /// Bytes of memory that the image will need at least.
@@ -94,6 +94,8 @@ pub enum FrameHead {
         /// BLAKE3 of every byte of the epoch before this frame.
         digest: [u8; 32],
     },
+    /// Not of an epoch, but of a supply: the next bytes of an engine's archive, the body. See [`super::supply`].
+    Piece,
 }
 
 /// Which pages an epoch's image holds.

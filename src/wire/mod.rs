@@ -8,6 +8,7 @@
 //! - [`frame`]: header, head and body of an epoch's frames.
 //! - [`epoch`]: the order of an epoch's frames and its digest, for both directions.
 //! - [`check`]: what a decoded value must obey beyond its type.
+//! - [`supply`]: what a standby is sent before it can be one.
 //! - [`pairing`]: what two hosts say before they trust each other.
 //!
 //! Invariants:
@@ -21,3 +22,4 @@ pub mod epoch;
 pub mod frame;
 pub mod message;
 pub mod pairing;
+pub mod supply;

@@ -1,6 +1,9 @@
 //! The description of a workload, the same on both hosts.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -194,6 +197,17 @@ impl Daemon {
     }
 }
 
+/// An image, as its daemon knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageId {
+    /// Whose daemon.
+    pub daemon: Daemon,
+    /// Its digest, with or without `sha256:` before it.
+    pub id: String,
+    /// What people call it.
+    pub name: String,
+}
+
 impl Engine {
     /// Its name.
     pub fn name(&self) -> &'static str {
@@ -301,6 +315,42 @@ impl std::str::FromStr for MountRule {
     }
 }
 
+/// What a container mounts read-only, and a standby that had it not was sent a copy of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lent {
+    /// Where it is mounted inside.
+    pub inside: PathBuf,
+    /// What is in it: the digest of its files, 64 hexadecimal digits.
+    pub digest: String,
+    /// It is a single file, and no directory.
+    pub is_file: bool,
+}
+
+/// The directory of such copies, beside a container's other files.
+const LENT_DIR: &str = "lent";
+/// What a single file is called in its copy.
+pub const LENT_FILE: &str = "file";
+
+impl Lent {
+    /// The copies of what is mounted there, each named by its digest, among a container's files in `data_dir`.
+    pub fn copies(&self, data_dir: &Path) -> PathBuf {
+        let hash = blake3::hash(self.inside.as_os_str().as_encoded_bytes()).to_hex();
+        data_dir.join(LENT_DIR).join(&hash[..32])
+    }
+
+    /// The copy's directory.
+    pub fn dir(&self, data_dir: &Path) -> PathBuf {
+        self.copies(data_dir).join(&self.digest)
+    }
+
+    /// What is to be mounted.
+    pub fn source(&self, data_dir: &Path) -> PathBuf {
+        let dir = self.dir(data_dir);
+        if self.is_file { dir.join(LENT_FILE) } else { dir }
+    }
+}
+
 /// A container: the engine's, the same on both hosts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSpec {
@@ -315,6 +365,9 @@ pub struct ContainerSpec {
     /// What it mounts writable and is not replicated.
     #[serde(default)]
     pub left: Vec<MountRule>,
+    /// What it mounts read-only, and this host has copies of where it is not itself.
+    #[serde(default)]
+    pub lent: Vec<Lent>,
     /// How it is dumped and restored.
     #[serde(default)]
     pub way: Way,

@@ -13,6 +13,7 @@ use std::{
 use standin::{
     capture::{CaptureError, Captured, Capturer, Finish, Outside, Source, Tracking},
     criu::{Install, bridge::Bridge},
+    files,
     memory::{AttachError, Vmas},
     model::{Epoch, EpochId, Name, Term},
     store::{Durability, Store},
@@ -41,10 +42,15 @@ pub(crate) struct Home {
 
 impl Home {
     pub(crate) fn new() -> Self {
+        Self::new_in(&std::env::temp_dir())
+    }
+
+    /// With its directories on the file system of `place`.
+    pub(crate) fn new_in(place: &Path) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name: Name =
             format!("capture-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed)).parse().unwrap();
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in(place).unwrap();
         let spec =
             SandboxSpec { name: name.clone(), net: Net::Host, paths: Vec::new(), hostname: "box".to_owned() };
         let options = Options {
@@ -104,16 +110,21 @@ pub(crate) struct Primary {
 
 impl Primary {
     pub(crate) fn start(role: &str, tracking: Tracking) -> Self {
+        Self::start_at(role, tracking, Home::new(), &[])
+    }
+
+    /// `trees` are replicated: what becomes of them is the caller's affair.
+    pub(crate) fn start_at(role: &str, tracking: Tracking, home: Home, trees: &[files::Source]) -> Self {
         // They measure and disturb their own process: one at a time.
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let (home, ram) = (Home::new(), tempfile::tempdir_in("/dev/shm").unwrap());
+        let ram = tempfile::tempdir_in("/dev/shm").unwrap();
         home.sandbox.start(&workload::command(role, home.dir.path())).unwrap();
         home.await_ticks(0);
         // A process of it may wait in a vfork just now.
         let mut capturer = None;
         await_true("all of the workload to be tracked", || {
-            match Capturer::new(source(&home, ram.path(), tracking)) {
+            match Capturer::new(source(&home, ram.path(), tracking, trees.to_vec())) {
                 Err(CaptureError::Attach(AttachError::NotStopping { .. })) => false,
                 made => {
                     capturer = Some(made.unwrap_or_else(|error| panic!("{error}")));
@@ -202,7 +213,7 @@ impl Primary {
     }
 }
 
-fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
+fn source(home: &Home, ram: &Path, tracking: Tracking, trees: Vec<files::Source>) -> Source {
     let (host, inside) = home.sandbox.workload_pid().unwrap().unwrap();
     let install = install();
     Source {
@@ -217,7 +228,7 @@ fn source(home: &Home, ram: &Path, tracking: Tracking) -> Source {
         outside: home.sandbox.log_pipes().unwrap().into_iter().map(Outside::pipe).collect(),
         own_cgroup_namespace: false,
         whole: None,
-        trees: Vec::new(),
+        trees,
         held: Vec::new(),
     }
 }

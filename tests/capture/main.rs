@@ -2,6 +2,7 @@
 //! page of the store is compared with what the frozen tree itself held. Needs root and a CRIU.
 
 mod answers;
+mod clones;
 mod device;
 mod epochs;
 mod failures;

@@ -15,7 +15,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use standin::workload::control;
 
 use crate::{
-    answers,
+    answers, clones,
     sys::{self, Mapping},
     traps,
 };
@@ -55,6 +55,7 @@ fn the_workload() {
         Ok("churn") => Churn::new().run(),
         Ok("leaf") => leaf(),
         Ok("hot") => hot(),
+        Ok("in-step") => clones::in_step(),
         Ok(role) => {
             traps::run(role);
             answers::run(role);

@@ -2,6 +2,7 @@
 //! beside a running writer.
 
 mod overlay;
+mod reflink;
 mod sys;
 mod tracking;
 
@@ -52,7 +53,12 @@ struct Pair {
 
 impl Pair {
     fn new() -> Self {
-        let source = TempDir::new().unwrap();
+        Self::new_in(&std::env::temp_dir())
+    }
+
+    /// The source is on the file system of `dir`.
+    fn new_in(dir: &Path) -> Self {
+        let source = TempDir::new_in(dir).unwrap();
         let scanner = Scanner::new(vec![Source::plain(source.path())]);
         Self { source, copy: TempDir::new().unwrap(), scanner, in_use: InUse::default() }
     }

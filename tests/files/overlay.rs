@@ -278,6 +278,29 @@ fn an_overlay_is_sent_whole_to_a_container_that_holds_an_earlier_epoch() {
     });
 }
 
+/// The engine mounts single files on files that it makes in the container's own layer: in another mount namespace, where what
+/// is mounted goes with the file.
+#[test]
+fn a_file_of_the_containers_own_layer_stays_the_same_object() {
+    with_own_mounts(|| {
+        let mut pair = Pair::new(image);
+        let inode = |root: PathBuf| fs::metadata(root.join("etc/mounted-on")).unwrap().ino();
+        for root in [pair.source.merged(), pair.copy.merged()] {
+            fs::write(root.join("etc/mounted-on"), b"").unwrap();
+            fs::write(root.join("etc/other"), b"one that is not there any more").unwrap();
+        }
+        let before = inode(pair.copy.merged());
+        fs::remove_file(pair.source.merged().join("etc/other")).unwrap();
+        pair.replicate("sent whole");
+        assert_eq!(inode(pair.copy.merged()), before);
+        fs::write(pair.source.merged().join("etc/mounted-on"), b"written to").unwrap();
+        pair.replicate("changed");
+        pair.twins.reset();
+        pair.replicate("sent whole again");
+        assert_eq!(inode(pair.copy.merged()), before);
+    });
+}
+
 #[test]
 fn overlays_are_equal_after_any_history() {
     with_own_mounts(|| {

@@ -15,5 +15,6 @@ mod postgres;
 mod redis;
 mod refusals;
 mod restoring;
+mod shipping;
 mod turns;
 mod whole;

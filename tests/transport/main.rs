@@ -5,6 +5,7 @@ mod epoch;
 mod hostile;
 mod link;
 mod pairing;
+mod supply;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},

@@ -15,6 +15,7 @@ use crate::{
     capture::{
         blame,
         collector::{self, Starter},
+        files::Files,
         frozen::{self, FreezeParts, Frozen, Lent, Piece, Reader},
         images::{self, Note},
         lists::Lists,
@@ -144,7 +145,9 @@ impl Capturer {
                             return false;
                         }
                     };
-                    let manifest = outlet.send(lent.lock().expect("no holder panics").known, frozen);
+                    let mut lent = lent.lock().expect("no holder panics");
+                    let Lent { known, files, .. } = &mut *lent;
+                    let manifest = outlet.send(known, files.as_mut(), frozen);
                     let agreed = manifest.as_ref().is_ok_and(&mut *conclude);
                     sent = Some(manifest.map(drop));
                     agreed
@@ -174,7 +177,7 @@ impl Capturer {
         outlet.figures.capture_us = began.elapsed().as_micros() as u64;
         let frozen = frozen.ok_or(CaptureError::NoMemory)?;
         let parts = FreezeParts { stopping_us: freezing_us, ..frozen.parts };
-        outlet.send(&mut self.known, frozen)?;
+        outlet.send(&mut self.known, self.files.as_mut(), frozen)?;
         Ok((false, parts))
     }
 }
@@ -188,7 +191,12 @@ fn explained(source: CriuError, root: i32) -> CaptureError {
 
 impl Outlet<'_, '_> {
     /// Emits what the freeze read, the small images and the manifest.
-    fn send(&mut self, known: &mut Known, frozen: Frozen) -> Result<Manifest, CaptureError> {
+    fn send(
+        &mut self,
+        known: &mut Known,
+        files: Option<&mut Files>,
+        frozen: Frozen,
+    ) -> Result<Manifest, CaptureError> {
         namespaces::check(&self.dir)?;
         let (figures, emit) = (&mut *self.figures, &mut *self.emit);
         figures.dirty_bytes += frozen.dirty_pages * PAGE_SIZE;
@@ -208,6 +216,7 @@ impl Outlet<'_, '_> {
         for (record, body) in frozen.files {
             emit(FrameHead::File(record), body)?;
         }
+        files.map_or(Ok(()), |files| files.settle(emit))?;
         images::emit::<io::Error>(&self.dir, &self.note, &mut |head, body| emit(head, body))?;
         known.retain(&manifest);
         let pages = |map: &SpaceMap| extents::pages(&map.extents);

@@ -297,6 +297,9 @@ impl Capturer {
         }
         let pending = self.precopy(&mut figures, emit)?;
         self.precopy_shared(&figures, emit)?;
+        if let Some(files) = &mut self.files {
+            files.write_back(matches!(finish, Finish::Continue));
+        }
         self.before_freeze.iter_mut().for_each(|hook| hook());
         let frozen = self.freeze(began, pending, &mut finish, &mut figures, emit);
         self.guards_doubted = match frozen {

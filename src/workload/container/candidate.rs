@@ -9,9 +9,12 @@ use super::{
     super::{
         inner_pid,
         keeper::{ProcessId, Stat},
-        spec::{Cidr, ContainerSpec, ContainerTree, ContainerTreeKind, MountRule, Way},
+        spec::{
+            Cidr, ContainerSpec, ContainerTree, ContainerTreeKind, Engine, ImageId, Lent, MountRule, Way,
+        },
     },
-    engine::{self, Found, Named, Network, PidOne, TreeAt, Trees},
+    docker::Docker,
+    engine::{self, Found, Lendable, Named, Network, PidOne, TreeAt, Trees},
     error::{ContainerError, engine_error, unfit},
     has_own, sharing, wrap,
 };
@@ -25,6 +28,8 @@ pub struct Candidate {
     pub(super) root: (ProcessId, u32),
     pub(super) pid_one: PidOne,
     pub(super) trees: Vec<TreeAt>,
+    /// What it mounts read-only.
+    lendable: Vec<Lendable>,
     /// Its network is the engine's, in a namespace of its own.
     pub(super) engine_net: bool,
 }
@@ -38,7 +43,8 @@ impl Candidate {
         rules: &[MountRule],
     ) -> Result<Self, ContainerError> {
         let id = named.container();
-        let Found { engine, pid, pid_one, trees, network } = engine::find(named).map_err(engine_error(id))?;
+        let Found { engine, pid, pid_one, trees, lendable, network } =
+            engine::find(named).map_err(engine_error(id))?;
         let trees = replicated(trees, rules).map_err(|reason| unfit(id, &reason))?;
         if let PidOne::Init(wrap) = &pid_one {
             let wrapped_as = wrap.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -86,8 +92,34 @@ impl Candidate {
         let (trees, places) = trees.into_iter().unzip();
         let left = rules.iter().filter(|rule| rule.is_left()).cloned().collect();
         let engine_net = ips.is_empty() && network == Network::Own;
-        let spec = ContainerSpec { name: name.clone(), engine, ips: ips.to_vec(), trees, left, way };
-        Ok(Self { spec, init, root, pid_one, trees: places, engine_net })
+        let spec = ContainerSpec {
+            name: name.clone(),
+            engine,
+            ips: ips.to_vec(),
+            trees,
+            left,
+            lent: Vec::new(),
+            way,
+        };
+        Ok(Self { spec, init, root, pid_one, trees: places, lendable, engine_net })
+    }
+
+    /// The image that its engine makes it from, if that is a daemon's.
+    pub fn image(&self) -> Option<ImageId> {
+        match &self.spec.engine {
+            Engine::Oci { .. } => None,
+            Engine::Docker { daemon, config, .. } => Docker::image_of(*daemon, config),
+        }
+    }
+
+    /// What it mounts read-only of this host.
+    pub fn lendable(&self) -> &[Lendable] {
+        &self.lendable
+    }
+
+    /// Of that, the standby has these copies.
+    pub fn lend(&mut self, lent: Vec<Lent>) {
+        self.spec.lent = lent;
     }
 
     /// How it will be dumped and restored.

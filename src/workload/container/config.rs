@@ -10,8 +10,8 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    super::spec::{ContainerTree, ContainerTreeKind, MountRule},
-    engine::{EngineError, TreeAt, Trees, a_file, behind_link, own_place},
+    super::spec::{ContainerTree, ContainerTreeKind},
+    engine::{EngineError, Lendable, TreeAt, Trees, Unreplicated, a_file, behind_link, not_here, own_place},
     wrap,
 };
 
@@ -155,11 +155,26 @@ impl Config {
         trees
     }
 
+    /// What it mounts read-only of this host.
+    pub(super) fn lendable(&self, bundle: &Path) -> Vec<Lendable> {
+        let lendable = |mount: &Value| {
+            let inside = PathBuf::from(mount["destination"].as_str()?);
+            match (kind_of(mount, bundle), kind_of(mount, Path::new("/"))) {
+                (
+                    MountKind::Bind { source, writable: false },
+                    MountKind::Bind { source: wanted, writable: false },
+                ) if inside != Path::new(wrap::INSIDE) => Some(Lendable { inside, source, wanted }),
+                _ => None,
+            }
+        };
+        self.mounts().iter().filter_map(lendable).collect()
+    }
+
     /// The same container on this host: its own files at these places, in the order of [`Self::trees`].
     pub(super) fn localise(
         &mut self,
         (trees, places): (&[ContainerTree], &[TreeAt]),
-        left: &[MountRule],
+        left: Unreplicated<'_>,
         data_dir: &Path,
     ) -> Result<(), EngineError> {
         for (tree, place) in trees.iter().zip(places) {
@@ -193,11 +208,7 @@ impl Config {
                 mount["source"] = path_value(&other);
             } else if !source.exists() {
                 // What is shared, and what it only reads, is the operator's to have on both hosts.
-                return Err(EngineError::Unfit(format!(
-                    "{} is not there, which the container shows as {}; put it on both hosts",
-                    source.display(),
-                    inside.display()
-                )));
+                return Err(not_here(&source, &inside));
             }
         }
         Ok(())
@@ -323,7 +334,7 @@ mod tests {
 
         let (trees, _): (Vec<_>, Vec<_>) = trees.into_iter().unzip();
         let places: Vec<_> = (0..3).map(|number| TreeAt::Plain(format!("/here/{number}").into())).collect();
-        config.localise((&trees, &places), &[], Path::new("/here")).unwrap();
+        config.localise((&trees, &places), Unreplicated::default(), Path::new("/here")).unwrap();
         let again = config.trees(Path::new("/elsewhere"));
         assert_eq!(again[0].1, Ok(TreeAt::Plain("/here/0".into())));
     }

@@ -18,10 +18,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    super::spec::{ContainerTree, ContainerTreeKind, Daemon, Engine},
+    super::spec::{ContainerTree, ContainerTreeKind, Daemon, Engine, ImageId},
     engine::{
-        EngineError, Found, Local, Made, Network, PidOne, Survey, TreeAt, Trees, a_file, behind_link,
-        check_is_ours, is_ours, own_place,
+        EngineError, Found, Lendable, Local, Made, Network, PidOne, Survey, TreeAt, Trees, a_file,
+        behind_link, check_is_ours, is_ours, not_here, own_place,
     },
     whole::{HIDDEN, has_own_init},
     wrap,
@@ -132,6 +132,7 @@ impl Docker {
             pid: state["Pid"].as_u64().unwrap_or(0) as u32,
             pid_one,
             trees,
+            lendable: lendable(&found),
             network: if network_mode(&found) == "host" { Network::Host } else { Network::Own },
         })
     }
@@ -245,6 +246,20 @@ impl Docker {
         self.get(&format!("/containers/{id}/json"))
     }
 
+    /// The image of a container that is made from this.
+    pub(super) fn image_of(daemon: Daemon, config: &str) -> Option<ImageId> {
+        let recipe: Recipe = serde_json::from_str(config).ok()?;
+        Some(ImageId { daemon, id: text(&recipe.create["Image"]).to_owned(), name: recipe.image_name })
+    }
+
+    pub(super) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub(super) fn program(&self) -> &'static str {
+        self.daemon.program()
+    }
+
     pub(super) fn check_image(&self, recipe: &Recipe) -> Result<(), EngineError> {
         let id = text(&recipe.create["Image"]);
         if self.get(&format!("/images/{id}/json"))?.is_some() {
@@ -252,8 +267,8 @@ impl Docker {
         }
         let (name, program) = (&recipe.image_name, self.daemon.program());
         unfit(format!(
-            "the standby has no image {name} of the same digest ({id}); on the primary: {program} save {name} | \
-             ssh STANDBY {program} load"
+            "the standby has no image {name} of the same digest ({id}); have it sent: standin protect … --ship-image; or on \
+             the primary: {program} save {name} | ssh STANDBY {program} load"
         ))
     }
 
@@ -412,7 +427,7 @@ impl Docker {
         }
     }
 
-    fn failed(&self, path: &str, said: &Value) -> EngineError {
+    pub(super) fn failed(&self, path: &str, said: &Value) -> EngineError {
         let said = text(&said["message"]);
         let said = if said.is_empty() { "it did not say why" } else { said };
         EngineError::Failed { verb: format!("{} {path}", self.daemon.program()), said: said.to_owned() }
@@ -478,6 +493,32 @@ fn wrap_of(found: &Value) -> Result<PathBuf, EngineError> {
     }
 }
 
+/// What it mounts read-only of this host.
+fn lendable(found: &Value) -> Vec<Lendable> {
+    let is_read_only = |inside: &str| {
+        let mut mounts = found["Mounts"].as_array().into_iter().flatten();
+        mounts.any(|m| m["Type"] == "bind" && m["RW"] != true && m["Destination"] == inside)
+    };
+    let host = &found["HostConfig"];
+    let binds = host["Binds"].as_array().into_iter().flatten().filter_map(|bind| {
+        let mut parts = text(bind).splitn(3, ':');
+        Some((parts.next()?, parts.next()?))
+    });
+    let mounts = host["Mounts"].as_array().into_iter().flatten().filter(|mount| mount["Type"] == "bind");
+    let mounts = mounts.map(|mount| (text(&mount["Source"]), text(&mount["Target"])));
+    let of_host = binds.chain(mounts).filter(|(source, inside)| {
+        let ours = Path::new(inside) == Path::new(wrap::INSIDE) || Path::new(inside).starts_with(HIDDEN);
+        source.starts_with('/') && !ours && is_read_only(inside)
+    });
+    of_host
+        .map(|(source, inside)| Lendable {
+            inside: inside.into(),
+            source: source.into(),
+            wanted: source.into(),
+        })
+        .collect()
+}
+
 /// The sources of what it mounts, as they are on this host.
 fn localise(host: &mut Value, trees: &[ContainerTree], local: &Local<'_>) -> Result<(), EngineError> {
     let place = |inside: &str| {
@@ -488,19 +529,18 @@ fn localise(host: &mut Value, trees: &[ContainerTree], local: &Local<'_>) -> Res
         Some(local.data_dir.join(number.to_string()))
     };
     let provide = |inside: &str, source: &str| -> Result<Option<String>, EngineError> {
-        let own = own_place(local.left, Path::new(inside), Path::new(source), local.data_dir)?;
         let source = Path::new(source);
-        match place(inside).or(own) {
+        if let Some(own) = own_place(local.left, Path::new(inside), source, local.data_dir)? {
+            return Ok(Some(own.display().to_string()));
+        }
+        match place(inside) {
             Some(path) => {
                 let made = std::fs::create_dir_all(&path);
                 made.map_err(|source| EngineError::Config { path: path.clone(), source })?;
                 Ok(Some(path.display().to_string()))
             }
             None if source.exists() => Ok(behind_link(source).map(|path| path.display().to_string())),
-            None => unfit(format!(
-                "{} is not there, which the container shows as {inside}; put it on both hosts",
-                source.display()
-            )),
+            None => Err(not_here(source, Path::new(inside))),
         }
     };
     for bind in host["Binds"].as_array_mut().into_iter().flatten() {
@@ -540,13 +580,19 @@ pub(super) fn check_addresses(found: &Value, recipe: &Recipe) -> Result<(), Engi
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::engine::Unreplicated, *};
 
     #[test]
     fn binds_are_made_local_and_volumes_left() {
         let dir = tempfile::tempdir().unwrap();
         let (wrap, data_dir) = (dir.path().join("wrap/web"), dir.path().join("paths"));
-        let local = Local { wrap: &wrap, data_dir: &data_dir, bundle: dir.path(), fresh: true, left: &[] };
+        let local = Local {
+            wrap: &wrap,
+            data_dir: &data_dir,
+            bundle: dir.path(),
+            fresh: true,
+            left: Unreplicated::default(),
+        };
         let tree = |inside: &str| ContainerTree { inside: inside.into(), kind: ContainerTreeKind::Mount };
         let trees = [tree("/"), tree("/data"), tree("/srv")];
         let mut host = json!({

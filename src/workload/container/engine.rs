@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    super::spec::{ContainerSpec, ContainerTree, Daemon, Engine, MountMode, MountRule, Runtime},
+    super::spec::{ContainerSpec, ContainerTree, Daemon, Engine, Lent, MountMode, MountRule, Runtime},
     docker::Docker,
     oci::Oci,
     whole::runtime as whole,
@@ -84,7 +84,35 @@ pub(super) struct Found {
     /// How it can be protected.
     pub(super) pid_one: PidOne,
     pub(super) trees: Trees,
+    /// What it mounts read-only.
+    pub(super) lendable: Vec<Lendable>,
     pub(super) network: Network,
+}
+
+/// A file or directory of the host that a container mounts read-only: both hosts must have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lendable {
+    /// Where it is inside.
+    pub inside: PathBuf,
+    /// Where this host has it.
+    pub source: PathBuf,
+    /// Where the standby would look for it.
+    pub wanted: PathBuf,
+}
+
+/// What a container mounts and is not replicated.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Unreplicated<'a> {
+    /// As the operator says.
+    left: &'a [MountRule],
+    /// Mounted read-only, of which this host may have copies.
+    lent: &'a [Lent],
+}
+
+impl<'a> Unreplicated<'a> {
+    pub(super) fn of(spec: &'a ContainerSpec) -> Self {
+        Self { left: &spec.left, lent: &spec.lent }
+    }
 }
 
 /// What a container's pid 1 is.
@@ -124,7 +152,7 @@ pub(super) struct Prepared<'a> {
     pub(super) merged: &'a Path,
     /// Its files are to be those of its image.
     pub(super) fresh: bool,
-    pub(super) left: &'a [MountRule],
+    pub(super) left: Unreplicated<'a>,
 }
 
 /// What a runtime restores, and with what.
@@ -146,8 +174,7 @@ pub(super) struct Local<'a> {
     pub(super) bundle: &'a Path,
     /// Its files are to be those of its image.
     pub(super) fresh: bool,
-    /// What it mounts and is not replicated.
-    pub(super) left: &'a [MountRule],
+    pub(super) left: Unreplicated<'a>,
 }
 
 /// A container that was made here, and waits.
@@ -266,14 +293,20 @@ pub(super) fn a_file(source: &Path, inside: &Path) -> String {
     )
 }
 
-/// Where this host has what a container mounts from `source` and each host has its own of: there, or else a directory of ours
-/// that is empty at first; `None` if the mount is not such a one.
+/// Where this host has what a container mounts from `source`, if not there: of what it was lent, its copy; of what each host
+/// has its own of, a directory of ours that is empty at first.
 pub(super) fn own_place(
-    left: &[MountRule],
+    Unreplicated { left, lent }: Unreplicated<'_>,
     inside: &Path,
     source: &Path,
     data_dir: &Path,
 ) -> Result<Option<PathBuf>, EngineError> {
+    if let Some(lent) = lent.iter().find(|lent| lent.inside == inside)
+        && lent.source(data_dir).exists()
+    {
+        discard_older(lent, data_dir);
+        return Ok(Some(lent.source(data_dir)));
+    }
     let number = left.iter().position(|rule| rule.inside == inside && rule.mode == MountMode::Ignore);
     let Some(number) = number.filter(|_| !source.exists()) else { return Ok(None) };
     let path = data_dir.join(format!("own-{number}"));
@@ -285,6 +318,26 @@ pub(super) fn own_place(
 /// What to mount in the place of a source that is a symbolic link: CRIU would show the link itself (seen with 4.2.1).
 pub(super) fn behind_link(source: &Path) -> Option<PathBuf> {
     source.is_symlink().then(|| source.canonicalize().ok()).flatten()
+}
+
+/// Removes the copies that the container had before. None that uses them runs: this one is being made.
+fn discard_older(lent: &Lent, data_dir: &Path) {
+    let copies = std::fs::read_dir(lent.copies(data_dir)).into_iter().flatten().flatten();
+    for older in copies.filter(|copy| copy.file_name() != lent.digest.as_str()) {
+        if let Err(error) = std::fs::remove_dir_all(older.path()) {
+            tracing::warn!(%error, path = %older.path().display(), "an older copy stays");
+        }
+    }
+}
+
+/// Why a container that mounts `source` cannot be made here.
+pub(super) fn not_here(source: &Path, inside: &Path) -> EngineError {
+    EngineError::Unfit(format!(
+        "{} is not there, which the container shows as {}; put it on both hosts, or have it sent: standin protect … \
+         --ship-image",
+        source.display(),
+        inside.display()
+    ))
 }
 
 /// Makes one that waits. What an earlier agent left of it is ended; one that is not the workload's is in the way.

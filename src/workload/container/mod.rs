@@ -27,6 +27,7 @@ mod engine;
 mod error;
 mod oci;
 mod sharing;
+pub mod supply;
 pub mod whole;
 pub mod wrap;
 
@@ -48,13 +49,13 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     candidate::Candidate,
-    engine::{EngineError, Named, Survey, TreeAt, survey},
+    engine::{EngineError, Lendable, Named, Survey, TreeAt, survey},
     error::ContainerError,
     oci::wrap_bundle,
 };
 use self::{
     candidate::streams_of,
-    engine::{Local, PidOne},
+    engine::{Local, PidOne, Unreplicated},
     error::{engine_error, file_error, keeper_error, network_error, unfit},
     wrap::Order,
 };
@@ -149,7 +150,7 @@ impl Container {
     }
 
     fn take(name: &Name, found: Candidate, options: &Options, dir: &Path) -> Result<Self, ContainerError> {
-        let Candidate { spec, init, root, pid_one, trees, engine_net } = found;
+        let Candidate { spec, init, root, pid_one, trees, engine_net, .. } = found;
         let PidOne::Init(wrap) = pid_one else {
             return Err(unfit(spec.engine.container(), "its pid 1 is not our init"));
         };
@@ -222,7 +223,7 @@ impl Container {
         write_record(&dir.join(CONTAINER_RECORD), &record).map_err(&keeper_error)?;
         tell(name, &record.wrap, Order::Wait)?;
         let (data_dir, bundle) = (&options.data_dir, &options.bundle);
-        let local = Local { wrap: &record.wrap, data_dir, bundle, fresh, left: &spec.left };
+        let local = Local { wrap: &record.wrap, data_dir, bundle, fresh, left: Unreplicated::of(spec) };
         let made = engine::make(spec, &local).map_err(engine_error(id))?;
         let init = ProcessId::of(made.pid).map_err(|_| unfit(id, "it ended at once; see its output"))?;
         record.init = Some(init);

@@ -124,11 +124,13 @@ impl Oci {
             let bundle = whole::check(self, &config, state)?;
             (PidOne::Application(bundle), config.trees_of_whole(&state.bundle))
         };
+        let lendable = config.lendable(&state.bundle);
         Ok(Found {
             engine: Engine::Oci { runtime, state: state_dir, id: id.to_owned(), config: text },
             pid: state.pid,
             pid_one,
             trees,
+            lendable,
             network: if config.has_own_net() { Network::Own } else { Network::Host },
         })
     }

@@ -46,7 +46,7 @@ use super::{
     candidate::streams_of,
     config::Config,
     container_cgroup,
-    engine::{self, Bundle, PidOne, Prepared, Restore},
+    engine::{self, Bundle, PidOne, Prepared, Restore, Unreplicated},
     error::{engine_error, file_error, keeper_error, network_error, unfit},
     has_device, has_own, memory_of,
 };
@@ -201,7 +201,7 @@ impl Whole {
             cgroup: &cgroup,
             merged: &merged,
             fresh,
-            left: &spec.left,
+            left: Unreplicated::of(spec),
         };
         (record.bundle, record.trees) = engine::prepare(spec, &prepared).map_err(engine_error(id))?;
         Self::guard(name, record, options, dir)
