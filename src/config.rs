@@ -11,8 +11,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    agent::FenceCommand,
     delta::REFERENCE_BYTES_MAX,
-    ha::{Timing, TimingError},
+    ha::{self, Timing, TimingError},
 };
 
 /// Where the agent looks for its file when none is named.
@@ -31,6 +32,58 @@ pub enum StoreKind {
     Memory,
     /// On disk, synced: survives a reboot of the standby too.
     Disk,
+}
+
+/// Who decides that a standby runs a workload, as it is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ArbiterKind {
+    /// The standby, when its lease to the primary has ended; a primary that gets no lease falls silent.
+    #[default]
+    Peer,
+    /// A command that makes sure that the primary's host is off.
+    FenceCommand,
+}
+
+/// What a primary does whose standby is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum StandbyLoss {
+    /// It falls silent: the standby may have taken over.
+    #[default]
+    Fence,
+    /// It goes on; no standby ever takes over by itself.
+    Continue,
+}
+
+/// Who decides, with what that needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ArbiterConfig {
+    /// The standby.
+    Peer,
+    /// An operator.
+    Operator,
+    /// A command.
+    Command(FenceCommand),
+}
+
+impl ArbiterConfig {
+    /// Its kind, on which both hosts must agree.
+    pub fn kind(&self) -> ha::Arbiter {
+        match self {
+            Self::Peer => ha::Arbiter::Peer,
+            Self::Operator => ha::Arbiter::Operator,
+            Self::Command(_) => ha::Arbiter::Command,
+        }
+    }
+
+    /// The command, if that decides.
+    pub fn command(&self) -> Option<&FenceCommand> {
+        match self {
+            Self::Command(command) => Some(command),
+            Self::Peer | Self::Operator => None,
+        }
+    }
 }
 
 /// The settings as written, in the file or as flags; every one is optional.
@@ -74,6 +127,23 @@ pub struct Settings {
     /// Time kept free before the lease ends for freezing and silencing the workload [default: lease / 6]
     #[arg(long, value_name = "MS")]
     pub fence_margin_ms: Option<u64>,
+    /// Who decides that this host, as a standby, runs a workload; both hosts must say the same [default: peer]
+    #[arg(long, value_enum)]
+    pub arbiter: Option<ArbiterKind>,
+    /// With `--arbiter peer`: what a primary does that has lost its standby. `continue` means that no standby ever takes over by
+    /// itself: only `standin failover` does it [default: fence]
+    #[arg(long, value_enum)]
+    pub on_standby_loss: Option<StandbyLoss>,
+    /// With `--arbiter fence-command`: the program that switches a peer's host off; it gets the peer's name, and ends with 0 when
+    /// that host is off for sure
+    #[arg(long, value_name = "FILE")]
+    pub fence_command: Option<PathBuf>,
+    /// How long the fence command may take, in milliseconds [default: 30000]
+    #[arg(long, value_name = "MS")]
+    pub fence_timeout_ms: Option<u64>,
+    /// How often the fence command is tried again when it fails [default: 2]
+    #[arg(long, value_name = "N")]
+    pub fence_retries: Option<u32>,
     /// What is logged: error, warn, info, debug, or a tracing filter [default: info]
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
@@ -102,6 +172,8 @@ pub struct Config {
     pub criu: Option<PathBuf>,
     /// Heartbeat, lease and margin.
     pub timing: Timing,
+    /// Who decides that a standby runs a workload.
+    pub arbiter: ArbiterConfig,
     /// Log filter.
     pub log: String,
 }
@@ -133,6 +205,9 @@ pub enum ConfigError {
     /// The host's name cannot serve.
     #[error("{0:?} cannot be this host's name: use 1 to 63 characters of a-z, 0-9, '-' and '.'; set `name`")]
     Name(String),
+    /// Who decides cannot do so safely.
+    #[error("{0}")]
+    Arbiter(String),
     /// A directory is not absolute.
     #[error("`{key}` must be an absolute path, not {path}")]
     Relative {
@@ -168,12 +243,18 @@ impl Settings {
             heartbeat_ms: self.heartbeat_ms.or(other.heartbeat_ms),
             lease_ms: self.lease_ms.or(other.lease_ms),
             fence_margin_ms: self.fence_margin_ms.or(other.fence_margin_ms),
+            arbiter: self.arbiter.or(other.arbiter),
+            on_standby_loss: self.on_standby_loss.or(other.on_standby_loss),
+            fence_command: self.fence_command.or(other.fence_command),
+            fence_timeout_ms: self.fence_timeout_ms.or(other.fence_timeout_ms),
+            fence_retries: self.fence_retries.or(other.fence_retries),
             log: self.log.or(other.log),
         }
     }
 
     /// Fills in the defaults and checks the whole.
     pub fn validate(self) -> Result<Config, ConfigError> {
+        let arbiter = self.arbiter()?;
         let name = self.name.unwrap_or_else(host_name);
         let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
         if !(1..=63).contains(&name.len()) || !name.bytes().all(allowed) || name.starts_with(['-', '.']) {
@@ -198,12 +279,9 @@ impl Settings {
             }
         }
         let lease = Duration::from_millis(self.lease_ms.unwrap_or(300));
-        let timing = Timing {
-            heartbeat: Duration::from_millis(self.heartbeat_ms.unwrap_or(50)),
-            lease,
-            fence_margin: self.fence_margin_ms.map_or(lease / 6, Duration::from_millis),
-            ..Timing::default()
-        };
+        let timing = Timing::for_lease(Duration::from_millis(self.heartbeat_ms.unwrap_or(50)), lease);
+        let fence_margin = self.fence_margin_ms.map_or(timing.fence_margin, Duration::from_millis);
+        let timing = Timing { fence_margin, ..timing };
         timing.validate()?;
         Ok(Config {
             name,
@@ -216,9 +294,57 @@ impl Settings {
             reference_bytes: self.reference_mb.map_or(REFERENCE_BYTES_MAX, |mb| u64::from(mb) << 20),
             criu: self.criu,
             timing,
+            arbiter,
             log: self.log.unwrap_or_else(|| "info".into()),
         })
     }
+}
+
+impl Settings {
+    /// Who decides; refuses what would be unsafe, or means nothing.
+    fn arbiter(&self) -> Result<ArbiterConfig, ConfigError> {
+        let refused = |why: &str| Err(ConfigError::Arbiter(why.to_owned()));
+        let kind = self.arbiter.unwrap_or_default();
+        let of_command =
+            self.fence_command.is_some() || self.fence_timeout_ms.is_some() || self.fence_retries.is_some();
+        if kind != ArbiterKind::FenceCommand && of_command {
+            return refused("a fence command is set, but does not decide: set arbiter = \"fence-command\"");
+        }
+        match (kind, self.on_standby_loss) {
+            (ArbiterKind::Peer, None | Some(StandbyLoss::Fence)) => Ok(ArbiterConfig::Peer),
+            (ArbiterKind::Peer, Some(StandbyLoss::Continue)) => Ok(ArbiterConfig::Operator),
+            (ArbiterKind::FenceCommand, Some(StandbyLoss::Fence)) => refused(
+                "with a fence command the primary needs no lease, and goes on when its standby is lost: leave on_standby_loss out",
+            ),
+            (ArbiterKind::FenceCommand, _) => {
+                let Some(program) = self.fence_command.clone() else {
+                    return refused(
+                        "arbiter is \"fence-command\", but fence_command is not set: name the program",
+                    );
+                };
+                if !program.is_absolute() {
+                    return Err(ConfigError::Relative { key: "fence_command", path: program });
+                }
+                if !is_program(&program) {
+                    return refused(&format!(
+                        "the fence command {} is not there, or not executable: a standby could never take over",
+                        program.display()
+                    ));
+                }
+                let timeout = Duration::from_millis(self.fence_timeout_ms.unwrap_or(30_000));
+                if timeout.is_zero() || timeout > Timing::TIME_MAX {
+                    return refused("fence_timeout_ms must be more than 0 and no more than an hour");
+                }
+                let retries = self.fence_retries.unwrap_or(2).min(100);
+                Ok(ArbiterConfig::Command(FenceCommand { program, timeout, retries }))
+            }
+        }
+    }
+}
+
+fn is_program(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt as _;
+    path.metadata().is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
 }
 
 impl Config {
@@ -262,6 +388,43 @@ mod tests {
         let config = flags.or(file).validate().unwrap();
         assert_eq!(config.timing.lease, Duration::from_millis(900));
         assert_eq!(config.timing.heartbeat, Duration::from_millis(20));
+    }
+
+    #[test]
+    fn who_decides_is_whole_or_refused() {
+        let arbiter = |text: &str| {
+            let settings: Settings = toml::from_str(text).unwrap();
+            settings.validate().map(|config| config.arbiter).map_err(|error| error.to_string())
+        };
+        assert_eq!(arbiter(""), Ok(ArbiterConfig::Peer));
+        assert_eq!(arbiter("on_standby_loss = \"continue\""), Ok(ArbiterConfig::Operator));
+        let program = std::env::current_exe().unwrap();
+        let with = |more: &str| format!("arbiter = \"fence-command\"\n{more}");
+        let command = arbiter(&with(&format!("fence_command = {program:?}\nfence_retries = 0"))).unwrap();
+        assert_eq!(
+            command.command().map(|command| (command.timeout.as_secs(), command.retries)),
+            Some((30, 0))
+        );
+        for (text, word) in [
+            ("fence_retries = 1".to_owned(), "does not decide"),
+            (with(""), "not set"),
+            (with("fence_command = \"fence\""), "absolute"),
+            (with("fence_command = \"/proc/version\""), "not executable"),
+            (
+                with(&format!("fence_command = {program:?}\non_standby_loss = \"fence\"")),
+                "leave on_standby_loss out",
+            ),
+            (with(&format!("fence_command = {program:?}\nfence_timeout_ms = 0")), "fence_timeout_ms"),
+        ] {
+            let refused = arbiter(&text).unwrap_err();
+            assert!(refused.contains(word), "{refused}");
+        }
+    }
+
+    #[test]
+    fn the_drift_allowance_grows_with_the_lease() {
+        let config = Settings { lease_ms: Some(3000), ..Settings::default() }.validate().unwrap();
+        assert_eq!(config.timing.drift, Duration::from_millis(60));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     capture::pace::StretchedBy,
+    ha::Arbiter,
     model::{EpochFigures, EpochId, Name, Term},
     workload::spec::{Cidr, Daemon, MountRule, PaceSpec, Runtime, Vip, Way},
 };
@@ -186,6 +187,14 @@ pub struct UnprotectRequest {
     pub force: bool,
 }
 
+/// Run the workload on this standby now.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FailoverRequest {
+    /// The primary's host is known to be off.
+    pub force: bool,
+}
+
 /// Move the workload to its standby on purpose.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -250,8 +259,8 @@ pub struct WorkloadStatus {
     pub name: Name,
     /// Role on this host.
     pub role: Role,
-    /// The role's state in one or two words: `protected`, `paused` (by its engine: no epochs meanwhile), `syncing`, `alone`,
-    /// `ready`, …
+    /// The role's state in one or two words: `protected`, `paused` (by its engine: no epochs meanwhile), `unguarded` (by
+    /// `standin pause`), `syncing`, `alone`, `ready`, `fenced` (by an operator), `frozen` (without a lease), …
     pub state: String,
     /// Term.
     pub term: Term,
@@ -265,6 +274,9 @@ pub struct WorkloadStatus {
     pub lag_ms: Option<u64>,
     /// Time since the lease was last renewed, milliseconds.
     pub lease_age_ms: Option<u64>,
+    /// Who decides that the standby runs it.
+    #[serde(default)]
+    pub arbiter: Arbiter,
     /// When epochs start.
     pub pace: PaceStatus,
     /// Whose container it is, if it is one.

@@ -24,12 +24,22 @@ pub(super) struct Durable {
     pub(super) record: Option<Record>,
     /// The tree on this host was started in the host's namespaces.
     pub(super) bare: bool,
+    /// An operator has paused the protection.
+    #[serde(default)]
+    pub(super) paused: bool,
 }
 
 /// Where a workload's durable files are.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
     dir: PathBuf,
+}
+
+impl Durable {
+    /// A workload that is not protected.
+    pub(super) fn of(spec: WorkloadSpec) -> Self {
+        Self { spec, peer: None, record: None, bare: false, paused: false }
+    }
 }
 
 impl Place {

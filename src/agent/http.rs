@@ -102,6 +102,14 @@ async fn route(agent: &Arc<Agent>, request: Request<Incoming>) -> Result<Vec<u8>
             let name = parse(name)?;
             json(&agent.unprotect(&name, body(request).await?).await?)
         }
+        ["v1", "workloads", name, "failover"] if post => {
+            let name = parse(name)?;
+            json(&agent.failover(&name, body(request).await?).await?)
+        }
+        ["v1", "workloads", name, "fence"] if post => json(&agent.fence(&parse(name)?).await?),
+        ["v1", "workloads", name, "unfence"] if post => json(&agent.unfence(&parse(name)?).await?),
+        ["v1", "workloads", name, "pause"] if post => json(&agent.pause(&parse(name)?).await?),
+        ["v1", "workloads", name, "resume"] if post => json(&agent.resume_protection(&parse(name)?).await?),
         ["v1", "workloads", name, "remove"] if post => {
             agent.remove(&parse(name)?).await?;
             json(&serde_json::json!({}))

@@ -3,7 +3,8 @@
 //! | file | owns |
 //! |---|---|
 //! | [`api`], `http` | the control API: its shapes, its socket |
-//! | `owner`, `roles`, `fencing`, `handoff`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
+//! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
+//! | `command` | the fence command |
 //! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
 //! | `standby` | the standby's: receive, commit, fold, restore |
 //! | `home` | the workload's place and addresses |
@@ -17,6 +18,7 @@
 
 pub mod api;
 mod arrival;
+mod command;
 mod durable;
 mod ending;
 mod fencing;
@@ -26,6 +28,7 @@ mod home;
 mod http;
 mod inbound;
 mod links;
+mod orders;
 mod owner;
 mod promotion;
 mod roles;
@@ -54,10 +57,11 @@ use tokio::{
 
 use self::{
     api::{
-        AgentStatus, ApiError, DockerContainer, ErrorCode, HandoffReport, HandoffRequest, History,
-        OciContainer, PairCode, PairJoinRequest, PeerInfo, ProtectRequest, RunReply, RunRequest, Source,
-        UnprotectRequest, WorkloadStatus, WrapReply, WrapRequest,
+        AgentStatus, ApiError, DockerContainer, ErrorCode, FailoverRequest, HandoffReport, HandoffRequest,
+        History, OciContainer, PairCode, PairJoinRequest, PeerInfo, ProtectRequest, RunReply, RunRequest,
+        Source, UnprotectRequest, WorkloadStatus, WrapReply, WrapRequest,
     },
+    command::Fencer,
     durable::Durable,
     home::Home,
     links::Links,
@@ -68,7 +72,7 @@ use self::{
 use crate::{
     config::Config,
     criu::{Install, bridge::Bridge, probe::Kernel, spawn::Spawn, swrk::Swrk},
-    ha::{Message, Standing},
+    ha::{Arbiter, Message, Standing},
     memory::Vmas,
     model::{Name, Term},
     observe::{HistoryLog, in_full},
@@ -84,8 +88,12 @@ use crate::{
     },
 };
 
+pub use self::command::FenceCommand;
+
 /// How long a pairing code can be used.
 const PAIRING_VALID: Duration = Duration::from_secs(600);
+/// How long the standby may take to agree that protection is paused.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a stopping agent waits for its peers' word.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -100,6 +108,7 @@ pub struct Agent {
     /// What lists mappings for CRIU, where the kernel permits it.
     pub(crate) vmas: Option<Arc<Vmas>>,
     links: Links,
+    fencer: Fencer,
     owners: Mutex<BTreeMap<Name, mpsc::Sender<Msg>>>,
     /// What is on its way to standbys, of workloads that are not known yet.
     shipments: Mutex<BTreeMap<Name, Shipment>>,
@@ -135,6 +144,7 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
         kernel,
         vmas: vmas.ok().map(Arc::new),
         links: Links::default(),
+        fencer: Fencer::default(),
         owners: Mutex::new(BTreeMap::new()),
         shipments: Mutex::new(BTreeMap::new()),
         arrivals: Semaphore::new(arrival::ARRIVALS_MAX),
@@ -232,9 +242,7 @@ impl Agent {
     async fn offered(self: &Arc<Self>, peer: &PeerName, spec: WorkloadSpec, term: Term, bytes: u64) -> Reply {
         let name = spec.place.name().clone();
         let known = self.owners().get(&name).cloned();
-        let owner = known.unwrap_or_else(|| {
-            self.own(Durable { spec: spec.clone(), peer: None, record: None, bare: false }, None)
-        });
+        let owner = known.unwrap_or_else(|| self.own(Durable::of(spec.clone()), None));
         let (answer, answered) = oneshot::channel();
         let offer = Msg::Offer(Box::new(Offer { peer: peer.to_string(), spec, term, bytes, answer }));
         if owner.send(offer).await.is_ok()
@@ -318,6 +326,35 @@ impl Agent {
         })??
     }
 
+    async fn failover(&self, name: &Name, request: FailoverRequest) -> Result<WorkloadStatus, ApiError> {
+        self.ask(name, |answer| Msg::Failover { request, answer }).await?
+    }
+
+    async fn fence(&self, name: &Name) -> Result<WorkloadStatus, ApiError> {
+        self.ask(name, |answer| Msg::Fence { answer }).await?
+    }
+
+    async fn unfence(&self, name: &Name) -> Result<WorkloadStatus, ApiError> {
+        self.ask(name, |answer| Msg::Unfence { answer }).await?
+    }
+
+    /// The standby must agree first: until then it may take over.
+    async fn pause(&self, name: &Name) -> Result<WorkloadStatus, ApiError> {
+        let wait = self.ask(name, |answer| Msg::Pause { answer });
+        if let Ok(paused) = tokio::time::timeout(PAUSE_TIMEOUT, wait).await {
+            return paused?;
+        }
+        // It goes on.
+        let _ = self.resume_protection(name).await;
+        Err(ApiError::unreachable(format!(
+            "the standby does not answer, so that it may still take over: {name} is not paused. Try again when it is back"
+        )))
+    }
+
+    async fn resume_protection(&self, name: &Name) -> Result<WorkloadStatus, ApiError> {
+        self.ask(name, |answer| Msg::Resume { answer }).await?
+    }
+
     async fn remove(&self, name: &Name) -> Result<(), ApiError> {
         self.ask(name, |answer| Msg::Remove { answer }).await?
     }
@@ -363,12 +400,12 @@ impl Agent {
             // The first error is the one to report.
             let _ = Home::destroy(self, &name);
         })?;
-        let durable = Durable {
-            spec: WorkloadSpec { place: spec, vips: Vec::new(), pace: PaceSpec::default() },
-            peer: None,
-            record: None,
-            bare: false,
-        };
+        let durable = Durable::of(WorkloadSpec {
+            place: spec,
+            vips: Vec::new(),
+            pace: PaceSpec::default(),
+            arbiter: Arbiter::default(),
+        });
         place.write(&durable).map_err(ApiError::failed)?;
         Ok((durable, home, RunReply { name, pid, log: place.log() }))
     }
@@ -438,8 +475,9 @@ impl Agent {
                     .map_or_else(|_| name.to_string(), |name| name.to_string_lossy().into_owned());
                 let sandbox = SandboxSpec { name: name.clone(), net: Net::Host, paths: Vec::new(), hostname };
                 let place = PlaceSpec::Sandbox(sandbox);
-                let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace };
-                self.own(Durable { spec, peer: None, record: None, bare: true }, Some(home));
+                let spec =
+                    WorkloadSpec { place, vips: Vec::new(), pace: request.pace, arbiter: Arbiter::default() };
+                self.own(Durable { bare: true, ..Durable::of(spec) }, Some(home));
             }
         }
         self.ask(&name, |answer| Msg::Protect { request: Box::new(request), shipped, answer }).await?
@@ -468,8 +506,8 @@ impl Agent {
             .map_err(|error| ApiError::new(ErrorCode::Refused, in_full(&error)))?;
         let adopted = home.container_spec().ok_or_else(|| ApiError::failed("the place is no container"))?;
         let place = PlaceSpec::Container(adopted.clone());
-        let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace };
-        self.own(Durable { spec, peer: None, record: None, bare: false }, Some(home));
+        let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace, arbiter: Arbiter::default() };
+        self.own(Durable::of(spec), Some(home));
         Ok(what)
     }
 

@@ -25,11 +25,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     Agent,
     api::{
-        ApiError, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest, WorkloadStatus,
+        ApiError, FailoverRequest, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest,
+        WorkloadStatus,
     },
     durable::{self, Durable},
     handoff::Handoff,
     home::Home,
+    orders,
     session::{HandoffDone, Order, Permit, SessionError},
     standby::{Received, Standby},
 };
@@ -67,6 +69,27 @@ pub(super) enum Msg {
     Handoff {
         request: HandoffRequest,
         answer: Answer<HandoffReport>,
+    },
+    Failover {
+        request: FailoverRequest,
+        answer: Answer<WorkloadStatus>,
+    },
+    Fence {
+        answer: Answer<WorkloadStatus>,
+    },
+    Unfence {
+        answer: Answer<WorkloadStatus>,
+    },
+    Pause {
+        answer: Answer<WorkloadStatus>,
+    },
+    Resume {
+        answer: Answer<WorkloadStatus>,
+    },
+    /// The fence command has ended.
+    PeerFenced {
+        term: Term,
+        outcome: Result<String, String>,
     },
     Remove {
         answer: Answer<()>,
@@ -178,6 +201,10 @@ pub(super) struct Owner {
     pub(super) protecting: Option<Answer<WorkloadStatus>>,
     pub(super) unprotecting: Option<Answer<WorkloadStatus>>,
     pub(super) stopping: Option<oneshot::Sender<()>>,
+    /// What an operator ordered.
+    pub(super) order: Option<orders::Order>,
+    /// Why the next promotion is one, if not for a lease that ran out.
+    pub(super) promote_because: Option<String>,
     /// The newest message that is on its way to the peer.
     telling: Option<tokio::task::JoinHandle<()>>,
     pub(super) last_committed: Option<(EpochFigures, Instant)>,
@@ -235,6 +262,8 @@ impl Owner {
             protecting: None,
             unprotecting: None,
             stopping: None,
+            order: None,
+            promote_because: None,
             telling: None,
             last_committed: None,
             pace: Report::default(),
@@ -268,6 +297,7 @@ impl Owner {
                 },
                 () = tokio::time::sleep(wake) => self.tick(),
             }
+            self.look_at_order();
             self.drive_session();
         }
         self.agent.drop_owner(&self.name);
@@ -296,6 +326,14 @@ impl Owner {
             Msg::Protect { request, shipped, answer } => self.protect(&request, &shipped, answer),
             Msg::Unprotect { request, answer } => self.unprotect(request, answer),
             Msg::Handoff { request, answer } => self.begin_handoff(&request, answer),
+            Msg::Failover { request, answer } => self.failover(request, answer),
+            Msg::Fence { answer } => self.fence_by_order(answer),
+            Msg::Unfence { answer } => self.unfence_by_order(answer),
+            Msg::Pause { answer } => self.pause(answer),
+            Msg::Resume { answer } => {
+                let _ = answer.send(self.resume_protection());
+            }
+            Msg::PeerFenced { term, outcome } => self.peer_fenced(term, outcome),
             Msg::Remove { answer } => {
                 let _ = answer.send(self.remove());
             }
@@ -400,7 +438,7 @@ impl Owner {
     /// Does one thing; what follows from it at once is returned.
     fn act(&mut self, action: Action) -> Option<Input> {
         match action {
-            Action::Ask { .. } => {}
+            Action::Ask { term } => self.ask_arbiter(term),
             Action::Persist { ticket, record } => self.persist(ticket, record),
             Action::Send(message) => self.tell(message),
             Action::ArmGuard { until } => return self.arm_guard(until),
@@ -427,6 +465,8 @@ impl Owner {
                         }
                         let _ = stopping.send(());
                     });
+                } else if matches!(self.order, Some(orders::Order::Pause(_))) {
+                    self.paused();
                 }
             }
             Action::Unprotected => self.unprotected(),
@@ -494,6 +534,8 @@ impl Owner {
     pub(super) fn rejected(&mut self, reason: &'static str) {
         if let Some(answer) = self.unprotecting.take() {
             let _ = answer.send(Err(ApiError::refused(reason)));
+        } else if self.order.is_some() {
+            self.answer_order(Err(ApiError::refused(reason)));
         } else if let Some(handoff) = &mut self.handoff {
             handoff.reason = Some(reason.to_owned());
             if let Some(verdict) = handoff.verdict.take() {

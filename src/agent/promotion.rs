@@ -25,7 +25,12 @@ impl Owner {
     pub(super) fn restore(&mut self, epoch: EpochId, term: Term, eager: bool) {
         let silent_ms = self.lease_renewed.map_or(0.0, |at| at.elapsed().as_secs_f64() * 1e3);
         let handed = self.taken_over == Some(epoch);
-        let cause = if handed { "handed over by the primary" } else { "the primary's lease ran out" };
+        let because = self.promote_because.take();
+        let cause = match (handed, &because) {
+            (true, _) => "handed over by the primary",
+            (false, Some(because)) => because,
+            (false, None) => "the primary's lease ran out",
+        };
         let mut phases = BTreeMap::new();
         if !handed {
             phases.insert("detect".to_owned(), silent_ms);

@@ -9,6 +9,7 @@ use super::{
     api::{ApiError, ProtectRequest, Source, WorkloadStatus},
     home::Home,
     links::Link,
+    orders,
     owner::{Answer, Msg, Offer, Owner, Running, boot_now},
     session::{Permit, Session},
     standby::Standby,
@@ -16,7 +17,7 @@ use super::{
 };
 use crate::{
     capture::Capturer,
-    ha::{self, Arbiter, Copy, Core, Input, Message, Record, Standing, Start},
+    ha::{self, Copy, Core, Input, Message, Record, Standing, Start},
     model::{Epoch, Term},
     observe::in_full,
     takeover::check::check_vip,
@@ -92,7 +93,7 @@ impl Owner {
             seed = boot_now().as_nanos().to_le_bytes()[..8].try_into().unwrap_or_default();
         }
         let start = Start {
-            arbiter: Arbiter::Peer,
+            arbiter: self.durable.spec.arbiter,
             record,
             copy,
             held,
@@ -196,6 +197,7 @@ impl Owner {
         let mut durable = self.durable.clone();
         durable.spec.vips.clone_from(&request.vips);
         durable.spec.pace = request.pace;
+        durable.spec.arbiter = self.agent.config.arbiter.kind();
         durable.peer = Some(request.to.clone());
         // A term that no earlier protection of this name has used here.
         let term = Term(unused_term(&self.history));
@@ -215,7 +217,8 @@ impl Owner {
     /// Keeps a session running exactly while this host is the primary.
     pub(super) fn drive_session(&mut self) {
         let term = self.durable.record.map_or(Term(0), |record| record.term);
-        let primary = self.standing() == Some(Standing::Primary) && self.stopping.is_none();
+        let pauses = self.durable.paused || matches!(self.order, Some(orders::Order::Pause(_)));
+        let primary = self.standing() == Some(Standing::Primary) && self.stopping.is_none() && !pauses;
         let first_epoch = self.core.as_ref().map_or(Epoch(1), Core::first_epoch);
         // CRIU cannot reach tasks that a cgroup has stopped.
         let stopped = self.holding || self.home.as_ref().is_some_and(Home::is_paused);
@@ -321,6 +324,7 @@ impl Owner {
 
     fn judge_offer(&mut self, offer: &Offer) -> Result<Reply, String> {
         let own = self.term();
+        self.check_arbiter(offer)?;
         match self.standing() {
             None if self.home.is_some() => {
                 return Err(format!(
@@ -356,6 +360,25 @@ impl Owner {
             standby.ensure_room(offer.bytes)?;
         }
         Ok(Reply::Accepted { held })
+    }
+
+    /// Who decides must be the same on both hosts: a standby that promotes when the lease ends is none for a primary that runs
+    /// without one.
+    fn check_arbiter(&self, offer: &Offer) -> Result<(), String> {
+        let (theirs, ours) = (offer.spec.arbiter, self.agent.config.arbiter.kind());
+        if theirs != ours {
+            return Err(format!(
+                "who decides is not the same on both hosts: {theirs} on {}, {ours} on {}; set `arbiter` and \
+                 `on_standby_loss` alike, restart the agents, and protect it anew",
+                offer.peer, self.agent.config.name
+            ));
+        }
+        if self.standing().is_some() && self.durable.spec.arbiter != theirs {
+            return Err(
+                "who decides has changed since the protection began: end it and protect it anew".to_owned()
+            );
+        }
+        Ok(())
     }
 
     /// A workload that is new on this host.

@@ -37,6 +37,7 @@ impl Owner {
             None => "running",
             Some(Standing::Primary) if self.handoff.is_some() => "handing-off",
             Some(Standing::Primary) if self.home.as_ref().is_some_and(Home::is_paused) => "paused",
+            Some(Standing::Primary) if self.durable.paused => "unguarded",
             Some(Standing::Primary) if self.last_committed.is_some() && self.error.is_none() => "protected",
             Some(Standing::Primary) if self.last_committed.is_some() => "lagging",
             Some(Standing::Primary) if connected => "syncing",
@@ -46,6 +47,7 @@ impl Owner {
             Some(Standing::Promoting) => "promoting",
             Some(Standing::Stuck) => "stuck",
             Some(Standing::Lost) => "lost",
+            Some(Standing::Fenced) if self.core.as_ref().is_some_and(|core| core.record().fenced) => "fenced",
             Some(Standing::Fenced) => "frozen",
             Some(Standing::Forgotten) => "forgotten",
         };
@@ -66,6 +68,7 @@ impl Owner {
             lease_age_ms: standing
                 .and(self.lease_renewed)
                 .map(|renewed| renewed.elapsed().as_millis() as u64),
+            arbiter: self.durable.spec.arbiter,
             pace: PaceStatus {
                 wanted: self.durable.spec.pace,
                 interval_ms: pace.interval.map(|interval| interval.as_secs_f64() * 1e3),

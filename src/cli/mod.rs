@@ -8,6 +8,7 @@ mod client;
 mod doctor;
 mod handoff;
 mod history;
+mod orders;
 mod pair;
 mod protect;
 mod run;
@@ -58,6 +59,16 @@ enum Verb {
     Remove(run::RemoveArgs),
     /// Move a workload to its standby, on purpose
     Handoff(handoff::Args),
+    /// Run a workload on its standby, although its primary does not hand it over
+    Failover(orders::FailoverArgs),
+    /// Freeze and silence this host's copy of a workload until `unfence`
+    Fence(orders::OrderArgs),
+    /// Let a copy run again that was fenced by `fence`
+    Unfence(orders::OrderArgs),
+    /// Pause the protection of a workload: it runs on, no epochs are taken, nobody takes over
+    Pause(orders::OrderArgs),
+    /// Go on with a protection that was paused
+    Resume(orders::OrderArgs),
     /// Show this agent's workloads
     Status(status::Args),
     /// Show what happened to a workload
@@ -98,6 +109,11 @@ pub fn main() -> ExitCode {
         Verb::Unprotect(args) => protect::unprotect(&cli.socket, &args),
         Verb::Remove(args) => run::remove(&cli.socket, &args),
         Verb::Handoff(args) => handoff::main(&cli.socket, &args),
+        Verb::Failover(args) => orders::failover(&cli.socket, &args),
+        Verb::Fence(args) => orders::fence(&cli.socket, &args),
+        Verb::Unfence(args) => orders::unfence(&cli.socket, &args),
+        Verb::Pause(args) => orders::pause(&cli.socket, &args),
+        Verb::Resume(args) => orders::resume(&cli.socket, &args),
         Verb::Status(args) => status::main(&cli.socket, &args),
         Verb::History(args) => history::main(&cli.socket, &args),
     };

@@ -22,6 +22,17 @@ pub enum Arbiter {
     Operator,
 }
 
+impl std::fmt::Display for Arbiter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Peer => "the peer",
+            Self::Store => "etcd",
+            Self::Command => "a fence command",
+            Self::Operator => "an operator",
+        })
+    }
+}
+
 impl Arbiter {
     /// A primary whose standby may promote runs by a lease, with a guard.
     pub fn leases(self) -> bool {

@@ -202,7 +202,12 @@ mod tests {
             hostname: "db.example".into(),
         };
         let vips = vec!["10.0.0.5/24@eth0".parse().unwrap()];
-        let spec = WorkloadSpec { place: PlaceSpec::Sandbox(sandbox), vips, pace: PaceSpec::default() };
+        let spec = WorkloadSpec {
+            place: PlaceSpec::Sandbox(sandbox),
+            vips,
+            pace: PaceSpec::default(),
+            arbiter: ha::Arbiter::Store,
+        };
         Request::Offer { spec: Box::new(spec), term: Term(3), resident_bytes: 1 << 33 }
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::Name;
+use crate::{ha::Arbiter, model::Name};
 
 /// An address with its prefix length, as in `10.0.0.5/24`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -427,6 +427,9 @@ pub struct WorkloadSpec {
     /// When its epochs start.
     #[serde(default)]
     pub pace: PaceSpec,
+    /// Who decides that the standby runs it.
+    #[serde(default)]
+    pub arbiter: Arbiter,
 }
 
 /// What the operator wants of the pace of epochs.

@@ -66,6 +66,11 @@ impl Cluster {
 
     /// Starts a host's agent and waits until it answers.
     pub(crate) fn start_agent(&mut self, host: Host) {
+        self.start_agent_with(host, &[]);
+    }
+
+    /// The same, with more flags.
+    pub(crate) fn start_agent_with(&mut self, host: Host, flags: &[&str]) {
         let name = host.to_string().to_lowercase();
         let log = format!("/tmp/standin-it-{}-{name}.log", self.lab.name());
         let log = File::options().create(true).append(true).open(log).expect("a log file");
@@ -74,6 +79,7 @@ impl Cluster {
             args.extend(["--log", "info,standin=debug"]);
         }
         args.extend(&self.flags);
+        args.extend(flags);
         let child = self
             .lab
             .command(host, &args)

@@ -4,6 +4,7 @@ mod cluster;
 mod container_faults;
 mod container_keeps;
 mod containers;
+mod deciding;
 mod docker;
 mod failover;
 mod handoff;

@@ -313,7 +313,7 @@ impl World {
             Event::RestoreEnds { node, stamp } => self.restore_ends(node, stamp),
             Event::Claim { node, life } => self.send_claim(node, life),
             Event::AtStore { question } => self.at_store(question),
-            Event::FromStore { answer } => self.from_store(answer),
+            Event::FromStore { answer } => self.store_answers(answer),
             Event::FenceEnds { node, life, term } => self.fence_ends(node, life, term),
             Event::Resume { node } => {
                 self.nodes[node].paused = false;

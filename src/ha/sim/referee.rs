@@ -110,10 +110,10 @@ impl World {
         };
         self.questions.push(question);
         let question = self.questions.len() - 1;
-        self.to_or_from_store(node, Event::AtStore { question });
+        self.carry(node, Event::AtStore { question });
     }
 
-    fn to_or_from_store(&mut self, node: usize, event: Event) {
+    fn carry(&mut self, node: usize, event: Event) {
         let quiet = self.now_us >= FAULTS_US;
         if !quiet && (self.now_us < self.store.cut_until[node] || self.rng.one_in(self.loss_one_in)) {
             return;
@@ -165,10 +165,10 @@ impl World {
         };
         self.answers.push(Answer { question, given });
         let answer = self.answers.len() - 1;
-        self.to_or_from_store(node, Event::FromStore { answer });
+        self.carry(node, Event::FromStore { answer });
     }
 
-    pub(super) fn from_store(&mut self, answer: usize) {
+    pub(super) fn store_answers(&mut self, answer: usize) {
         let Answer { question, given } = self.answers[answer];
         let (node, number) = question.claim;
         let host = &self.nodes[node];
