@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     agent::FenceCommand,
+    arbiter,
     delta::REFERENCE_BYTES_MAX,
     ha::{self, Timing, TimingError},
 };
@@ -20,6 +21,8 @@ use crate::{
 pub const DEFAULT_FILE: &str = "/etc/standin/agent.toml";
 /// Where the agent's control socket is unless `run_dir` says otherwise.
 pub const DEFAULT_RUN_DIR: &str = "/run/standin";
+/// How long a key in etcd lasts: longer than an election there.
+const ETCD_TTL: Duration = Duration::from_secs(5);
 /// UDP port of the agent.
 pub const DEFAULT_PORT: u16 = 7400;
 
@@ -43,6 +46,8 @@ pub enum ArbiterKind {
     Peer,
     /// A command that makes sure that the primary's host is off.
     FenceCommand,
+    /// The two hosts and an etcd: either host may be lost, or the link between them, and the other goes on.
+    Etcd,
 }
 
 /// What a primary does whose standby is lost.
@@ -65,6 +70,8 @@ pub enum ArbiterConfig {
     Operator,
     /// A command.
     Command(FenceCommand),
+    /// Keys in etcd.
+    Etcd(Box<arbiter::Settings>),
 }
 
 impl ArbiterConfig {
@@ -74,6 +81,7 @@ impl ArbiterConfig {
             Self::Peer => ha::Arbiter::Peer,
             Self::Operator => ha::Arbiter::Operator,
             Self::Command(_) => ha::Arbiter::Command,
+            Self::Etcd(_) => ha::Arbiter::Store,
         }
     }
 
@@ -81,7 +89,15 @@ impl ArbiterConfig {
     pub fn command(&self) -> Option<&FenceCommand> {
         match self {
             Self::Command(command) => Some(command),
-            Self::Peer | Self::Operator => None,
+            Self::Peer | Self::Operator | Self::Etcd(_) => None,
+        }
+    }
+
+    /// How etcd is reached, if that decides.
+    pub fn etcd(&self) -> Option<&arbiter::Settings> {
+        match self {
+            Self::Etcd(settings) => Some(settings),
+            Self::Peer | Self::Operator | Self::Command(_) => None,
         }
     }
 }
@@ -144,6 +160,30 @@ pub struct Settings {
     /// How often the fence command is tried again when it fails [default: 2]
     #[arg(long, value_name = "N")]
     pub fence_retries: Option<u32>,
+    /// With `--arbiter etcd`: its members, as https://HOST:2379 (http only on this host); may be given several times
+    #[arg(long = "etcd-endpoint", value_name = "URL")]
+    pub etcd_endpoints: Option<Vec<String>>,
+    /// How long a key lasts that is not renewed, in seconds, 2 or more: a standby takes over no earlier [default: 5]
+    #[arg(long, value_name = "S")]
+    pub etcd_ttl_s: Option<u64>,
+    /// What the keys' names begin with, for hosts that share an etcd with others [default: /standin]
+    #[arg(long, value_name = "TEXT")]
+    pub etcd_prefix: Option<String>,
+    /// The authority that signed the members' certificates, PEM
+    #[arg(long, value_name = "FILE")]
+    pub etcd_ca: Option<PathBuf>,
+    /// This host's certificate for etcd, PEM
+    #[arg(long, value_name = "FILE")]
+    pub etcd_cert: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(long, value_name = "FILE")]
+    pub etcd_key: Option<PathBuf>,
+    /// The user to log in to etcd as
+    #[arg(long, value_name = "NAME")]
+    pub etcd_user: Option<String>,
+    /// A file with that user's password
+    #[arg(long, value_name = "FILE")]
+    pub etcd_password_file: Option<PathBuf>,
     /// What is logged: error, warn, info, debug, or a tracing filter [default: info]
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
@@ -248,6 +288,14 @@ impl Settings {
             fence_command: self.fence_command.or(other.fence_command),
             fence_timeout_ms: self.fence_timeout_ms.or(other.fence_timeout_ms),
             fence_retries: self.fence_retries.or(other.fence_retries),
+            etcd_endpoints: self.etcd_endpoints.or(other.etcd_endpoints),
+            etcd_ttl_s: self.etcd_ttl_s.or(other.etcd_ttl_s),
+            etcd_prefix: self.etcd_prefix.or(other.etcd_prefix),
+            etcd_ca: self.etcd_ca.or(other.etcd_ca),
+            etcd_cert: self.etcd_cert.or(other.etcd_cert),
+            etcd_key: self.etcd_key.or(other.etcd_key),
+            etcd_user: self.etcd_user.or(other.etcd_user),
+            etcd_password_file: self.etcd_password_file.or(other.etcd_password_file),
             log: self.log.or(other.log),
         }
     }
@@ -301,6 +349,23 @@ impl Settings {
 }
 
 impl Settings {
+    /// What is said of etcd, if anything is.
+    fn etcd(&self) -> Option<arbiter::Settings> {
+        let default = arbiter::Settings { ttl: ETCD_TTL, ..arbiter::Settings::default() };
+        let settings = arbiter::Settings {
+            endpoints: self.etcd_endpoints.clone().unwrap_or_default(),
+            ttl: self.etcd_ttl_s.map_or(default.ttl, Duration::from_secs),
+            prefix: self.etcd_prefix.clone().unwrap_or_else(|| default.prefix.clone()),
+            ca: self.etcd_ca.clone(),
+            cert: self.etcd_cert.clone(),
+            key: self.etcd_key.clone(),
+            user: self.etcd_user.clone(),
+            password_file: self.etcd_password_file.clone(),
+            request_timeout: None,
+        };
+        (settings != default).then_some(settings)
+    }
+
     /// Who decides; refuses what would be unsafe, or means nothing.
     fn arbiter(&self) -> Result<ArbiterConfig, ConfigError> {
         let refused = |why: &str| Err(ConfigError::Arbiter(why.to_owned()));
@@ -310,13 +375,19 @@ impl Settings {
         if kind != ArbiterKind::FenceCommand && of_command {
             return refused("a fence command is set, but does not decide: set arbiter = \"fence-command\"");
         }
+        let etcd = self.etcd();
+        if kind != ArbiterKind::Etcd && etcd.is_some() {
+            return refused("an etcd is set, but does not decide: set arbiter = \"etcd\"");
+        }
         match (kind, self.on_standby_loss) {
             (ArbiterKind::Peer, None | Some(StandbyLoss::Fence)) => Ok(ArbiterConfig::Peer),
             (ArbiterKind::Peer, Some(StandbyLoss::Continue)) => Ok(ArbiterConfig::Operator),
-            (ArbiterKind::FenceCommand, Some(StandbyLoss::Fence)) => refused(
-                "with a fence command the primary needs no lease, and goes on when its standby is lost: leave on_standby_loss out",
+            (ArbiterKind::FenceCommand | ArbiterKind::Etcd, Some(_)) => refused(
+                "on_standby_loss is for arbiter = \"peer\": with any other a primary goes on when its standby is lost, so \
+                 leave it out",
             ),
-            (ArbiterKind::FenceCommand, _) => {
+            (ArbiterKind::Etcd, None) => Ok(ArbiterConfig::Etcd(Box::new(etcd.unwrap_or_default()))),
+            (ArbiterKind::FenceCommand, None) => {
                 let Some(program) = self.fence_command.clone() else {
                     return refused(
                         "arbiter is \"fence-command\", but fence_command is not set: name the program",
@@ -412,7 +483,7 @@ mod tests {
             (with("fence_command = \"/proc/version\""), "not executable"),
             (
                 with(&format!("fence_command = {program:?}\non_standby_loss = \"fence\"")),
-                "leave on_standby_loss out",
+                "leave it out",
             ),
             (with(&format!("fence_command = {program:?}\nfence_timeout_ms = 0")), "fence_timeout_ms"),
         ] {

@@ -187,6 +187,19 @@ pub struct UnprotectRequest {
     pub force: bool,
 }
 
+/// The warm image is what was received.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VerifyReport {
+    /// Name.
+    pub name: Name,
+    /// The newest epoch when it began.
+    pub epoch: EpochId,
+    /// Memory that was compared.
+    pub bytes: u64,
+    /// How long it took.
+    pub took_ms: f64,
+}
+
 /// Run the workload on this standby now.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -277,6 +290,9 @@ pub struct WorkloadStatus {
     /// Who decides that the standby runs it.
     #[serde(default)]
     pub arbiter: Arbiter,
+    /// How etcd stands to it, if that decides.
+    #[serde(default)]
+    pub etcd: Option<EtcdStatus>,
     /// When epochs start.
     pub pace: PaceStatus,
     /// Whose container it is, if it is one.
@@ -308,6 +324,21 @@ pub struct ContainerStatus {
     /// Processes of it that the kernel has killed for want of memory since it came to this host or the agent was started.
     #[serde(default)]
     pub oom_kills: u64,
+}
+
+/// How etcd stands to a workload, as this host sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EtcdStatus {
+    /// The member that was asked last.
+    pub endpoint: String,
+    /// Whether one answered at the last look.
+    pub reachable: bool,
+    /// What is wrong, and what to do.
+    pub error: Option<String>,
+    /// The host that had the key when it was last seen.
+    pub holder: Option<String>,
+    /// How long this host has the key for, milliseconds.
+    pub held_for_ms: Option<u64>,
 }
 
 /// When epochs start, as wanted and as it is.

@@ -74,7 +74,7 @@ impl Owner {
         self.event("forgotten", "the primary has ended the protection", None);
         self.core = None;
         if let Some(standby) = self.standby.take() {
-            block_in_place(|| standby.remove());
+            let _ = block_in_place(|| standby.remove());
         }
         self.destroy_home();
         self.clear_shm();

@@ -106,6 +106,7 @@ async fn route(agent: &Arc<Agent>, request: Request<Incoming>) -> Result<Vec<u8>
             let name = parse(name)?;
             json(&agent.failover(&name, body(request).await?).await?)
         }
+        ["v1", "workloads", name, "verify"] if post => json(&agent.verify(&parse(name)?).await?),
         ["v1", "workloads", name, "fence"] if post => json(&agent.fence(&parse(name)?).await?),
         ["v1", "workloads", name, "unfence"] if post => json(&agent.unfence(&parse(name)?).await?),
         ["v1", "workloads", name, "pause"] if post => json(&agent.pause(&parse(name)?).await?),

@@ -5,6 +5,7 @@
 //! | [`api`], `http` | the control API: its shapes, its socket |
 //! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
 //! | `command` | the fence command |
+//! | `verifying` | the warm image, compared again with what was received |
 //! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
 //! | `standby` | the standby's: receive, commit, fold, restore |
 //! | `home` | the workload's place and addresses |
@@ -38,6 +39,7 @@ mod supply;
 mod telling;
 mod throttle;
 mod trees;
+mod verifying;
 
 use std::{
     collections::BTreeMap,
@@ -59,7 +61,7 @@ use self::{
     api::{
         AgentStatus, ApiError, DockerContainer, ErrorCode, FailoverRequest, HandoffReport, HandoffRequest,
         History, OciContainer, PairCode, PairJoinRequest, PeerInfo, ProtectRequest, RunReply, RunRequest,
-        Source, UnprotectRequest, WorkloadStatus, WrapReply, WrapRequest,
+        Source, UnprotectRequest, VerifyReport, WorkloadStatus, WrapReply, WrapRequest,
     },
     command::Fencer,
     durable::Durable,
@@ -70,6 +72,7 @@ use self::{
     supply::{Shipment, Shipped},
 };
 use crate::{
+    arbiter,
     config::Config,
     criu::{Install, bridge::Bridge, probe::Kernel, spawn::Spawn, swrk::Swrk},
     ha::{Arbiter, Message, Standing},
@@ -109,6 +112,8 @@ pub struct Agent {
     pub(crate) vmas: Option<Arc<Vmas>>,
     links: Links,
     fencer: Fencer,
+    /// Where keys are, if etcd decides.
+    etcd: Option<arbiter::Etcd>,
     owners: Mutex<BTreeMap<Name, mpsc::Sender<Msg>>>,
     /// What is on its way to standbys, of workloads that are not known yet.
     shipments: Mutex<BTreeMap<Name, Shipment>>,
@@ -119,6 +124,7 @@ pub struct Agent {
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Workloads run on.
 pub async fn main(config: Config) -> anyhow::Result<()> {
     // Before anything is made: an agent that cannot work leaves no trace.
+    let etcd = config.arbiter.etcd().cloned().map(arbiter::Etcd::new).transpose()?;
     let install = Install::find(config.criu.as_deref())?;
     for dir in [&config.state_dir, &config.run_dir, &config.store_dir, &config.work_dir] {
         private_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -145,6 +151,7 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
         vmas: vmas.ok().map(Arc::new),
         links: Links::default(),
         fencer: Fencer::default(),
+        etcd,
         owners: Mutex::new(BTreeMap::new()),
         shipments: Mutex::new(BTreeMap::new()),
         arrivals: Semaphore::new(arrival::ARRIVALS_MAX),
@@ -328,6 +335,10 @@ impl Agent {
 
     async fn failover(&self, name: &Name, request: FailoverRequest) -> Result<WorkloadStatus, ApiError> {
         self.ask(name, |answer| Msg::Failover { request, answer }).await?
+    }
+
+    async fn verify(&self, name: &Name) -> Result<VerifyReport, ApiError> {
+        self.ask(name, |answer| Msg::Verify { answer }).await?
     }
 
     async fn fence(&self, name: &Name) -> Result<WorkloadStatus, ApiError> {

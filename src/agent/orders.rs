@@ -4,9 +4,13 @@
 
 use super::{
     api::{ApiError, FailoverRequest, WorkloadStatus},
-    owner::{Answer, Owner},
+    owner::{Answer, Msg, Owner},
 };
-use crate::ha::{Arbiter, Core, Input, Standing};
+use crate::{
+    arbiter::{Report, Wanted},
+    ha::{Arbiter, Core, Input, Standing},
+    model::Term,
+};
 
 /// An order under way, answered when the core has done it.
 pub(super) enum Order {
@@ -186,8 +190,11 @@ impl Owner {
 
     // The arbiter.
 
-    /// The core asks whether the peer's host is off.
-    pub(super) fn ask_arbiter(&mut self, term: crate::model::Term) {
+    /// The core asks whether the peer's host is off. Of etcd it has asked by its claim.
+    pub(super) fn ask_arbiter(&mut self, term: Term) {
+        if self.durable.spec.arbiter != Arbiter::Command {
+            return;
+        }
         let Some(command) = self.agent.config.arbiter.command().cloned() else {
             self.error = Some(
                 "the fence command that this protection was begun with is not set here any more: set `fence_command`".to_owned(),
@@ -205,16 +212,70 @@ impl Owner {
         let heard = self.lease_renewed;
         tokio::spawn(async move {
             let outcome = agent.fencer.fence(&command, &peer, &name, heard).await;
-            let _ = to_self.send(super::owner::Msg::PeerFenced { term, outcome }).await;
+            let _ = to_self.send(Msg::PeerFenced { term, outcome }).await;
         });
     }
 
-    fn answer_arbiter(&self, term: crate::model::Term, agreed: bool) {
-        let outcome = if agreed { Ok(String::new()) } else { Err(String::new()) };
-        let _ = self.to_self.try_send(super::owner::Msg::PeerFenced { term, outcome });
+    /// What the core wants of etcd, once all that it has said is done.
+    pub(super) fn look_at_claim(&mut self) {
+        let Some(core) = self.core.as_ref().filter(|_| self.durable.spec.arbiter == Arbiter::Store) else {
+            return self.give_claim_up();
+        };
+        let (term, record) = (core.claim(), core.record().term);
+        if let Some((claimant, wanted)) = &mut self.claimant {
+            let generation = wanted.generation + u64::from(wanted.term != term);
+            let now = Wanted { generation, term, record };
+            if *wanted != now {
+                *wanted = now;
+                claimant.want(now);
+            }
+            return;
+        }
+        let Some(etcd) = &self.agent.etcd else {
+            self.error = Some("the etcd that this protection was begun with is not set here any more".to_owned());
+            return;
+        };
+        let wanted = Wanted { generation: 1, term, record };
+        let to_self = self.to_self.clone();
+        // One that does not fit into the queue is made up for by the next.
+        let report = move |report| drop(to_self.try_send(Msg::Arbiter(report)));
+        self.claimant = Some((etcd.claimant(&self.name, &self.agent.config.name, wanted, report), wanted));
     }
 
-    pub(super) fn peer_fenced(&mut self, term: crate::model::Term, outcome: Result<String, String>) {
+    /// The workload is not protected any more: nobody shall find its terms there.
+    fn give_claim_up(&mut self) {
+        let (Some(_), Some(etcd)) = (self.claimant.take(), self.agent.etcd.clone()) else { return };
+        let (name, host) = (self.name.clone(), self.agent.config.name.clone());
+        tokio::spawn(async move {
+            if let Err(error) = etcd.forget(&name, &host).await {
+                tracing::warn!(%name, %error, "the workload's keys stay in etcd");
+            }
+        });
+    }
+
+    pub(super) fn arbiter_said(&mut self, report: Report) {
+        let current = self.claimant.as_ref().map(|(_, wanted)| wanted.generation);
+        match report {
+            Report::Held { generation, term, until } if current == Some(generation) => {
+                self.feed(Input::Leased { term, until });
+                self.promote_because = Some("the primary was silent, and has lost its key in etcd".to_owned());
+                self.feed(Input::Agreed { term });
+                if self.standing() != Some(Standing::Promoting) {
+                    self.promote_because = None;
+                }
+            }
+            Report::Refused { generation, term } if current == Some(generation) => self.feed(Input::Disagreed { term }),
+            // Of a claim that was given up since.
+            Report::Held { .. } | Report::Refused { .. } => {}
+        }
+    }
+
+    fn answer_arbiter(&self, term: Term, agreed: bool) {
+        let outcome = if agreed { Ok(String::new()) } else { Err(String::new()) };
+        let _ = self.to_self.try_send(Msg::PeerFenced { term, outcome });
+    }
+
+    pub(super) fn peer_fenced(&mut self, term: Term, outcome: Result<String, String>) {
         match outcome {
             Ok(detail) => {
                 self.event("peer-fenced", &detail, None);

@@ -26,7 +26,7 @@ use super::{
     Agent,
     api::{
         ApiError, FailoverRequest, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest,
-        WorkloadStatus,
+        VerifyReport, WorkloadStatus,
     },
     durable::{self, Durable},
     handoff::Handoff,
@@ -34,8 +34,10 @@ use super::{
     orders,
     session::{HandoffDone, Order, Permit, SessionError},
     standby::{Received, Standby},
+    verifying::Verified,
 };
 use crate::{
+    arbiter::{self, Claimant, Wanted},
     capture::pace::{Report, StretchedBy},
     ha::{self, Action, Core, Input, Message, Standing, Ticket},
     model::{Epoch, EpochFigures, EpochId, Name, Term},
@@ -86,10 +88,19 @@ pub(super) enum Msg {
     Resume {
         answer: Answer<WorkloadStatus>,
     },
+    /// Of the keys in etcd.
+    Arbiter(arbiter::Report),
     /// The fence command has ended.
     PeerFenced {
         term: Term,
         outcome: Result<String, String>,
+    },
+    Verify {
+        answer: Answer<VerifyReport>,
+    },
+    Verified {
+        found: Verified,
+        answer: Option<Answer<VerifyReport>>,
     },
     Remove {
         answer: Answer<()>,
@@ -201,8 +212,12 @@ pub(super) struct Owner {
     pub(super) protecting: Option<Answer<WorkloadStatus>>,
     pub(super) unprotecting: Option<Answer<WorkloadStatus>>,
     pub(super) stopping: Option<oneshot::Sender<()>>,
+    /// When the image was verified last, or the agent came to have it.
+    pub(super) verified_at: Instant,
     /// What an operator ordered.
     pub(super) order: Option<orders::Order>,
+    /// Has the workload's key in etcd, if that decides.
+    pub(super) claimant: Option<(Claimant, Wanted)>,
     /// Why the next promotion is one, if not for a lease that ran out.
     pub(super) promote_because: Option<String>,
     /// The newest message that is on its way to the peer.
@@ -262,7 +277,9 @@ impl Owner {
             protecting: None,
             unprotecting: None,
             stopping: None,
+            verified_at: Instant::now(),
             order: None,
+            claimant: None,
             promote_because: None,
             telling: None,
             last_committed: None,
@@ -287,6 +304,7 @@ impl Owner {
     pub(super) async fn run(mut self) {
         if self.durable.record.is_some() {
             self.resume();
+            self.look_at_claim();
         }
         while !self.gone {
             let wake = self.wake();
@@ -297,6 +315,7 @@ impl Owner {
                 },
                 () = tokio::time::sleep(wake) => self.tick(),
             }
+            self.look_at_claim();
             self.look_at_order();
             self.drive_session();
         }
@@ -319,6 +338,7 @@ impl Owner {
         self.watch_memory();
         self.feed(Input::Tick);
         self.repeat_announcement();
+        self.verify_if_due();
     }
 
     fn handle(&mut self, message: Msg) {
@@ -333,7 +353,10 @@ impl Owner {
             Msg::Resume { answer } => {
                 let _ = answer.send(self.resume_protection());
             }
+            Msg::Arbiter(report) => self.arbiter_said(report),
             Msg::PeerFenced { term, outcome } => self.peer_fenced(term, outcome),
+            Msg::Verify { answer } => self.verify(Some(answer)),
+            Msg::Verified { found, answer } => self.verified(found, answer),
             Msg::Remove { answer } => {
                 let _ = answer.send(self.remove());
             }

@@ -454,7 +454,7 @@ impl Owner {
         }
     }
 
-    fn refresh_standby(&mut self) {
+    pub(super) fn refresh_standby(&mut self) {
         self.kill_copy();
         self.last_committed = None;
         self.error = None;

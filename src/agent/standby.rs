@@ -33,7 +33,7 @@ use crate::{
     model::{EpochId, Extent, Name, Space, Term},
     observe::unix_ms,
     restore::{self, Ahead, Mode, Recency, Step},
-    store::{BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, View},
+    store::{BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, VerifyError, View},
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
 };
@@ -92,6 +92,15 @@ impl Standby {
             recency: Mutex::default(),
             ahead: Mutex::default(),
         })
+    }
+
+    /// Reads the whole image again and compares it with what was received. Says which epoch it was and how much was read; none
+    /// if nothing is held.
+    pub(super) fn verify(&self) -> Option<(EpochId, Result<u64, VerifyError>)> {
+        let view = self.store.view()?;
+        let mut bytes = 0;
+        view.for_each_extent(|_, extent| bytes += extent.bytes());
+        Some((view.id(), view.verify().map(|()| bytes)))
     }
 
     /// The newest committed epoch.
@@ -237,14 +246,16 @@ impl Standby {
         });
     }
 
-    /// Removes the image.
-    pub(super) fn remove(&self) {
+    /// Removes the image; whether that was done. It cannot be while it is read.
+    pub(super) fn remove(&self) -> bool {
         lock(&self.ahead).criu = None;
-        if let Err(error) = self.store.clone().remove() {
+        let removed = self.store.clone().remove();
+        if let Err(error) = &removed {
             tracing::warn!(%error, "the image could not be removed");
         }
         let _ = fs::remove_dir_all(&self.ready_root);
         let _ = fs::remove_file(&self.mark);
+        removed.is_ok()
     }
 }
 

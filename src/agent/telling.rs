@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    api::{ContainerStatus, Event, PaceStatus, Role, WorkloadStatus},
+    api::{ContainerStatus, EtcdStatus, Event, PaceStatus, Role, WorkloadStatus},
     home::Home,
-    owner::Owner,
+    owner::{Owner, boot_now},
 };
 use crate::{
     capture::pace::{Report, StretchedBy},
@@ -69,6 +69,17 @@ impl Owner {
                 .and(self.lease_renewed)
                 .map(|renewed| renewed.elapsed().as_millis() as u64),
             arbiter: self.durable.spec.arbiter,
+            etcd: self.claimant.as_ref().map(|(claimant, _)| {
+                let seen = claimant.condition();
+                let left = seen.held_until.map(|until| until.saturating_sub(boot_now()).as_millis() as u64);
+                EtcdStatus {
+                    endpoint: seen.endpoint,
+                    reachable: seen.reachable,
+                    error: seen.last_error.filter(|_| seen.failing),
+                    holder: seen.holder.map(|holder| holder.host),
+                    held_for_ms: left.filter(|left| *left > 0),
+                }
+            }),
             pace: PaceStatus {
                 wanted: self.durable.spec.pace,
                 interval_ms: pace.interval.map(|interval| interval.as_secs_f64() * 1e3),

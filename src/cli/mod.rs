@@ -61,6 +61,8 @@ enum Verb {
     Handoff(handoff::Args),
     /// Run a workload on its standby, although its primary does not hand it over
     Failover(orders::FailoverArgs),
+    /// Compare the warm image on this standby with what was received
+    Verify(orders::OrderArgs),
     /// Freeze and silence this host's copy of a workload until `unfence`
     Fence(orders::OrderArgs),
     /// Let a copy run again that was fenced by `fence`
@@ -110,6 +112,7 @@ pub fn main() -> ExitCode {
         Verb::Remove(args) => run::remove(&cli.socket, &args),
         Verb::Handoff(args) => handoff::main(&cli.socket, &args),
         Verb::Failover(args) => orders::failover(&cli.socket, &args),
+        Verb::Verify(args) => orders::verify(&cli.socket, &args),
         Verb::Fence(args) => orders::fence(&cli.socket, &args),
         Verb::Unfence(args) => orders::unfence(&cli.socket, &args),
         Verb::Pause(args) => orders::pause(&cli.socket, &args),

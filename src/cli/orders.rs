@@ -1,4 +1,4 @@
-//! `standin failover`, `fence`, `unfence`, `pause`, `resume`: what an operator orders beside a handoff.
+//! `standin verify`, `failover`, `fence`, `unfence`, `pause`, `resume`: what an operator orders beside a handoff.
 
 use std::{
     io::{self, IsTerminal as _, Write as _},
@@ -7,7 +7,7 @@ use std::{
 
 use super::{Failure, Outcome, client, print_json};
 use crate::{
-    agent::api::{ErrorCode, FailoverRequest, Role, WorkloadStatus},
+    agent::api::{ErrorCode, FailoverRequest, Role, VerifyReport, WorkloadStatus},
     model::Name,
 };
 
@@ -81,6 +81,22 @@ fn confirm(status: &WorkloadStatus) -> Outcome {
         return Ok(());
     }
     Err(Failure::new(ErrorCode::Refused, "nothing was done"))
+}
+
+pub(super) fn verify(socket: &Path, args: &OrderArgs) -> Outcome {
+    let path = format!("/v1/workloads/{}/verify", args.name);
+    let report: VerifyReport = client::post(socket, &path, &serde_json::json!({}))?;
+    if args.json {
+        return print_json(&report);
+    }
+    println!(
+        "{}: epoch {} is what was received: {:.1} MiB compared in {:.0} ms",
+        report.name,
+        report.epoch,
+        report.bytes as f64 / f64::from(1 << 20),
+        report.took_ms
+    );
+    Ok(())
 }
 
 pub(super) fn fence(socket: &Path, args: &OrderArgs) -> Outcome {

@@ -281,6 +281,11 @@ impl Core {
                     self.held = Some(epoch);
                 }
             }
+            Input::ImageLost => {
+                if self.mode == Mode::Following {
+                    (self.held, self.asking) = (None, None);
+                }
+            }
             Input::Restored => self.on_restored(),
             Input::RestoreFailed { reason } => self.on_restore_failed(reason),
             Input::HandoffReady(epoch) => self.on_handoff_ready(now, epoch),
@@ -499,6 +504,7 @@ fn defers(input: &Input) -> bool {
         | Input::GuardLate { .. }
         | Input::AskCommit(_)
         | Input::Committed(_)
+        | Input::ImageLost
         | Input::Leased { .. }
         | Input::Disagreed { .. }
         | Input::AbortHandoff => false,

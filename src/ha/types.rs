@@ -276,6 +276,8 @@ pub enum Input {
     AskCommit(EpochId),
     /// Standby: the store holds this epoch whole, durably. See [`super::Core::accepts_epoch`].
     Committed(EpochId),
+    /// Standby: what the store held was found damaged and is thrown away.
+    ImageLost,
     /// The copy was restored and runs, still unheard.
     Restored,
     /// Nothing of the restored copy is left.

@@ -178,3 +178,35 @@ fn while_protection_is_paused_nothing_is_captured_and_nobody_takes_over() {
     let (_, said) = cluster.refused(Host::B, &["pause", "redis"]);
     assert!(said.contains("redis"), "{said}");
 }
+
+/// Whatever damages memory or a disk.
+const DAMAGE: &str = "file=$(ls -S /dev/shm/standin/store/images/redis/image-*/pages/* | head -n 1); \
+    python3 -c 'import os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+at = os.lseek(fd, 0, os.SEEK_DATA)
+os.pwrite(fd, bytes(255 - b for b in os.pread(fd, 4096, at)), at)' $file";
+
+#[test]
+fn a_damaged_image_is_found_and_sent_anew() {
+    let cluster = Cluster::up("verify");
+    cluster.protect_redis();
+    let digest = cluster.digest();
+    let whole = cluster.json(Host::B, &["verify", "redis"]);
+    assert!(whole["bytes"].as_u64().unwrap() > 4 << 20, "{whole}");
+    assert!(cluster.refused(Host::A, &["verify", "redis"]).1.contains("standin verify redis, on b"));
+    // Until no fold has put a page right again that was damaged.
+    let refused = (0..20).find_map(|_| {
+        cluster.lab.ok(Host::B, &["sh", "-c", DAMAGE]);
+        let output = cluster.lab.on(Host::B, &[super::lab::STANDIN, "verify", "redis"]);
+        (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
+    });
+    let refused = refused.expect("the damage is found");
+    assert!(refused.contains("is damaged") && refused.contains("sends the whole memory"), "{refused}");
+    cluster.wait_state(Host::B, "standby", "ready");
+    wait_for("the primary to go on", || cluster.status(Host::A, "redis")["error"].is_null());
+    cluster.json(Host::B, &["verify", "redis"]);
+    assert!(cluster.history(Host::B).contains(&"image-damaged".to_owned()));
+    cluster.lab.kill(Host::A);
+    cluster.wait_state(Host::B, "primary", "alone");
+    assert_eq!(cluster.digest(), digest);
+}
