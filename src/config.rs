@@ -481,10 +481,7 @@ mod tests {
             (with(""), "not set"),
             (with("fence_command = \"fence\""), "absolute"),
             (with("fence_command = \"/proc/version\""), "not executable"),
-            (
-                with(&format!("fence_command = {program:?}\non_standby_loss = \"fence\"")),
-                "leave it out",
-            ),
+            (with(&format!("fence_command = {program:?}\non_standby_loss = \"fence\"")), "leave it out"),
             (with(&format!("fence_command = {program:?}\nfence_timeout_ms = 0")), "fence_timeout_ms"),
         ] {
             let refused = arbiter(&text).unwrap_err();

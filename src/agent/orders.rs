@@ -232,7 +232,8 @@ impl Owner {
             return;
         }
         let Some(etcd) = &self.agent.etcd else {
-            self.error = Some("the etcd that this protection was begun with is not set here any more".to_owned());
+            self.error =
+                Some("the etcd that this protection was begun with is not set here any more".to_owned());
             return;
         };
         let wanted = Wanted { generation: 1, term, record };
@@ -258,13 +259,16 @@ impl Owner {
         match report {
             Report::Held { generation, term, until } if current == Some(generation) => {
                 self.feed(Input::Leased { term, until });
-                self.promote_because = Some("the primary was silent, and has lost its key in etcd".to_owned());
+                self.promote_because =
+                    Some("the primary was silent, and has lost its key in etcd".to_owned());
                 self.feed(Input::Agreed { term });
                 if self.standing() != Some(Standing::Promoting) {
                     self.promote_because = None;
                 }
             }
-            Report::Refused { generation, term } if current == Some(generation) => self.feed(Input::Disagreed { term }),
+            Report::Refused { generation, term } if current == Some(generation) => {
+                self.feed(Input::Disagreed { term });
+            }
             // Of a claim that was given up since.
             Report::Held { .. } | Report::Refused { .. } => {}
         }

@@ -33,7 +33,10 @@ use crate::{
     model::{EpochId, Extent, Name, Space, Term},
     observe::unix_ms,
     restore::{self, Ahead, Mode, Recency, Step},
-    store::{BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, VerifyError, View},
+    store::{
+        BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, VerifyError,
+        View,
+    },
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
 };

@@ -76,7 +76,9 @@ impl Owner {
     pub(super) fn verified(&mut self, found: Verified, answer: Option<Answer<VerifyReport>>) {
         let outcome = match found {
             Verified::Whole(report) => Ok(report),
-            Verified::Unknown(reason) => Err(ApiError::failed(format!("{} was not verified: {reason}", self.name))),
+            Verified::Unknown(reason) => {
+                Err(ApiError::failed(format!("{} was not verified: {reason}", self.name)))
+            }
             Verified::Damaged(epoch, reason) => {
                 self.event("image-damaged", &reason, Some(epoch));
                 self.discard_image();

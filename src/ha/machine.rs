@@ -11,6 +11,8 @@ use crate::model::{EpochId, Term};
 
 /// Heartbeats whose ack may still come; older ones than that are not worth a lease.
 const SENT_MAX: usize = 64;
+/// How many leases a standby that has just started waits for its primary's first heartbeat.
+const STARTS_LEASES: u32 = 5;
 /// Commands that may wait for a durable write.
 const DEFERRED_MAX: usize = 16;
 
@@ -172,8 +174,13 @@ impl Core {
                 core.mode = Mode::Promoting { epoch, attempt: 1 };
                 core.restore();
             }
-            Role::Standby if start.copy != Copy::Gone => core.act(Action::DestroyCopy),
-            Role::Standby => {}
+            Role::Standby => {
+                // The primary is to find this host again first: it may be waiting for its lease.
+                core.grace = Some(now + core.timing.lease * STARTS_LEASES);
+                if start.copy != Copy::Gone {
+                    core.act(Action::DestroyCopy);
+                }
+            }
         }
         core.run_timers(now);
         let actions = core.take_actions();

@@ -35,7 +35,9 @@ fn start_with(
 
 /// As [`armed_standby`], with another arbiter.
 fn standby_with(arbiter: Arbiter) -> Core {
-    start_with(arbiter, Record::standby(Term(1)), Copy::Gone, Some(id(1, 5)), None).0
+    let mut core = start_with(arbiter, Record::standby(Term(1)), Copy::Gone, Some(id(1, 5)), None).0;
+    hear(&mut core, 1000, heartbeat(1, 1));
+    core
 }
 
 /// A tick at each of these times; a standby that slept waits once for what was sent meanwhile.
@@ -52,9 +54,9 @@ fn armed_primary() -> Core {
     start(armed_record(), Copy::Running, None, Some(ms(1250))).0
 }
 
-/// A standby of term 1 that holds epoch 1.5 and started at 1000 ms.
+/// A standby of term 1 that holds epoch 1.5, and started and heard its primary at 1000 ms.
 fn armed_standby() -> Core {
-    start(Record::standby(Term(1)), Copy::Gone, Some(id(1, 5)), None).0
+    standby_with(Arbiter::Peer)
 }
 
 fn hear(core: &mut Core, at: u64, message: Message) -> Vec<Action> {
@@ -176,7 +178,15 @@ fn a_primary_whose_copy_is_gone_asks_and_waits() {
 }
 
 #[test]
-fn a_standby_waits_a_whole_lease_and_the_drift_after_its_start() {
+fn a_standby_that_has_just_started_lets_its_primary_find_it() {
+    let mut core = start(Record::standby(Term(1)), Copy::Gone, Some(id(1, 5)), None).0;
+    assert_eq!(core.next_deadline(), Some(ms(2500)));
+    assert_eq!(core.handle(ms(2499), Input::Tick), []);
+    ticket(&core.handle(ms(2500), Input::Tick));
+}
+
+#[test]
+fn a_standby_waits_a_whole_lease_and_the_drift_after_a_grant() {
     let mut core = armed_standby();
     assert_eq!(core.next_deadline(), Some(ms(1306) + Duration::from_nanos(1)));
     assert_eq!(core.handle(ms(1306), Input::Tick), []);
