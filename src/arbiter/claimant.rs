@@ -229,7 +229,7 @@ impl<F: Fn(Report) + Send> Task<F> {
 
     /// A fiftieth less than what was asked for: etcd's clock may be that much faster.
     fn until(&self, sent: Duration) -> Duration {
-        sent + self.etcd.ttl - self.etcd.ttl / 50
+        sent + self.etcd.ttl * 49 / 50
     }
 
     async fn look(&mut self) -> Result<Seen, EtcdError> {

@@ -196,10 +196,8 @@ impl Client {
     async fn post(&mut self, path: &str, body: Bytes) -> Result<Value, EtcdError> {
         let etcd = self.etcd.clone();
         let endpoint = &etcd.endpoints[self.at];
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => self.connect(endpoint).await?,
-        };
+        let open = self.connection.take();
+        let mut connection = if let Some(open) = open { open } else { self.connect(endpoint).await? };
         let mut request = Request::post(path)
             .header("host", format!("{}:{}", endpoint.host, endpoint.port))
             .header("content-type", "application/json");
@@ -306,7 +304,13 @@ impl Client {
                 reason = format!("{reason}: {e}");
                 inner = e.source();
             }
-            return self.unreachable(reason);
+            // etcd closes a connection without a word that is plain where it should be encrypted.
+            let remedy = if self.etcd.endpoints[self.at].tls_name.is_some() {
+                "see its log"
+            } else {
+                "see its log, and name it with https if it has a --cert-file"
+            };
+            return self.unreachable(format!("{reason}; {remedy}"));
         };
         let remedy = match tls {
             rustls::Error::InvalidCertificate(

@@ -43,7 +43,7 @@ async fn nothing_is_believed_while_etcd_is_stopped() {
     let mut b = Host::new(server.settings(), "b", Some(2), 1);
     let asked = now();
     b.refused().await;
-    assert!(now() - asked < TTL, "an asker must hear no in time");
+    assert!(now().saturating_sub(asked) < TTL, "an asker must hear no in time");
     tokio::time::sleep(TTL * 2).await;
     let mut last = stopped;
     let mut refusals = 0;
@@ -53,7 +53,11 @@ async fn nothing_is_believed_while_etcd_is_stopped() {
             Report::Refused { .. } => refusals += 1,
         }
     }
-    assert!(last <= stopped + TTL - TTL / 50, "believed for {:?} after the stop", last - stopped);
+    assert!(
+        last <= stopped + TTL * 49 / 50,
+        "believed for {:?} after the stop",
+        last.saturating_sub(stopped)
+    );
     assert!(refusals >= 2, "{refusals}");
     // Nobody is left who would extend it.
     drop(a);
@@ -79,7 +83,7 @@ async fn a_holder_that_is_cut_off_stops_believing_before_another_is_given_the_ke
                 last = last.max(until);
             }
         }
-        assert!(given > last, "round {round}: {:?} too early", last - given);
+        assert!(given > last, "round {round}: {:?} too early", last.saturating_sub(given));
         // What was held up arrives now, and changes nothing.
         relay.hold(false);
         a.refused_times(4).await;
