@@ -174,13 +174,11 @@ impl Client {
     async fn call_member(&mut self, path: &str, body: &Bytes) -> Result<Value, (EtcdError, bool)> {
         let etcd = self.etcd.clone();
         let limit = etcd.request_timeout;
-        match timeout(limit, self.call_with_token(path, body)).await {
-            Ok(answer) => answer.map_err(|e| (e, false)),
-            Err(_) => {
-                let reason = format!("no answer within {limit:?}; is it up, and nothing in the way?");
-                Err((self.unreachable(reason), true))
-            }
+        if let Ok(answer) = timeout(limit, self.call_with_token(path, body)).await {
+            return answer.map_err(|e| (e, false));
         }
+        let reason = format!("no answer within {limit:?}; is it up, and nothing in the way?");
+        Err((self.unreachable(reason), true))
     }
 
     async fn call_with_token(&mut self, path: &str, body: &Bytes) -> Result<Value, EtcdError> {

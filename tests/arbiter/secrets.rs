@@ -51,11 +51,11 @@ async fn both_sides_prove_themselves_by_certificates() {
     a.held().await;
 }
 
-fn password(dir: &tempfile::TempDir, name: &str, text: &str) -> Option<PathBuf> {
+fn password(dir: &tempfile::TempDir, name: &str, text: &str) -> PathBuf {
     let path = dir.path().join(name);
     fs::write(&path, text).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    Some(path)
+    path
 }
 
 #[tokio::test]
@@ -79,10 +79,11 @@ async fn a_user_needs_the_right_password_and_permission() {
         server.post(&format!("/v3/auth/{path}"), &body);
     }
     let dir = tempfile::tempdir().unwrap();
-    let right = password(&dir, "right", "secret\n");
+    let right = Some(password(&dir, "right", "secret\n"));
     let user =
         |name: &str, file| Settings { user: Some(name.to_owned()), password_file: file, ..server.settings() };
-    let (good, wrong) = (user("standin", right.clone()), user("standin", password(&dir, "wrong", "Secret")));
+    let (good, wrong) =
+        (user("standin", right.clone()), user("standin", Some(password(&dir, "wrong", "Secret"))));
     let (other, nobody) = (user("other", right), server.settings());
 
     let error = Host::new(good.clone(), "b", Some(2), 1).error().await;
@@ -146,7 +147,7 @@ fn settings_that_cannot_serve_are_refused_with_the_reason() {
         (Settings { key: Some(pki.path("server.key")), ..fine.clone() }, "openssl pkey"),
         (Settings { user: Some("u".to_owned()), ..fine.clone() }, "`password_file` is not"),
         (file(open), "chmod 600"),
-        (file(password(&dir, "empty", "\n").unwrap()), "no password"),
+        (file(password(&dir, "empty", "\n")), "no password"),
         (file(dir.path().join("gone")), "cannot read etcd's `password_file`"),
     ] {
         let error = Etcd::new(settings).unwrap_err().to_string();
