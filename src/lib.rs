@@ -21,6 +21,7 @@
 //! | [`model`] | the words that all share: names, terms, epochs, pages, an epoch's figures |
 //! | [`ha`] | pure: terms, leases, roles, decisions; simulated |
 //! | [`agent`] | the daemon: one task owns each workload; control socket; durable record |
+//! | [`arbiter`] | keys in etcd: claims a term there for a workload, and says until when it has it |
 //! | [`workload`] | the place of a workload: sandbox with its init and guard, container of an engine (with our init, or whole), bare tree, cgroup, network |
 //! | [`criu`] | CRIU as a part: start, RPC, page server, preload bridge, lazy pages, images, probe |
 //! | [`memory`] | dirty tracking (userfaultfd write protection), batched reads of other processes, flags of their mappings |
@@ -50,6 +51,7 @@
 //! - Data flows one way, in the order of the drawing; [`ha`], [`delta`] and [`wire`] do no IO.
 
 pub mod agent;
+pub mod arbiter;
 pub mod capture;
 pub mod cli;
 pub mod config;
