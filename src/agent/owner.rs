@@ -27,6 +27,7 @@ use super::{
     api::{
         ApiError, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest, WorkloadStatus,
     },
+    drill::Drill,
     durable::{self, Durable},
     handoff::Handoff,
     home::Home,
@@ -35,6 +36,7 @@ use super::{
 };
 use crate::{
     capture::pace::{Report, StretchedBy},
+    drill,
     ha::{self, Action, Core, Input, Message, Standing, Ticket},
     model::{Epoch, EpochFigures, EpochId, Name, Term},
     observe::HistoryLog,
@@ -68,6 +70,17 @@ pub(super) enum Msg {
         request: HandoffRequest,
         answer: Answer<HandoffReport>,
     },
+    Drill {
+        request: drill::Request,
+        answer: Answer<drill::Report>,
+    },
+    EndDrill {
+        answer: Answer<()>,
+    },
+    /// What a drill has found, or why nothing was tried.
+    DrillReported(Result<Box<drill::Report>, ApiError>),
+    /// Nothing is left of it.
+    DrillGone,
     Remove {
         answer: Answer<()>,
     },
@@ -171,6 +184,8 @@ pub(super) struct Owner {
     pub(super) session: Option<Running>,
     pub(super) permit: Option<oneshot::Sender<()>>,
     pub(super) handoff: Option<Handoff>,
+    pub(super) drill: Option<Drill>,
+    pub(super) last_drill: Option<drill::Last>,
     pub(super) holding: bool,
     pub(super) promotion: Option<Promotion>,
     pub(super) history: HistoryLog,
@@ -217,6 +232,8 @@ impl Owner {
         let place = durable::Place::of(&agent.config.state_dir, &name);
         Self {
             history: HistoryLog::open(&place.history()),
+            drill: None,
+            last_drill: place.last_drill(),
             agent,
             name,
             durable,
@@ -269,6 +286,7 @@ impl Owner {
                 () = tokio::time::sleep(wake) => self.tick(),
             }
             self.drive_session();
+            self.watch_drill();
         }
         self.agent.drop_owner(&self.name);
     }
@@ -296,6 +314,10 @@ impl Owner {
             Msg::Protect { request, shipped, answer } => self.protect(&request, &shipped, answer),
             Msg::Unprotect { request, answer } => self.unprotect(request, answer),
             Msg::Handoff { request, answer } => self.begin_handoff(&request, answer),
+            Msg::Drill { request, answer } => self.begin_drill(request, answer),
+            Msg::EndDrill { answer } => self.ask_end_of_drill(answer),
+            Msg::DrillReported(report) => self.drill_reported(report),
+            Msg::DrillGone => self.drill_gone(),
             Msg::Remove { answer } => {
                 let _ = answer.send(self.remove());
             }
@@ -551,6 +573,7 @@ impl Owner {
         match block_in_place(|| received.commit()) {
             Ok(note) => {
                 self.feed(Input::Committed(id));
+                self.count_for_drill();
                 if let Some(standby) = standby {
                     standby.committed(&self.agent, &self.name, id, note);
                 }

@@ -14,6 +14,7 @@ use super::{
     trees,
 };
 use crate::{
+    drill::Outcome,
     ha::{self, Input, Standing},
     model::{EpochId, Term},
     observe::in_full,
@@ -23,6 +24,8 @@ use crate::{
 
 impl Owner {
     pub(super) fn restore(&mut self, epoch: EpochId, term: Term, eager: bool) {
+        // Its memory and its processor's time are needed; it is not waited for.
+        self.end_drill(Outcome::Interrupted, "the workload is taken over here");
         let silent_ms = self.lease_renewed.map_or(0.0, |at| at.elapsed().as_secs_f64() * 1e3);
         let handed = self.taken_over == Some(epoch);
         let cause = if handed { "handed over by the primary" } else { "the primary's lease ran out" };
@@ -164,7 +167,9 @@ impl Owner {
     /// The restored tree has all its memory: the image is not needed any more.
     pub(super) fn pages_served(&mut self) {
         self.lazy_pages = false;
+        // An image cannot be removed while it is read: a drill's end comes here again.
         if self.standing() == Some(Standing::Primary)
+            && self.drill.is_none()
             && let Some(standby) = self.standby.take()
         {
             block_in_place(|| standby.remove());

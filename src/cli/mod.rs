@@ -6,6 +6,7 @@
 mod agent;
 mod client;
 mod doctor;
+mod drill;
 mod handoff;
 mod history;
 mod pair;
@@ -58,6 +59,8 @@ enum Verb {
     Remove(run::RemoveArgs),
     /// Move a workload to its standby, on purpose
     Handoff(handoff::Args),
+    /// Restore the newest epoch on trial, isolated, without touching production (on the standby)
+    Drill(drill::Args),
     /// Show this agent's workloads
     Status(status::Args),
     /// Show what happened to a workload
@@ -98,6 +101,7 @@ pub fn main() -> ExitCode {
         Verb::Unprotect(args) => protect::unprotect(&cli.socket, &args),
         Verb::Remove(args) => run::remove(&cli.socket, &args),
         Verb::Handoff(args) => handoff::main(&cli.socket, &args),
+        Verb::Drill(args) => drill::main(&cli.socket, &args),
         Verb::Status(args) => status::main(&cli.socket, &args),
         Verb::History(args) => history::main(&cli.socket, &args),
     };

@@ -5,6 +5,7 @@ mod container_faults;
 mod container_keeps;
 mod containers;
 mod docker;
+mod drill;
 mod failover;
 mod handoff;
 mod lab;

@@ -1,0 +1,689 @@
+//! A drill: the newest committed epoch is restored beside everything else, where nobody hears it, probed, and taken away.
+//!
+//! ```text
+//!  asked ──► room? ──► view of the store, files copied ──► place made ──► restored ──► probed ──► all pages there
+//!    │        │ no                                                                                   │
+//!    │refused ▼                                                                        kept ◄────────┤
+//!                                                                                       │ ended      ▼
+//!  whenever this host is to be more than a standby: ended at once ─────────────────────►└──► taken away, reported
+//! ```
+//!
+//! A thread of its own conducts it ([`Conductor`]); the owner only tells it to end ([`Owner::watch_drill`]). What it makes has
+//! names of its own (the place `NAME.drill`, directories `drills/NAME`), and of the warm image it has a view: epochs are
+//! committed behind it, but not folded, which is why a drill that takes too long for that ends.
+//!
+//! Invariants: a takeover waits for no drill; nothing of a drill has a way out; whatever is left of one is found by
+//! `drills/NAME` in the state directory, which is made first and removed last, and swept when an agent starts.
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+
+use super::{
+    Agent,
+    api::ApiError,
+    durable,
+    home::{Home, LOG_BYTES_MAX},
+    owner::{Answer, Msg, Owner},
+    standby::{Standby, lazy_extents, lock, pids},
+    trees,
+};
+use crate::{
+    capture::Note,
+    config::Config,
+    criu::{
+        bridge::Bridge,
+        lazy::{LazyError, Mark, Pager, PagerHandle},
+    },
+    drill::{self, Kept, Last, Lost, Outcome, PROBE_TIMEOUT_MS, ProbeError, Prober, Report},
+    ha::Standing,
+    model::{EpochId, Name},
+    observe::{in_full, unix_ms},
+    restore::{self, Ahead, Mode, Recency, Step},
+    store::{LAYERS_MAX, View},
+    transport::block_in_place,
+    workload::{
+        cgroup::Cgroup,
+        sandbox::{self, Sandbox},
+        spec::{Net, PlaceSpec, SandboxSpec},
+    },
+};
+
+/// How long a drill may take to restore, and then its pages to come.
+const RESTORE_LIMIT: Duration = Duration::from_secs(60);
+/// How often a drill that waits looks whether it is to end.
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+/// Epochs that may wait for the drill's view to go.
+const WAITING_MAX: usize = LAYERS_MAX / 4 * 3;
+
+/// Where a drill's things are.
+struct Dirs {
+    /// Durable, the first and the last of them: files, output.
+    base: PathBuf,
+    /// Beside the store: what CRIU reads, and the files in memory.
+    store: PathBuf,
+    /// Holds the place's run directory.
+    run: PathBuf,
+}
+
+impl Dirs {
+    fn of(config: &Config, name: &Name) -> Self {
+        Self {
+            base: config.state_dir.join("drills").join(name.as_str()),
+            store: config.store_dir.join("drills").join(name.as_str()),
+            run: config.run_dir.join("drills"),
+        }
+    }
+
+    fn make(&self) -> io::Result<()> {
+        [&self.base, &self.store]
+            .into_iter()
+            .try_for_each(|dir| DirBuilder::new().recursive(true).mode(0o700).create(dir))
+    }
+
+    /// Ends whatever runs in the place and removes all of it; nothing is no error.
+    fn clear(&self, name: &Name) -> anyhow::Result<()> {
+        Sandbox::destroy(&self.run, &name.of_drill())?;
+        for dir in [&self.store, &self.base] {
+            match fs::remove_dir_all(dir) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("removing {}", dir.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes away what drills have left that an earlier agent, or the host, did not live to end.
+pub(super) fn sweep(config: &Config) -> anyhow::Result<()> {
+    let entries = match fs::read_dir(config.state_dir.join("drills")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        if let Ok(name) = entry?.file_name().to_string_lossy().parse::<Name>() {
+            tracing::info!(%name, "a drill was cut off; what it left is taken away");
+            Dirs::of(config, &name).clear(&name).with_context(|| format!("what a drill of {name} left"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Waits until nothing is left of any drill, or the limit has passed.
+pub(super) async fn await_none(config: &Config, limit: Duration) {
+    let dir = config.state_dir.join("drills");
+    let until = Instant::now() + limit;
+    while fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some()) && Instant::now() < until {
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
+/// By which a drill is told to end.
+#[derive(Default)]
+struct Ender {
+    /// As what it ends, and why.
+    told: Mutex<Option<(Outcome, String)>>,
+    /// When it must be done with what it does.
+    deadline: Mutex<Option<Instant>>,
+    over: AtomicBool,
+}
+
+impl Ender {
+    fn told(&self) -> Option<(Outcome, String)> {
+        lock(&self.told).clone()
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        self.told().map_or(Ok(()), |(_, reason)| Err(anyhow::anyhow!(reason)))
+    }
+
+    fn limit(&self, limit: Option<Duration>) {
+        *lock(&self.deadline) = limit.map(|limit| Instant::now() + limit);
+    }
+
+    fn is_late(&self) -> bool {
+        lock(&self.deadline).is_some_and(|deadline| Instant::now() > deadline)
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+}
+
+/// A drill under way, or one whose workload was kept.
+pub(super) struct Drill {
+    ender: Arc<Ender>,
+    /// Whoever asked; none when it is answered.
+    answer: Option<Answer<Report>>,
+    /// Whoever wants to hear of its end.
+    ending: Vec<Answer<()>>,
+    /// Epochs committed since.
+    committed: Arc<Mutex<u64>>,
+    /// The drill has its view of the store.
+    viewing: Arc<AtomicBool>,
+}
+
+impl Owner {
+    /// Begins a drill.
+    pub(super) fn begin_drill(&mut self, request: drill::Request, answer: Answer<Report>) {
+        let (standby, spec) = match self.check_drill() {
+            Ok(found) => found,
+            Err(error) => {
+                let _ = answer.send(Err(error));
+                return;
+            }
+        };
+        let timing = self.agent.config.timing;
+        let detection_ms = (timing.lease + timing.drift).as_secs_f64() * 1e3;
+        let host = self.agent.config.name.clone();
+        let ender = Arc::new(Ender::default());
+        let (committed, viewing) = (Arc::default(), Arc::new(AtomicBool::new(false)));
+        let mut conductor = Conductor {
+            dirs: Dirs::of(&self.agent.config, &self.name),
+            agent: Arc::clone(&self.agent),
+            name: self.name.clone(),
+            spec,
+            request,
+            standby,
+            ender: Arc::clone(&ender),
+            committed: Arc::clone(&committed),
+            viewing: Arc::clone(&viewing),
+            serving: None,
+            report: Report::begun(self.name.clone(), host, unix_ms(), detection_ms),
+        };
+        self.drill = Some(Drill { ender, answer: Some(answer), ending: Vec::new(), committed, viewing });
+        let to_self = self.to_self.clone();
+        std::thread::spawn(move || {
+            conductor.main(|report| {
+                let _ = to_self.blocking_send(Msg::DrillReported(report));
+            });
+            drop(conductor);
+            let _ = to_self.blocking_send(Msg::DrillGone);
+        });
+    }
+
+    fn check_drill(&mut self) -> Result<(Arc<Standby>, SandboxSpec), ApiError> {
+        let name = &self.name;
+        match self.standing() {
+            None => {
+                return Err(ApiError::refused(format!(
+                    "{name} is not protected: `standin protect {name} --to PEER`, then drill on that host"
+                )));
+            }
+            Some(Standing::Standby) => {}
+            Some(Standing::Primary) => {
+                let peer = self.durable.peer.as_deref().unwrap_or("its standby");
+                return Err(ApiError::refused(format!(
+                    "{name} runs here; a drill is held where it would be restored: type `standin drill {name}` on {peer}"
+                )));
+            }
+            Some(standing) => {
+                return Err(ApiError::refused(format!(
+                    "{name} stands as {standing:?} here, and a drill needs a standby; see `standin status {name}`"
+                )));
+            }
+        }
+        if self.drill.is_some() {
+            return Err(ApiError::refused(format!(
+                "a drill of {name} is under way here, or its workload was kept: wait, or `standin drill {name} --end`"
+            )));
+        }
+        let spec = match &self.durable.spec.place {
+            PlaceSpec::Sandbox(spec) if matches!(spec.net, Net::Own { .. }) => spec.clone(),
+            PlaceSpec::Sandbox(_) => {
+                return Err(ApiError::refused(format!(
+                    "{name} uses its host's network (--pid), and cannot be cut off from it: only what `standin run` \
+                     started can be drilled"
+                )));
+            }
+            PlaceSpec::Container(_) => {
+                return Err(ApiError::refused(format!(
+                    "{name} is a container, and drills of containers are not supported yet: only what `standin run` \
+                     started can be drilled; try a `standin handoff {name}` there and back in a quiet hour"
+                )));
+            }
+        };
+        let standby = self.standby.clone().filter(|standby| standby.held().is_some());
+        let standby = standby.ok_or_else(|| {
+            ApiError::refused(format!("no epoch of {name} is held here yet; see `standin status {name}`"))
+        })?;
+        Ok((standby, spec))
+    }
+
+    /// Tells a drill to end, if there is one; does not wait for it.
+    pub(super) fn end_drill(&self, outcome: Outcome, reason: &str) {
+        let Some(drill) = &self.drill else { return };
+        {
+            let mut told = lock(&drill.ender.told);
+            if told.is_some() {
+                return;
+            }
+            *told = Some((outcome, reason.to_owned()));
+        }
+        tracing::info!(name = %self.name, reason, "the drill is ended");
+        let (ender, place) = (Arc::clone(&drill.ender), self.name.of_drill());
+        std::thread::spawn(move || {
+            // Whatever the conductor waits for, CRIU, the probe, pages, ends with the tree. It may be about to make it.
+            while !ender.is_over() {
+                let _ = Cgroup::of(&place).map(|cgroup| cgroup.kill(LOOK_INTERVAL));
+                std::thread::sleep(LOOK_INTERVAL);
+            }
+        });
+    }
+
+    /// The operator ends it.
+    pub(super) fn ask_end_of_drill(&mut self, answer: Answer<()>) {
+        self.end_drill(Outcome::Interrupted, "the operator ended it");
+        match &mut self.drill {
+            Some(drill) => drill.ending.push(answer),
+            None => {
+                let message = format!("there is no drill of {} here", self.name);
+                let _ = answer.send(Err(ApiError::refused(message)));
+            }
+        }
+    }
+
+    /// Ends a drill that must not go on.
+    pub(super) fn watch_drill(&mut self) {
+        let Some(drill) = &self.drill else { return };
+        if self.stopping.is_some() {
+            self.end_drill(Outcome::Interrupted, "the agent was stopped");
+        } else if self.standing() != Some(Standing::Standby) {
+            self.end_drill(Outcome::Interrupted, "this host is the workload's standby no more");
+        } else if drill.answer.as_ref().is_some_and(tokio::sync::oneshot::Sender::is_closed) {
+            self.end_drill(Outcome::Interrupted, "the operator called it off");
+        } else if drill.ender.is_late() {
+            let reason =
+                format!("it was not restored, with all its pages, within {} s", RESTORE_LIMIT.as_secs());
+            self.end_drill(Outcome::Failed, &reason);
+        } else if drill.viewing.load(Ordering::Acquire)
+            && self.standby.as_ref().is_some_and(|standby| standby.unfolded() > WAITING_MAX)
+        {
+            self.end_drill(
+                Outcome::Failed,
+                "it took so long that the epochs which were committed meanwhile became too many to wait for it: \
+                 let epochs come less often (`standin protect --every`), or drill when the host is less busy",
+            );
+        }
+    }
+
+    /// An epoch was committed.
+    pub(super) fn count_for_drill(&self) {
+        if let Some(drill) = &self.drill {
+            *lock(&drill.committed) += 1;
+        }
+    }
+
+    pub(super) fn drill_reported(&mut self, report: Result<Box<Report>, ApiError>) {
+        if let Ok(report) = &report {
+            let kind = format!("drill-{}", report.outcome.word());
+            self.event_with(&kind, &report.summary(), report.epoch, report.phases());
+            self.remember_drill(Some(Last::from(&**report)));
+        }
+        if let Some(answer) = self.drill.as_mut().and_then(|drill| drill.answer.take()) {
+            let _ = answer.send(report.map(|report| *report));
+        }
+    }
+
+    fn remember_drill(&mut self, last: Option<Last>) {
+        self.last_drill = last;
+        let written = self.last_drill.as_ref().map(|last| self.place.write_drill(last));
+        if let Some(Err(error)) = written {
+            tracing::warn!(%error, "what the drill found is not on the disk");
+        }
+    }
+
+    /// Nothing of it is left.
+    pub(super) fn drill_gone(&mut self) {
+        let Some(drill) = self.drill.take() else { return };
+        for answer in drill.ending {
+            let _ = answer.send(Ok(()));
+        }
+        if let Some(last) = self.last_drill.clone().filter(|last| last.kept) {
+            self.remember_drill(Some(Last { kept: false, ..last }));
+        }
+        // Its view may have been in the way.
+        if !self.lazy_pages {
+            self.pages_served();
+        }
+    }
+
+    /// Ends a drill and waits until it lets go of the image.
+    pub(super) fn finish_drill(&mut self, reason: &str) {
+        const LIMIT: Duration = Duration::from_secs(10);
+        self.end_drill(Outcome::Interrupted, reason);
+        let Some(drill) = &self.drill else { return };
+        let until = Instant::now() + LIMIT;
+        block_in_place(|| {
+            while !drill.ender.is_over() && Instant::now() < until {
+                std::thread::sleep(LOOK_INTERVAL);
+            }
+        });
+    }
+}
+
+/// Conducts one drill, on a thread of its own.
+struct Conductor {
+    agent: Arc<Agent>,
+    name: Name,
+    spec: SandboxSpec,
+    request: drill::Request,
+    standby: Arc<Standby>,
+    dirs: Dirs,
+    ender: Arc<Ender>,
+    committed: Arc<Mutex<u64>>,
+    viewing: Arc<AtomicBool>,
+    serving: Option<JoinHandle<()>>,
+    report: Report,
+}
+
+/// The pages that follow the restored tree.
+struct Pages {
+    handle: PagerHandle,
+    /// What came of it, and the next epoch with the bytes that it had brought by then.
+    served: Receiver<Result<Option<(EpochId, u64)>, LazyError>>,
+}
+
+impl Conductor {
+    /// From the begin to the end; `reported` hears once what was found, or why nothing was tried.
+    fn main(&mut self, reported: impl FnOnce(Result<Box<Report>, ApiError>)) {
+        let found = self.conduct();
+        let refused = match found {
+            Ok(()) => {
+                self.report.outcome = Outcome::Passed;
+                None
+            }
+            Err(Trouble::Refused(error)) => Some(error),
+            Err(Trouble::Failed(error)) => {
+                let (outcome, reason) =
+                    self.ender.told().unwrap_or_else(|| (Outcome::Failed, in_full(&error)));
+                (self.report.outcome, self.report.reason) = (outcome, Some(reason));
+                None
+            }
+        };
+        self.report.epochs_committed = *lock(&self.committed);
+        if self.report.kept.is_some() {
+            reported(Ok(Box::new(self.report.clone())));
+            while self.ender.told().is_none() {
+                std::thread::sleep(LOOK_INTERVAL);
+            }
+            self.clear();
+            return;
+        }
+        let began = Instant::now();
+        self.clear();
+        self.phase("clean-up", began);
+        reported(refused.map_or_else(|| Ok(Box::new(self.report.clone())), Err));
+    }
+
+    fn clear(&mut self) {
+        if let Err(error) = self.dirs.clear(&self.name) {
+            tracing::error!(%error, name = %self.name, "what the drill left; the agent's next start tries again");
+            self.report.outcome = Outcome::Failed;
+            self.report
+                .reason
+                .get_or_insert_with(|| format!("it could not be taken away: {}", in_full(&error)));
+        }
+        // Whoever serves pages has the store's view, and ends with the tree.
+        if let Some(serving) = self.serving.take() {
+            let _ = serving.join();
+        }
+        self.ender.over.store(true, Ordering::Release);
+    }
+
+    fn phase(&mut self, name: &str, since: Instant) {
+        self.report.phases_ms.push((name.to_owned(), since.elapsed().as_secs_f64() * 1e3));
+    }
+
+    fn conduct(&mut self) -> Result<(), Trouble> {
+        self.viewing.store(true, Ordering::Release);
+        let view = self.standby.view_with_files().map_err(anyhow::Error::from)?;
+        let note = Note::read(&view.criu_dir())?;
+        let rpo_ms = unix_ms().saturating_sub(note.frozen_at_unix_ms);
+        self.report.epoch = Some(view.id());
+        self.report.rpo_ms = Some(rpo_ms);
+        self.report.lost = Some(Lost { ms: rpo_ms, ..Lost::default() });
+        view.for_each_extent(|_, extent| self.report.memory_bytes += extent.bytes());
+        self.check_room()?;
+        self.dirs.make().context("making its directories")?;
+        let files = Instant::now();
+        self.copy_files()?;
+        self.phase("files", files);
+        let (home, pages) = self.restore(view, &note)?;
+        let probed = self.probe(&home);
+        let ended = self.await_pages(&pages);
+        self.viewing.store(false, Ordering::Release);
+        probed?;
+        ended?;
+        self.ender.check()?;
+        if home.root()?.is_none() {
+            return Err(anyhow::anyhow!("the restored workload has ended by itself; see its output").into());
+        }
+        if self.request.keep {
+            let (init, log) = (home.keeper().pid(), self.dirs.base.join("output.log"));
+            self.report.kept = Some(Kept { init, log });
+        }
+        Ok(())
+    }
+
+    fn check_room(&self) -> Result<(), Trouble> {
+        let shm = bytes_below(&trees::shm_of(&self.agent.config, &self.name));
+        let image = self.report.memory_bytes + shm;
+        let available = memory_available().context("reading /proc/meminfo")?;
+        drill::check_memory(available, image).map_err(|error| Trouble::Refused(ApiError::refused(error)))?;
+        let place = durable::Place::of(&self.agent.config.state_dir, &self.name);
+        let (files, free) = (bytes_below(&place.data()), disk_available(&self.agent.config.state_dir)?);
+        if files > free {
+            let dir = self.agent.config.state_dir.display();
+            return Err(Trouble::Refused(ApiError::refused(format!(
+                "there is no room in {dir} for the drill's copy of the workload's files: {} MiB are free, {} MiB are \
+                 needed; make room there",
+                free >> 20,
+                files >> 20
+            ))));
+        }
+        Ok(())
+    }
+
+    /// Copies what is replicated, sharing its blocks where the file system can.
+    fn copy_files(&self) -> anyhow::Result<()> {
+        let config = &self.agent.config;
+        let place = durable::Place::of(&config.state_dir, &self.name);
+        for (from, to) in [
+            (place.data(), self.dirs.base.join("paths")),
+            (trees::shm_of(config, &self.name), self.dirs.store.join("shm")),
+        ] {
+            if !from.exists() {
+                continue;
+            }
+            let mut copy = Command::new("cp")
+                .args(["-a", "--reflink=auto", "--"])
+                .args([&from, &to])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .context("running cp")?;
+            while copy.try_wait()?.is_none() {
+                if let Err(ended) = self.ender.check() {
+                    copy.kill()?;
+                    copy.wait()?;
+                    return Err(ended);
+                }
+                std::thread::sleep(LOOK_INTERVAL);
+            }
+            let output = copy.wait_with_output()?;
+            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            anyhow::ensure!(output.status.success(), "copying {}: {said}", from.display());
+        }
+        self.ender.check()
+    }
+
+    /// Restores the view's epoch as a takeover would: what that has ready is made first.
+    fn restore(&mut self, view: View, note: &Note) -> anyhow::Result<(Home, Pages)> {
+        let making = Instant::now();
+        let spec = SandboxSpec { name: self.name.of_drill(), ..self.spec.clone() };
+        let options = sandbox::Options {
+            program: self.agent.program.clone(),
+            run_dir: self.dirs.run.clone(),
+            data_dir: self.dirs.base.join("paths"),
+            shm_dir: self.dirs.store.join("shm"),
+            log: self.dirs.base.join("output.log"),
+            log_bytes_max: LOG_BYTES_MAX,
+            drill_of: Some(self.name.clone()),
+        };
+        let home = Home::isolated(&spec, &options)?;
+        self.phase("place", making);
+
+        let (making, images) = (Instant::now(), self.dirs.store.join("ready"));
+        let criu_dir = view.criu_dir();
+        let lazy = |space| lazy_extents(&criu_dir, space).unwrap_or_default();
+        let ready = restore::materialise(&view, &images, Mode::Lazy, lazy)?;
+        let bridge = Bridge::new(&self.agent.config.work_dir, self.agent.install.version)?;
+        let criu =
+            Ahead::start(&self.agent.install, &bridge, &images, &home.site(note)?, &pids(&ready.dir)?)?;
+        self.phase("images", making);
+        self.ender.check()?;
+
+        let began = Instant::now();
+        let pages = self.serve_pages(view, &ready.dir)?;
+        self.phase("prepare", began);
+        let asked = Instant::now();
+        let name =
+            ready.dir.file_name().and_then(|name| name.to_str()).context("a directory without a name")?;
+        self.ender.limit(Some(RESTORE_LIMIT));
+        let restored = criu.restore(name, note.keys(), true, &mut |step| match step {
+            Step::Restored => pages.handle.hold(),
+            Step::Resuming => Ok(()),
+        });
+        if restored.is_err() {
+            pages.handle.stop();
+        }
+        let mut home = home;
+        home.track(restored?)?;
+        self.phase("criu", asked);
+        let restore_ms = began.elapsed().as_secs_f64() * 1e3;
+        self.report.restore_ms = Some(restore_ms);
+        self.report.rto_ms = Some(self.report.detection_ms + restore_ms);
+        Ok((home, pages))
+    }
+
+    /// Has pages served, the view being held until they all are there.
+    fn serve_pages(&mut self, view: View, dir: &Path) -> anyhow::Result<Pages> {
+        let mut recency = Recency::default();
+        view.unfolded().for_each(|(id, runs)| recency.note(id, runs));
+        let files = restore::page_files(&view, &recency)?;
+        let mark = Mark::make(&self.dirs.base.join("lazy-restore.json"), &serde_json::to_vec(&view.id())?)?;
+        let pager = Pager::start(&self.agent.install, dir, mark, &files)?;
+        let handle = pager.handle()?;
+        let (serve, served) = channel();
+        let standby = Arc::clone(&self.standby);
+        self.serving = Some(std::thread::spawn(move || {
+            let ended = pager.wait();
+            let next = standby.next_after(view.id());
+            drop(view);
+            // Nobody hears of it if the drill has ended.
+            let _ = serve.send(ended.map(|_| next));
+        }));
+        Ok(Pages { handle, served })
+    }
+
+    fn probe(&mut self, home: &Home) -> anyhow::Result<()> {
+        let Some(command) = self.request.probe.clone() else { return Ok(()) };
+        let limit = Duration::from_millis(self.request.timeout_ms.unwrap_or(PROBE_TIMEOUT_MS));
+        let mut env = vec![("STANDIN_WORKLOAD", self.name.to_string())];
+        env.extend(self.report.epoch.map(|epoch| ("STANDIN_EPOCH", epoch.to_string())));
+        if let Net::Own { ips } = &self.spec.net {
+            env.extend(ips.first().map(|ip| ("STANDIN_ADDRESS", ip.addr.to_string())));
+        }
+        let prober = Prober {
+            program: self.agent.program.clone(),
+            init: home.keeper().pidfd()?,
+            cgroup: home.keeper().cgroup().work(),
+            env,
+        };
+        let began = Instant::now();
+        let result = prober.run(&command, limit, || self.ender.told().is_some());
+        self.phase("probe", began);
+        let result = match result {
+            Err(ProbeError::Interrupted) => return self.ender.check(),
+            result => self.report.probe.insert(result?),
+        };
+        // What ends a drill ends its probe as well.
+        self.ender.check()?;
+        anyhow::ensure!(result.is_content(), "the probe {}", result.ending());
+        Ok(())
+    }
+
+    /// Until the tree has all its memory, of which a page may be damaged that nothing has touched yet.
+    fn await_pages(&mut self, pages: &Pages) -> anyhow::Result<()> {
+        let began = Instant::now();
+        let served = loop {
+            match pages.served.recv_timeout(LOOK_INTERVAL) {
+                Ok(served) => break served,
+                Err(RecvTimeoutError::Timeout) => self.ender.check()?,
+                Err(RecvTimeoutError::Disconnected) => anyhow::bail!("who waited for its pages has failed"),
+            }
+        };
+        self.ender.limit(None);
+        self.phase("pages", began);
+        if let (Some((id, bytes)), Some(lost)) = (served?, &mut self.report.lost) {
+            (lost.next_epoch, lost.memory_bytes) = (Some(id), Some(bytes));
+        }
+        Ok(())
+    }
+}
+
+/// Why a drill did not pass.
+enum Trouble {
+    /// Nothing was tried.
+    Refused(ApiError),
+    /// Something was.
+    Failed(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Trouble {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+/// Memory that can be had without swapping, bytes.
+fn memory_available() -> anyhow::Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: u64 =
+        line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).context("no MemAvailable")?;
+    Ok(kib << 10)
+}
+
+fn disk_available(dir: &Path) -> anyhow::Result<u64> {
+    let found = nix::sys::statvfs::statvfs(dir).with_context(|| format!("the room in {}", dir.display()))?;
+    Ok(found.blocks_available() * found.fragment_size())
+}
+
+/// Bytes of the files below a directory as they lie on its disk; none if it is not there, nor for what vanishes meanwhile.
+fn bytes_below(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let bytes = entries.map(|entry| match entry.metadata() {
+        Ok(found) if found.is_dir() => bytes_below(&entry.path()),
+        Ok(found) => found.blocks() * 512,
+        Err(_) => 0,
+    });
+    bytes.sum()
+}
