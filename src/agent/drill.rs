@@ -69,6 +69,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// Epochs that may wait for the drill's view to go.
 const WAITING_MAX: usize = LAYERS_MAX / 4 * 3;
 
+/// What ends a drill before all others.
+pub(super) const TAKEN_OVER: &str = "the workload is taken over here";
+
 /// Where a drill's things are.
 struct Dirs {
     /// Durable, the first and the last of them: files, output.
@@ -303,6 +306,8 @@ impl Owner {
         let Some(drill) = &self.drill else { return };
         if self.stopping.is_some() {
             self.end_drill(Outcome::Interrupted, "the agent was stopped");
+        } else if self.standing() == Some(Standing::Promoting) {
+            self.end_drill(Outcome::Interrupted, TAKEN_OVER);
         } else if self.standing() != Some(Standing::Standby) {
             self.end_drill(Outcome::Interrupted, "this host is the workload's standby no more");
         } else if drill.answer.as_ref().is_some_and(tokio::sync::oneshot::Sender::is_closed) {

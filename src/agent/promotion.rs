@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use anyhow::Context as _;
 
 use super::{
+    drill::TAKEN_OVER,
     home::Home,
     owner::{Msg, Owner, Promotion},
     standby::{RestorePlan, Standby},
@@ -25,7 +26,7 @@ use crate::{
 impl Owner {
     pub(super) fn restore(&mut self, epoch: EpochId, term: Term, eager: bool) {
         // Its memory and its processor's time are needed; it is not waited for.
-        self.end_drill(Outcome::Interrupted, "the workload is taken over here");
+        self.end_drill(Outcome::Interrupted, TAKEN_OVER);
         let silent_ms = self.lease_renewed.map_or(0.0, |at| at.elapsed().as_secs_f64() * 1e3);
         let handed = self.taken_over == Some(epoch);
         let cause = if handed { "handed over by the primary" } else { "the primary's lease ran out" };
