@@ -74,6 +74,12 @@ pub struct Settings {
     /// Time kept free before the lease ends for freezing and silencing the workload [default: lease / 6]
     #[arg(long, value_name = "MS")]
     pub fence_margin_ms: Option<u64>,
+    /// Hold a drill of each workload whose standby this host is so often, as `12h`, `7d`, `30m` [default: never]
+    #[arg(long, value_name = "TIME")]
+    pub drill_every: Option<String>,
+    /// The probe of those drills, for `sh -c`; STANDIN_WORKLOAD tells it of which workload it is [default: none]
+    #[arg(long, value_name = "CMD")]
+    pub drill_probe: Option<String>,
     /// What is logged: error, warn, info, debug, or a tracing filter [default: info]
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
@@ -102,6 +108,10 @@ pub struct Config {
     pub criu: Option<PathBuf>,
     /// Heartbeat, lease and margin.
     pub timing: Timing,
+    /// Time between two drills of a workload.
+    pub drill_every: Option<Duration>,
+    /// The probe of those drills.
+    pub drill_probe: Option<String>,
     /// Log filter.
     pub log: String,
 }
@@ -133,6 +143,11 @@ pub enum ConfigError {
     /// The host's name cannot serve.
     #[error("{0:?} cannot be this host's name: use 1 to 63 characters of a-z, 0-9, '-' and '.'; set `name`")]
     Name(String),
+    /// Not a time between drills.
+    #[error(
+        "`drill_every` cannot be {0:?}: write a number with its unit, as 30m, 12h or 7d; 10s at least, 365d at most"
+    )]
+    DrillEvery(String),
     /// A directory is not absolute.
     #[error("`{key}` must be an absolute path, not {path}")]
     Relative {
@@ -168,6 +183,8 @@ impl Settings {
             heartbeat_ms: self.heartbeat_ms.or(other.heartbeat_ms),
             lease_ms: self.lease_ms.or(other.lease_ms),
             fence_margin_ms: self.fence_margin_ms.or(other.fence_margin_ms),
+            drill_every: self.drill_every.or(other.drill_every),
+            drill_probe: self.drill_probe.or(other.drill_probe),
             log: self.log.or(other.log),
         }
     }
@@ -205,7 +222,10 @@ impl Settings {
             ..Timing::default()
         };
         timing.validate()?;
+        let drill_every = self.drill_every.as_deref().map(drill_interval).transpose()?;
         Ok(Config {
+            drill_every,
+            drill_probe: self.drill_probe,
             name,
             listen: self.listen.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT))),
             state_dir,
@@ -230,6 +250,25 @@ impl Config {
     /// Where workloads' run directories are.
     pub fn sandboxes_dir(&self) -> PathBuf {
         self.run_dir.join("sandboxes")
+    }
+}
+
+/// A time between drills: a number and its unit.
+fn drill_interval(text: &str) -> Result<Duration, ConfigError> {
+    const SECONDS: std::ops::RangeInclusive<u64> = 10..=365 * 86_400;
+    let (number, unit) = text.split_at(text.len() - text.chars().next_back().map_or(0, char::len_utf8));
+    let factor = match unit {
+        "s" => Some(1),
+        "m" => Some(60),
+        "h" => Some(3600),
+        "d" => Some(86_400),
+        _ => None,
+    };
+    let seconds =
+        number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
+    match seconds.filter(|seconds| SECONDS.contains(seconds)) {
+        Some(seconds) => Ok(Duration::from_secs(seconds)),
+        None => Err(ConfigError::DrillEvery(text.to_owned())),
     }
 }
 
@@ -262,6 +301,22 @@ mod tests {
         let config = flags.or(file).validate().unwrap();
         assert_eq!(config.timing.lease, Duration::from_millis(900));
         assert_eq!(config.timing.heartbeat, Duration::from_millis(20));
+    }
+
+    #[test]
+    fn a_time_between_drills_has_a_unit_and_limits() {
+        let every = |text: &str| {
+            Settings { drill_every: Some(text.into()), ..Settings::default() }
+                .validate()
+                .map(|config| config.drill_every)
+        };
+        assert_eq!(every("12h").unwrap(), Some(Duration::from_secs(43_200)));
+        assert_eq!(every("7d").unwrap(), Some(Duration::from_secs(604_800)));
+        for wrong in
+            ["", "12", "h", "1s", "400d", "-3h", "1.5h", "12 Stunden", "99999999999999999999d", "3\u{b5}"]
+        {
+            assert!(matches!(every(wrong), Err(ConfigError::DrillEvery(_))), "{wrong}");
+        }
     }
 
     #[test]

@@ -48,8 +48,8 @@ use crate::{
         bridge::Bridge,
         lazy::{LazyError, Mark, Pager, PagerHandle},
     },
-    drill::{self, Kept, Last, Lost, Outcome, PROBE_TIMEOUT_MS, ProbeError, Prober, Report},
-    ha::Standing,
+    drill::{self, Kept, Last, Lost, Outcome, PROBE_TIMEOUT_MS, Prober, Report},
+    ha::{Core, Standing},
     model::{EpochId, Name},
     observe::{in_full, unix_ms},
     restore::{self, Ahead, Mode, Recency, Step},
@@ -127,11 +127,15 @@ pub(super) fn sweep(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether there is a drill of any workload here, or what is left of one.
+fn is_any(config: &Config) -> bool {
+    fs::read_dir(config.state_dir.join("drills")).is_ok_and(|mut entries| entries.next().is_some())
+}
+
 /// Waits until nothing is left of any drill, or the limit has passed.
 pub(super) async fn await_none(config: &Config, limit: Duration) {
-    let dir = config.state_dir.join("drills");
     let until = Instant::now() + limit;
-    while fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some()) && Instant::now() < until {
+    while is_any(config) && Instant::now() < until {
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
 }
@@ -182,14 +186,11 @@ pub(super) struct Drill {
 }
 
 impl Owner {
-    /// Begins a drill.
-    pub(super) fn begin_drill(&mut self, request: drill::Request, answer: Answer<Report>) {
+    /// Begins a drill; nobody asked for one that was due.
+    pub(super) fn begin_drill(&mut self, request: drill::Request, answer: Option<Answer<Report>>) {
         let (standby, spec) = match self.check_drill() {
             Ok(found) => found,
-            Err(error) => {
-                let _ = answer.send(Err(error));
-                return;
-            }
+            Err(error) => return self.drill_refused(error, answer),
         };
         let timing = self.agent.config.timing;
         let detection_ms = (timing.lease + timing.drift).as_secs_f64() * 1e3;
@@ -209,7 +210,7 @@ impl Owner {
             serving: None,
             report: Report::begun(self.name.clone(), host, unix_ms(), detection_ms),
         };
-        self.drill = Some(Drill { ender, answer: Some(answer), ending: Vec::new(), committed, viewing });
+        self.drill = Some(Drill { ender, answer, ending: Vec::new(), committed, viewing });
         let to_self = self.to_self.clone();
         std::thread::spawn(move || {
             conductor.main(|report| {
@@ -303,7 +304,7 @@ impl Owner {
 
     /// Ends a drill that must not go on.
     pub(super) fn watch_drill(&mut self) {
-        let Some(drill) = &self.drill else { return };
+        let Some(drill) = &self.drill else { return self.drill_if_due() };
         if self.stopping.is_some() {
             self.end_drill(Outcome::Interrupted, "the agent was stopped");
         } else if self.standing() == Some(Standing::Promoting) {
@@ -335,13 +336,44 @@ impl Owner {
     }
 
     pub(super) fn drill_reported(&mut self, report: Result<Box<Report>, ApiError>) {
-        if let Ok(report) = &report {
-            let kind = format!("drill-{}", report.outcome.word());
-            self.event_with(&kind, &report.summary(), report.epoch, report.phases());
-            self.remember_drill(Some(Last::from(&**report)));
+        let answer = self.drill.as_mut().and_then(|drill| drill.answer.take());
+        let report = match report {
+            Ok(report) => report,
+            Err(error) => return self.drill_refused(error, answer),
+        };
+        let kind = format!("drill-{}", report.outcome.word());
+        self.event_with(&kind, &report.summary(), report.epoch, report.phases());
+        self.remember_drill(Some(Last::from(&*report)));
+        if let Some(answer) = answer {
+            let _ = answer.send(Ok(*report));
         }
-        if let Some(answer) = self.drill.as_mut().and_then(|drill| drill.answer.take()) {
-            let _ = answer.send(report.map(|report| *report));
+    }
+
+    /// Nothing was tried. Of one that was due people hear by the status, and it is tried when the next one is due.
+    fn drill_refused(&mut self, error: ApiError, answer: Option<Answer<Report>>) {
+        if let Some(answer) = answer {
+            let _ = answer.send(Err(error));
+            return;
+        }
+        self.event("drill-refused", &error.message, None);
+        let mut report = Report::begun(self.name.clone(), self.agent.config.name.clone(), unix_ms(), 0.0);
+        (report.outcome, report.reason) = (Outcome::Failed, Some(error.message));
+        self.remember_drill(Some(Last::from(&report)));
+    }
+
+    /// Holds a drill if the settings say so and the last one is that long ago; one at a time on this host.
+    fn drill_if_due(&mut self) {
+        let config = &self.agent.config;
+        let Some(every) = config.drill_every else { return };
+        // A clock that was set back is no reason never to drill again.
+        let ago = |last: &Last| u128::from(unix_ms().abs_diff(last.at_unix_ms));
+        let is_due = self.last_drill.as_ref().is_none_or(|last| ago(last) >= every.as_millis());
+        let is_ready = self.standing() == Some(Standing::Standby)
+            && self.stopping.is_none()
+            && self.core.as_ref().is_some_and(Core::armed);
+        if is_due && is_ready && !is_any(config) {
+            let probe = config.drill_probe.clone();
+            self.begin_drill(drill::Request { probe, ..drill::Request::default() }, None);
         }
     }
 
@@ -576,6 +608,7 @@ impl Conductor {
             Step::Restored => pages.handle.hold(),
             Step::Resuming => Ok(()),
         });
+        self.ender.limit(None);
         if restored.is_err() {
             pages.handle.stop();
         }
@@ -625,12 +658,9 @@ impl Conductor {
         let began = Instant::now();
         let result = prober.run(&command, limit, || self.ender.told().is_some());
         self.phase("probe", began);
-        let result = match result {
-            Err(ProbeError::Interrupted) => return self.ender.check(),
-            result => self.report.probe.insert(result?),
-        };
-        // What ends a drill ends its probe as well.
+        // What ends a drill ends its probe as well: that says nothing.
         self.ender.check()?;
+        let result = self.report.probe.insert(result?);
         anyhow::ensure!(result.is_content(), "the probe {}", result.ending());
         Ok(())
     }
@@ -638,6 +668,7 @@ impl Conductor {
     /// Until the tree has all its memory, of which a page may be damaged that nothing has touched yet.
     fn await_pages(&mut self, pages: &Pages) -> anyhow::Result<()> {
         let began = Instant::now();
+        self.ender.limit(Some(RESTORE_LIMIT));
         let served = loop {
             match pages.served.recv_timeout(LOOK_INTERVAL) {
                 Ok(served) => break served,

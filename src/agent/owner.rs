@@ -314,7 +314,7 @@ impl Owner {
             Msg::Protect { request, shipped, answer } => self.protect(&request, &shipped, answer),
             Msg::Unprotect { request, answer } => self.unprotect(request, answer),
             Msg::Handoff { request, answer } => self.begin_handoff(&request, answer),
-            Msg::Drill { request, answer } => self.begin_drill(request, answer),
+            Msg::Drill { request, answer } => self.begin_drill(request, Some(answer)),
             Msg::EndDrill { answer } => self.ask_end_of_drill(answer),
             Msg::DrillReported(report) => self.drill_reported(report),
             Msg::DrillGone => self.drill_gone(),

@@ -269,6 +269,7 @@ fn a_takeover_waits_for_no_drill() {
         "{report:#}"
     );
     assert!(report["reason"].as_str().is_some_and(|reason| reason.contains("taken over")), "{report:#}");
+    assert_eq!(report["probe"], Value::Null, "{report:#}");
     cluster.assert_nothing_left("redis");
     cluster.assert_first_try(Host::B);
     // The image goes when nobody reads it any more.
@@ -305,4 +306,25 @@ fn a_drill_that_cannot_be_held_is_refused_with_the_reason() {
     cluster.standin(Host::A, &["protect", "bare", "--pid", pid.trim(), "--to", "b", "--every", "100ms"]);
     cluster.wait_state_of("bare", Host::B, "standby", "ready");
     refused(Host::B, &["bare"], REFUSED, &["its host's network", "standin run"]);
+}
+
+#[test]
+fn drills_are_held_when_they_are_due() {
+    let cluster = Cluster::with(
+        "drill-due",
+        &["--drill-every", "10s", "--drill-probe", "test $STANDIN_WORKLOAD = redis"],
+    );
+    cluster.protect_redis();
+    let last = || cluster.status(Host::B, "redis")["last_drill"].clone();
+    wait_for("the first drill", || last().is_object());
+    let first = last();
+    assert_eq!((&first["outcome"], &first["probe_exit"]), (&"passed".into(), &0.into()), "{first:#}");
+    wait_for("the next drill", || last()["at_unix_ms"] != first["at_unix_ms"]);
+    let next = last();
+    let between =
+        next["at_unix_ms"].as_u64().zip(first["at_unix_ms"].as_u64()).map(|(next, first)| next - first);
+    assert!(between.is_some_and(|ms| (10_000..15_000).contains(&ms)), "{next:#}");
+    assert_eq!(next["outcome"], "passed", "{next:#}");
+    cluster.assert_nothing_left("redis");
+    assert_eq!(cluster.status(Host::A, "redis")["last_drill"], Value::Null, "the primary holds none");
 }
