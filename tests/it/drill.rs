@@ -11,7 +11,7 @@ use super::{
     cluster::{Cluster, wait_for},
     lab::{Host, STANDIN, work_cgroup},
     paths::{digests, rewrite_log},
-    redis::rolled_back,
+    redis::{VIP, rolled_back},
 };
 
 /// Exit codes, as `standin --help` lists them.
@@ -327,4 +327,28 @@ fn drills_are_held_when_they_are_due() {
     assert_eq!(next["outcome"], "passed", "{next:#}");
     cluster.assert_nothing_left("redis");
     assert_eq!(cluster.status(Host::A, "redis")["last_drill"], Value::Null, "the primary holds none");
+}
+
+/// Its pages come while epochs are committed that wait for its view.
+#[test]
+fn a_drill_of_much_memory_does_not_hold_epochs_up() {
+    let cluster = Cluster::up("drill-large");
+    cluster.run_redis();
+    cluster.lab.ok(Host::A, &["redis-cli", "-h", VIP, "debug", "populate", "300000", "large", "1024"]);
+    cluster.standin(Host::A, &["protect", "redis", "--to", "b", "--every", "20ms"]);
+    cluster.wait_state(Host::A, "primary", "protected");
+    cluster.wait_state(Host::B, "standby", "ready");
+    let counter = cluster.count();
+    for _ in 0..3 {
+        let report = cluster.drilled("redis", &["--probe", "redis-cli -h $STANDIN_ADDRESS debug digest"]);
+        let memory = report["memory_bytes"].as_u64().expect("a size");
+        assert!(memory > 300 << 20, "{memory}");
+        assert!(report["epochs_committed"].as_u64() >= Some(2), "{report:#}");
+        eprintln!("{} epochs, {}", report["epochs_committed"], report["phases_ms"]);
+    }
+    cluster.wait_state(Host::A, "primary", "protected");
+    assert_eq!(rolled_back(&counter.stop()), 0);
+    let history = cluster.history(Host::A);
+    assert!(!history.contains(&"epoch-failed".to_owned()), "{history:?}");
+    cluster.assert_nothing_left("redis");
 }
