@@ -184,6 +184,12 @@ pub struct Settings {
     /// A file with that user's password
     #[arg(long, value_name = "FILE")]
     pub etcd_password_file: Option<PathBuf>,
+    /// Hold a drill of each workload whose standby this host is so often, as `12h`, `7d`, `30m` [default: never]
+    #[arg(long, value_name = "TIME")]
+    pub drill_every: Option<String>,
+    /// The probe of those drills, for `sh -c`; STANDIN_WORKLOAD tells it of which workload it is [default: none]
+    #[arg(long, value_name = "CMD")]
+    pub drill_probe: Option<String>,
     /// What is logged: error, warn, info, debug, or a tracing filter [default: info]
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
@@ -214,6 +220,10 @@ pub struct Config {
     pub timing: Timing,
     /// Who decides that a standby runs a workload.
     pub arbiter: ArbiterConfig,
+    /// Time between two drills of a workload.
+    pub drill_every: Option<Duration>,
+    /// The probe of those drills.
+    pub drill_probe: Option<String>,
     /// Log filter.
     pub log: String,
 }
@@ -248,6 +258,11 @@ pub enum ConfigError {
     /// Who decides cannot do so safely.
     #[error("{0}")]
     Arbiter(String),
+    /// Not a time between drills.
+    #[error(
+        "`drill_every` cannot be {0:?}: write a number with its unit, as 30m, 12h or 7d; 10s at least, 365d at most"
+    )]
+    DrillEvery(String),
     /// A directory is not absolute.
     #[error("`{key}` must be an absolute path, not {path}")]
     Relative {
@@ -296,6 +311,8 @@ impl Settings {
             etcd_key: self.etcd_key.or(other.etcd_key),
             etcd_user: self.etcd_user.or(other.etcd_user),
             etcd_password_file: self.etcd_password_file.or(other.etcd_password_file),
+            drill_every: self.drill_every.or(other.drill_every),
+            drill_probe: self.drill_probe.or(other.drill_probe),
             log: self.log.or(other.log),
         }
     }
@@ -331,7 +348,10 @@ impl Settings {
         let fence_margin = self.fence_margin_ms.map_or(timing.fence_margin, Duration::from_millis);
         let timing = Timing { fence_margin, ..timing };
         timing.validate()?;
+        let drill_every = self.drill_every.as_deref().map(drill_interval).transpose()?;
         Ok(Config {
+            drill_every,
+            drill_probe: self.drill_probe,
             name,
             listen: self.listen.unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], DEFAULT_PORT))),
             state_dir,
@@ -430,6 +450,25 @@ impl Config {
     }
 }
 
+/// A time between drills: a number and its unit.
+fn drill_interval(text: &str) -> Result<Duration, ConfigError> {
+    const SECONDS: std::ops::RangeInclusive<u64> = 10..=365 * 86_400;
+    let (number, unit) = text.split_at(text.len() - text.chars().next_back().map_or(0, char::len_utf8));
+    let factor = match unit {
+        "s" => Some(1),
+        "m" => Some(60),
+        "h" => Some(3600),
+        "d" => Some(86_400),
+        _ => None,
+    };
+    let seconds =
+        number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
+    match seconds.filter(|seconds| SECONDS.contains(seconds)) {
+        Some(seconds) => Ok(Duration::from_secs(seconds)),
+        None => Err(ConfigError::DrillEvery(text.to_owned())),
+    }
+}
+
 fn host_name() -> String {
     let name = nix::unistd::gethostname().map(|name| name.to_string_lossy().to_lowercase());
     name.ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "localhost".into())
@@ -486,6 +525,22 @@ mod tests {
         ] {
             let refused = arbiter(&text).unwrap_err();
             assert!(refused.contains(word), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_time_between_drills_has_a_unit_and_limits() {
+        let every = |text: &str| {
+            Settings { drill_every: Some(text.into()), ..Settings::default() }
+                .validate()
+                .map(|config| config.drill_every)
+        };
+        assert_eq!(every("12h").unwrap(), Some(Duration::from_secs(43_200)));
+        assert_eq!(every("7d").unwrap(), Some(Duration::from_secs(604_800)));
+        for wrong in
+            ["", "12", "h", "1s", "400d", "-3h", "1.5h", "12 Stunden", "99999999999999999999d", "3\u{b5}"]
+        {
+            assert!(matches!(every(wrong), Err(ConfigError::DrillEvery(_))), "{wrong}");
         }
     }
 

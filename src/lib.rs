@@ -32,6 +32,7 @@
 //! | [`transport`] | QUIC: identities, pairing, lease and bulk connections |
 //! | [`store`] | the warm image: staging, atomic commit, fold, recovery |
 //! | [`restore`] | from the image to what CRIU restores |
+//! | [`drill`] | what a drill is asked for and finds: its probe, its report as text, JSON and a page |
 //! | [`takeover`] | actuators on the host's network: gate, addresses, announcements |
 //! | [`doctor`] | every prerequisite, tried, with its remedy |
 //! | [`observe`] | history and figures for people |
@@ -58,6 +59,7 @@ pub mod config;
 pub mod criu;
 pub mod delta;
 pub mod doctor;
+pub mod drill;
 pub mod extents;
 pub mod files;
 pub mod ha;

@@ -67,6 +67,12 @@ impl Name {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The name of its drill's place. No workload can have it, for the dot; nor is it ever read back or sent.
+    #[must_use]
+    pub fn of_drill(&self) -> Self {
+        Self(format!("{}.drill", self.0))
+    }
 }
 
 impl FromStr for Name {

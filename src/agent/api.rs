@@ -11,6 +11,8 @@
 //! | `POST /v1/workloads/NAME/unprotect` | [`UnprotectRequest`] | [`WorkloadStatus`] |
 //! | `POST /v1/workloads/NAME/remove` | | `{}` |
 //! | `POST /v1/workloads/NAME/handoff` | [`HandoffRequest`] | [`HandoffReport`] |
+//! | `POST /v1/workloads/NAME/drill` | [`drill::Request`](crate::drill::Request) | [`drill::Report`](crate::drill::Report), when it is done |
+//! | `POST /v1/workloads/NAME/drill/end` | | `{}` |
 //! | `GET /v1/peers` | | list of [`PeerInfo`] |
 //! | `DELETE /v1/peers/NAME` | | `{}` |
 //! | `POST /v1/pair/listen` | | [`PairCode`] |
@@ -24,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     capture::pace::StretchedBy,
+    drill::Last,
     ha::Arbiter,
     model::{EpochFigures, EpochId, Name, Term},
     workload::spec::{Cidr, Daemon, MountRule, PaceSpec, Runtime, Vip, Way},
@@ -305,6 +308,9 @@ pub struct WorkloadStatus {
     pub last: Option<EpochFigures>,
     /// Over the epochs remembered (primary).
     pub summary: Option<Summary>,
+    /// What the last drill on this host found.
+    #[serde(default)]
+    pub last_drill: Option<Last>,
     /// What went wrong last, if it still matters.
     pub error: Option<String>,
 }

@@ -11,7 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ha::Record, model::Name, workload::spec::WorkloadSpec};
+use crate::{drill::Last, ha::Record, model::Name, workload::spec::WorkloadSpec};
 
 /// A workload as it is on disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,6 +90,16 @@ impl Place {
     /// Says which epoch was let run here: see [`super::standby`].
     pub(super) fn run_mark(&self) -> PathBuf {
         self.dir.join("running.json")
+    }
+
+    /// What the last drill found, if there was one.
+    pub(super) fn last_drill(&self) -> Option<Last> {
+        serde_json::from_slice(&fs::read(self.dir.join("last-drill.json")).ok()?).ok()
+    }
+
+    pub(super) fn write_drill(&self, last: &Last) -> io::Result<()> {
+        self.make()?;
+        write_synced(&self.dir.join("last-drill.json"), &serde_json::to_vec_pretty(last)?)
     }
 
     /// Makes the directory, 0700.

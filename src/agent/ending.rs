@@ -72,6 +72,7 @@ impl Owner {
     /// The primary has withdrawn the workload.
     pub(super) fn forgotten(&mut self) {
         self.event("forgotten", "the primary has ended the protection", None);
+        self.finish_drill("the primary has ended the protection");
         self.core = None;
         if let Some(standby) = self.standby.take() {
             let _ = block_in_place(|| standby.remove());

@@ -15,12 +15,12 @@ use crate::{
         keeper::Keeper,
         network::Gate,
         sandbox::{self, Sandbox},
-        spec::{Cidr, ContainerSpec, Lent, MountRule, PlaceSpec, Vip, Way, WorkloadSpec},
+        spec::{Cidr, ContainerSpec, Lent, MountRule, PlaceSpec, SandboxSpec, Vip, Way, WorkloadSpec},
     },
 };
 
 /// Bytes at which a workload's log begins anew.
-const LOG_BYTES_MAX: u64 = 64 << 20;
+pub(super) const LOG_BYTES_MAX: u64 = 64 << 20;
 
 /// Where a workload is.
 pub(super) enum Place {
@@ -96,6 +96,7 @@ impl Home {
                     shm_dir: trees::shm_of(&agent.config, &spec.name),
                     log: durable.log(),
                     log_bytes_max: LOG_BYTES_MAX,
+                    drill_of: None,
                 };
                 Place::Sandbox(Sandbox::create(spec, &options)?)
             }
@@ -109,6 +110,11 @@ impl Home {
             }
         };
         Ok(Self { place, addresses: None })
+    }
+
+    /// Makes a place for a drill: nobody hears what is restored there.
+    pub(super) fn isolated(spec: &SandboxSpec, options: &sandbox::Options) -> Result<Self> {
+        Ok(Self { place: Place::Sandbox(Sandbox::create(spec, options)?), addresses: None })
     }
 
     /// Adopts a tree that runs.

@@ -119,6 +119,14 @@ async fn route(agent: &Arc<Agent>, request: Request<Incoming>) -> Result<Vec<u8>
             let name = parse(name)?;
             json(&agent.handoff(&name, body(request).await?).await?)
         }
+        ["v1", "workloads", name, "drill"] if post => {
+            let name = parse(name)?;
+            json(&agent.drill(&name, body(request).await?).await?)
+        }
+        ["v1", "workloads", name, "drill", "end"] if post => {
+            agent.end_drill(&parse(name)?).await?;
+            json(&serde_json::json!({}))
+        }
         _ => Err(ApiError::not_found(format!("the control API has no {method} {path}"))),
     }
 }

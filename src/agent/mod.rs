@@ -8,6 +8,7 @@
 //! | `verifying` | the warm image, compared again with what was received |
 //! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
 //! | `standby` | the standby's: receive, commit, fold, restore |
+//! | `drill` | a restore on trial, isolated, beside all that |
 //! | `home` | the workload's place and addresses |
 //! | `trees` | the files of its declared paths |
 //! | `supply`, `arrival` | what a container needs and its standby lacks: sent, taken in |
@@ -20,6 +21,7 @@
 pub mod api;
 mod arrival;
 mod command;
+mod drill;
 mod durable;
 mod ending;
 mod fencing;
@@ -138,6 +140,13 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
     tracing::info!(name = config.name, listen = %config.listen, criu = %install.version, "the agent starts");
     warm_criu(&config, &install);
     arrival::sweep(&config).context("cannot remove what had not arrived whole")?;
+    if let Err(error) = drill::sweep(&config) {
+        // It is isolated, and harms nobody; what runs here for real is not to wait for it.
+        tracing::error!(
+            error = in_full(&error),
+            "a drill was cut off, and what it left cannot be taken away"
+        );
+    }
     let kernel = Kernel::probe(&program).context("cannot try what this kernel offers")?;
     let vmas = Vmas::open().inspect_err(|error| {
         tracing::info!(%error, "freezes take longer the more memory a workload has; see `standin doctor`");
@@ -278,6 +287,7 @@ impl Agent {
                 "a peer did not answer: it takes over if the workload's lease runs out before the agent is back"
             );
         }
+        drill::await_none(&self.config, STOP_TIMEOUT).await;
         self.endpoint.close().await;
     }
 }
@@ -372,6 +382,18 @@ impl Agent {
 
     async fn handoff(&self, name: &Name, request: HandoffRequest) -> Result<HandoffReport, ApiError> {
         self.ask(name, |answer| Msg::Handoff { request, answer }).await?
+    }
+
+    async fn drill(
+        &self,
+        name: &Name,
+        request: crate::drill::Request,
+    ) -> Result<crate::drill::Report, ApiError> {
+        self.ask(name, |answer| Msg::Drill { request, answer }).await?
+    }
+
+    async fn end_drill(&self, name: &Name) -> Result<(), ApiError> {
+        self.ask(name, |answer| Msg::EndDrill { answer }).await?
     }
 
     async fn run(self: &Arc<Self>, request: RunRequest) -> Result<RunReply, ApiError> {

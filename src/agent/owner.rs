@@ -28,6 +28,7 @@ use super::{
         ApiError, FailoverRequest, HandoffReport, HandoffRequest, History, ProtectRequest, UnprotectRequest,
         VerifyReport, WorkloadStatus,
     },
+    drill::Drill,
     durable::{self, Durable},
     handoff::Handoff,
     home::Home,
@@ -39,6 +40,7 @@ use super::{
 use crate::{
     arbiter::{self, Claimant, Wanted},
     capture::pace::{Report, StretchedBy},
+    drill,
     ha::{self, Action, Core, Input, Message, Standing, Ticket},
     model::{Epoch, EpochFigures, EpochId, Name, Term},
     observe::HistoryLog,
@@ -102,6 +104,17 @@ pub(super) enum Msg {
         found: Verified,
         answer: Option<Answer<VerifyReport>>,
     },
+    Drill {
+        request: drill::Request,
+        answer: Answer<drill::Report>,
+    },
+    EndDrill {
+        answer: Answer<()>,
+    },
+    /// What a drill has found, or why nothing was tried.
+    DrillReported(Result<Box<drill::Report>, ApiError>),
+    /// Nothing is left of it.
+    DrillGone,
     Remove {
         answer: Answer<()>,
     },
@@ -205,6 +218,8 @@ pub(super) struct Owner {
     pub(super) session: Option<Running>,
     pub(super) permit: Option<oneshot::Sender<()>>,
     pub(super) handoff: Option<Handoff>,
+    pub(super) drill: Option<Drill>,
+    pub(super) last_drill: Option<drill::Last>,
     pub(super) holding: bool,
     pub(super) promotion: Option<Promotion>,
     pub(super) history: HistoryLog,
@@ -259,6 +274,8 @@ impl Owner {
         let place = durable::Place::of(&agent.config.state_dir, &name);
         Self {
             history: HistoryLog::open(&place.history()),
+            drill: None,
+            last_drill: place.last_drill(),
             agent,
             name,
             durable,
@@ -318,6 +335,7 @@ impl Owner {
             self.look_at_claim();
             self.look_at_order();
             self.drive_session();
+            self.watch_drill();
         }
         self.agent.drop_owner(&self.name);
     }
@@ -357,6 +375,10 @@ impl Owner {
             Msg::PeerFenced { term, outcome } => self.peer_fenced(term, outcome),
             Msg::Verify { answer } => self.verify(Some(answer)),
             Msg::Verified { found, answer } => self.verified(found, answer),
+            Msg::Drill { request, answer } => self.begin_drill(request, Some(answer)),
+            Msg::EndDrill { answer } => self.ask_end_of_drill(answer),
+            Msg::DrillReported(report) => self.drill_reported(report),
+            Msg::DrillGone => self.drill_gone(),
             Msg::Remove { answer } => {
                 let _ = answer.send(self.remove());
             }
@@ -617,6 +639,7 @@ impl Owner {
         match block_in_place(|| received.commit()) {
             Ok(note) => {
                 self.feed(Input::Committed(id));
+                self.count_for_drill();
                 if let Some(standby) = standby {
                     standby.committed(&self.agent, &self.name, id, note);
                 }

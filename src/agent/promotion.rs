@@ -8,12 +8,14 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use anyhow::Context as _;
 
 use super::{
+    drill::TAKEN_OVER,
     home::Home,
     owner::{Msg, Owner, Promotion},
     standby::{RestorePlan, Standby},
     trees,
 };
 use crate::{
+    drill::Outcome,
     ha::{self, Input, Standing},
     model::{EpochId, Term},
     observe::in_full,
@@ -23,6 +25,8 @@ use crate::{
 
 impl Owner {
     pub(super) fn restore(&mut self, epoch: EpochId, term: Term, eager: bool) {
+        // Its memory and its processor's time are needed; it is not waited for.
+        self.end_drill(Outcome::Interrupted, TAKEN_OVER);
         let silent_ms = self.lease_renewed.map_or(0.0, |at| at.elapsed().as_secs_f64() * 1e3);
         let handed = self.taken_over == Some(epoch);
         let because = self.promote_because.take();
@@ -169,7 +173,9 @@ impl Owner {
     /// The restored tree has all its memory: the image is not needed any more.
     pub(super) fn pages_served(&mut self) {
         self.lazy_pages = false;
+        // An image cannot be removed while it is read: a drill's end comes here again.
         if self.standing() == Some(Standing::Primary)
+            && self.drill.is_none()
             && let Some(standby) = self.standby.take()
         {
             block_in_place(|| standby.remove());

@@ -34,8 +34,8 @@ use crate::{
     observe::unix_ms,
     restore::{self, Ahead, Mode, Recency, Step},
     store::{
-        BeginError, CommitError, Durability, FileChanges, FoldError, StageError, Staging, Store, VerifyError,
-        View,
+        BeginError, CommitError, Durability, FileChanges, FoldError, FreezeError, StageError, Staging, Store,
+        VerifyError, View,
     },
     transport::EpochReceiver,
     wire::message::{EpochAnswer, FrameHead},
@@ -109,6 +109,23 @@ impl Standby {
     /// The newest committed epoch.
     pub(super) fn held(&self) -> Option<EpochId> {
         self.store.held()
+    }
+
+    /// That epoch and its files, for a drill: others are committed meanwhile, and none is folded.
+    pub(super) fn view_with_files(&self) -> Result<View, FreezeError> {
+        self.store.view_with_files()
+    }
+
+    /// Epochs that are committed and not folded.
+    pub(super) fn unfolded(&self) -> usize {
+        self.store.unfolded()
+    }
+
+    /// The epoch that was committed after one of which there is a view, and the bytes of memory that it brought.
+    pub(super) fn next_after(&self, id: EpochId) -> Option<(EpochId, u64)> {
+        let view = self.store.view()?;
+        let (next, extents) = view.unfolded().find(|(unfolded, _)| *unfolded > id)?;
+        Some((next, extents.iter().map(|(_, extent)| extent.bytes()).sum()))
     }
 
     /// Age of the newest committed epoch by both hosts' wall clocks, milliseconds.
@@ -263,7 +280,7 @@ impl Standby {
 }
 
 /// Addresses of a task's memory that may be filled after it runs.
-fn lazy_extents(dir: &Path, space: Space) -> anyhow::Result<Vec<Extent>> {
+pub(super) fn lazy_extents(dir: &Path, space: Space) -> anyhow::Result<Vec<Extent>> {
     let Space::Task(pid) = space else { return Ok(Vec::new()) };
     let tasks = images::pstree(&images::read(dir, "pstree.img")?)?;
     let name = images::mm_file(pid);
@@ -277,7 +294,7 @@ fn lazy_extents(dir: &Path, space: Space) -> anyhow::Result<Vec<Extent>> {
 }
 
 /// The pids of all processes and threads of an image.
-fn pids(dir: &Path) -> anyhow::Result<Vec<u32>> {
+pub(super) fn pids(dir: &Path) -> anyhow::Result<Vec<u32>> {
     let tasks = images::pstree(&images::read(dir, images::PSTREE_FILE)?)?;
     Ok(tasks.iter().flat_map(|task| task.threads.iter().copied().chain([task.pid])).collect())
 }

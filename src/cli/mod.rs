@@ -6,6 +6,7 @@
 mod agent;
 mod client;
 mod doctor;
+mod drill;
 mod handoff;
 mod history;
 mod orders;
@@ -71,6 +72,8 @@ enum Verb {
     Pause(orders::OrderArgs),
     /// Go on with a protection that was paused
     Resume(orders::OrderArgs),
+    /// Restore the newest epoch on trial, isolated, without touching production (on the standby)
+    Drill(drill::Args),
     /// Show this agent's workloads
     Status(status::Args),
     /// Show what happened to a workload
@@ -117,6 +120,7 @@ pub fn main() -> ExitCode {
         Verb::Unfence(args) => orders::unfence(&cli.socket, &args),
         Verb::Pause(args) => orders::pause(&cli.socket, &args),
         Verb::Resume(args) => orders::resume(&cli.socket, &args),
+        Verb::Drill(args) => drill::main(&cli.socket, &args),
         Verb::Status(args) => status::main(&cli.socket, &args),
         Verb::History(args) => history::main(&cli.socket, &args),
     };

@@ -6,7 +6,9 @@ use super::{Outcome, client, human_bytes, print_json};
 use crate::{
     agent::api::{AgentStatus, PaceStatus, Role, WorkloadStatus},
     capture::pace::StretchedBy,
+    drill::Last,
     model::Name,
+    observe::utc,
     workload::spec::Way,
 };
 
@@ -142,7 +144,31 @@ fn print_workload(status: &WorkloadStatus) {
             summary.epochs, summary.frozen_ms_p50, summary.frozen_ms_p99, summary.commit_ms_p50
         );
     }
+    if let Some(drill) = &status.last_drill {
+        println!("  drill     {}", drill_line(drill));
+    }
     if let Some(error) = &status.error {
         println!("  error     {error}");
     }
+}
+
+/// What the last drill found.
+fn drill_line(drill: &Last) -> String {
+    let mut line = format!("{} {}", utc(drill.at_unix_ms), drill.outcome.word());
+    if let Some(epoch) = drill.epoch {
+        line = format!("{line}, epoch {epoch}");
+    }
+    if let (Some(rto), Some(rpo)) = (drill.rto_ms, drill.rpo_ms) {
+        line = format!("{line}, RTO {rto:.0} ms, RPO {rpo} ms");
+    }
+    if let Some(exit) = drill.probe_exit {
+        line = format!("{line}, probe {exit}");
+    }
+    if let Some(reason) = &drill.reason {
+        line = format!("{line}: {reason}");
+    }
+    if drill.kept {
+        line = format!("{line} (kept)");
+    }
+    line
 }

@@ -10,6 +10,8 @@
 //! - `enter echo FILE`: a process that talks to itself over a TCP connection on loopback and counts
 //!   in FILE how often it was heard; what the probe dumps.
 //!
+//! - `enter probe CGROUP COMMAND`: enters the cgroup and the namespaces of the process whose pidfd is standard input, and
+//!   becomes `sh -c COMMAND`.
 //! - `enter idle`: does nothing until its standard input ends; what the probe tries things on.
 //!
 //! A failure is reported over the control socket or standard error, and ends the process.
@@ -69,6 +71,7 @@ pub fn main(args: &[OsString]) -> ! {
         (["idle"], []) => {
             io::copy(&mut io::stdin(), &mut io::sink()).map_err(failed("waiting")).map(|_| exit(0))
         }
+        (["probe"], [cgroup, command]) => probe(Path::new(cgroup), command),
         (["page"], []) => super::lazy::page().map_err(failed("serving pages")),
         (["echo"], [file]) => echo(Path::new(file)).map_err(|e| format!("talking over loopback: {e}")),
         _ => Err("this verb is for standin's own use".to_owned()),
@@ -275,6 +278,23 @@ fn execute(plan: &Plan) -> Result<Infallible, String> {
     }
     let Err(error) = execve(&argv[0], &argv, &environment);
     Err(format!("executing {}: {error}", plan.command[0].display()))
+}
+
+// ---- probe ----
+
+fn probe(cgroup: &Path, command: &OsString) -> Result<Infallible, String> {
+    let init = io::stdin().as_fd().try_clone_to_owned().map_err(failed("keeping the place's init"))?;
+    let null = File::open("/dev/null").map_err(failed("opening /dev/null"))?;
+    dup2_stdin(&null).map_err(failed("replacing standard input"))?;
+    fs::write(cgroup.join("cgroup.procs"), "0").map_err(failed("entering the place's cgroup"))?;
+    let spaces = CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWNS;
+    setns(&init, spaces).map_err(failed("joining the place's namespaces"))?;
+    pass_on_to_child("becoming a process of the pid namespace")?;
+    Err(format!("executing /bin/sh: {}", Command::new("/bin/sh").arg("-c").arg(command).exec()))
 }
 
 // ---- room ----

@@ -75,7 +75,7 @@ pub use self::{
     files::{ApplyFiles, FILE_BODY_LEN_MAX, FileChanges},
     fold::FoldError,
     recover::{OpenError, RemoveError},
-    staging::{BeginError, StageError, Staging},
+    staging::{BeginError, LAYERS_MAX, StageError, Staging},
     view::{FreezeError, ReadError, VerifyError, View},
 };
 use self::{flat::Flat, layer::Layer};

@@ -28,8 +28,9 @@ use crate::{
     wire::message::{FileRecord, FrameHead, Manifest},
 };
 
-/// Most committed epochs that wait to be folded; one more makes `begin` fold first.
-const LAYERS_MAX: usize = 32;
+/// Most committed epochs that wait to be folded; one more makes `begin` fold first. Whoever holds a view for longer than a
+/// moment must let go of it well before.
+pub const LAYERS_MAX: usize = 256;
 /// Pages are handed to the log's file in pieces of this size.
 const LOG_BUFFER_BYTES: usize = 1 << 20;
 /// How often the room is looked at while pages arrive: a tmpfs may be larger than what RAM has left.

@@ -101,6 +101,14 @@ impl Store {
         Ok(view)
     }
 
+    /// The newest committed epoch with its files: the replicated files are brought to it before this returns, and stay as they
+    /// are until the view is dropped, or frozen for a restore. New epochs may be committed in the meantime, as for any view.
+    pub fn view_with_files(&self) -> Result<View, FreezeError> {
+        let view = self.make_view(false).ok_or(FreezeError::Nothing)?;
+        self.inner.apply_files(view.id()).map_err(FreezeError::Files)?;
+        Ok(view)
+    }
+
     fn make_view(&self, freezes: bool) -> Option<View> {
         let mut state = self.inner.state();
         let held = state.held()?;

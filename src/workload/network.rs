@@ -12,6 +12,8 @@
 //!
 //! The *gate* is the host's end of the pair: down, it is closed, and no packet passes in either direction. The
 //! kernel drops the device's routes and IPv6 addresses with that, so opening puts them back.
+//!
+//! An *isolated* network has the same devices and addresses inside and no host's end, hence no gate: nothing leaves it.
 
 use std::{
     fs, io,
@@ -36,6 +38,8 @@ use super::{
 use crate::model::Name;
 
 const GATEWAY_V4: &str = "169.254.1.1";
+/// The other end of an isolated network.
+const NOWHERE: &str = "nowhere";
 
 /// Why a sandbox has no network.
 #[derive(Debug, thiserror::Error)]
@@ -149,6 +153,23 @@ pub(super) fn create(
         sysctl(&format!("ipv6/conf/{device}/accept_ra"), "0")?;
     }
     within(netns, || create_inside(&device, ips, has_v6)).map_err(NetworkError::Enter)?
+}
+
+/// Makes what looks the same from inside, and leads nowhere: the other end of the pair is in the namespace as well, without
+/// an address. `name` is that of the workload which it is to resemble.
+pub(super) fn create_isolated(name: &Name, netns: BorrowedFd<'_>, ips: &[Cidr]) -> Result<(), NetworkError> {
+    let inner_mac = mac(name, "inside");
+    let has_v6 = ips.iter().any(|cidr| cidr.addr.is_ipv6());
+    let batch = format!(
+        "link add eth0 address {inner_mac} type veth peer name {NOWHERE}\n\
+         link set {NOWHERE} arp off\n\
+         link set {NOWHERE} up\n"
+    );
+    let make = || {
+        ip(NOWHERE, &batch)?;
+        create_inside(NOWHERE, ips, has_v6)
+    };
+    within(netns, make).map_err(NetworkError::Enter)?
 }
 
 fn create_inside(device: &str, ips: &[Cidr], has_v6: bool) -> Result<(), NetworkError> {

@@ -57,6 +57,8 @@ pub struct Options {
     pub log: PathBuf,
     /// Bytes at which the log begins anew; the one before is kept.
     pub log_bytes_max: u64,
+    /// Its network leads nowhere, and looks from inside like that of this workload: a drill.
+    pub drill_of: Option<Name>,
 }
 
 /// Why something could not be done to a sandbox.
@@ -126,6 +128,9 @@ struct Record {
     complete: bool,
     /// Mount points that were not there before, outermost first.
     made_dirs: Vec<PathBuf>,
+    /// Its network has no end on the host.
+    #[serde(default)]
+    isolated: bool,
 }
 
 /// A handle on a sandbox.
@@ -171,6 +176,7 @@ impl Sandbox {
             init: None,
             complete: false,
             made_dirs: Vec::new(),
+            isolated: options.drill_of.is_some(),
         };
         let record_path = dir.join(SANDBOX_RECORD);
         let root = dir.join("root");
@@ -210,12 +216,15 @@ impl Sandbox {
         .map_err(&keeper_error)?;
         if let Net::Own { ips } = &spec.net {
             let netns = netns(&spec.name, &keeper)?;
-            network::create(&spec.name, &keeper.pid().to_string(), netns.as_fd(), ips)
-                .map_err(network_error(&spec.name))?;
+            match &options.drill_of {
+                Some(name) => network::create_isolated(name, netns.as_fd(), ips),
+                None => network::create(&spec.name, &keeper.pid().to_string(), netns.as_fd(), ips),
+            }
+            .map_err(network_error(&spec.name))?;
         }
         record.complete = true;
         write_record(&record_path, &record).map_err(&keeper_error)?;
-        let sandbox = Self::with(record.spec, keeper)?;
+        let sandbox = Self::with(record.spec, keeper, record.isolated)?;
         if let Some(gate) = &sandbox.gate {
             // From the start, so that no guard is ever armed that would not close it.
             let set = sandbox.keeper.on_fence(&gate.close_steps());
@@ -234,16 +243,17 @@ impl Sandbox {
             .ok_or_else(|| SandboxError::Unknown(name.clone()))?;
         let id = record.init.ok_or_else(|| SandboxError::Unknown(name.clone()))?;
         let cgroup = Cgroup::of(name).map_err(|error| keeper_error(error.into()))?;
-        Self::with(record.spec, Keeper::attach(&dir.join(CONTROL), id, cgroup).map_err(keeper_error)?)
+        let keeper = Keeper::attach(&dir.join(CONTROL), id, cgroup).map_err(keeper_error)?;
+        Self::with(record.spec, keeper, record.isolated)
     }
 
-    fn with(spec: SandboxSpec, keeper: Keeper) -> Result<Self, SandboxError> {
+    fn with(spec: SandboxSpec, keeper: Keeper, isolated: bool) -> Result<Self, SandboxError> {
         let gate = match &spec.net {
-            Net::Own { ips } => {
+            Net::Own { ips } if !isolated => {
                 let netns = netns(&spec.name, &keeper)?;
                 Some(Gate::of(&spec.name, ips, netns.as_fd()).map_err(network_error(&spec.name))?)
             }
-            Net::Host => None,
+            _ => None,
         };
         Ok(Self { spec, keeper, gate })
     }
@@ -281,15 +291,16 @@ impl Sandbox {
         &self.keeper
     }
 
-    /// Its gate, if it has a network of its own.
+    /// Its gate, if it has a network of its own that is not isolated.
     pub fn gate(&self) -> Option<&Gate> {
         self.gate.as_ref()
     }
 
     /// The namespaces to enter with `setns` on [`Keeper::pidfd`] in order to be inside.
     pub fn namespaces(&self) -> CloneFlags {
-        let net = if self.gate.is_some() { CloneFlags::CLONE_NEWNET } else { CloneFlags::empty() };
-        init::namespaces() | net
+        let mut namespaces = init::namespaces();
+        namespaces.set(CloneFlags::CLONE_NEWNET, matches!(self.spec.net, Net::Own { .. }));
+        namespaces
     }
 
     /// Starts the workload's first process; returns its root, once the program has been executed.
@@ -541,6 +552,7 @@ mod tests {
             shm_dir: "/dev/shm/standin/web".into(),
             log: "/var/lib/standin/web/log".into(),
             log_bytes_max: 1,
+            drill_of: None,
         };
         let spec = SandboxSpec {
             name: "web".parse().unwrap(),

@@ -168,3 +168,23 @@ fn a_postgresql_under_load_outlives_its_hosts() {
     }
     load.kill().and_then(|()| load.wait()).expect("it runs");
 }
+
+#[test]
+fn a_drill_of_a_postgresql_finds_every_row() {
+    let postgres = Postgres::up();
+    let mut load = postgres.load();
+    let (held, _) = postgres.insert(Host::A, 1);
+    postgres.cluster.wait_state_of("pg", Host::B, "standby", "ready");
+    let probe = format!(
+        "{PROGRAMS}; export PATH; PGUSER=postgres {}/scripts/probe/postgresql",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let report = postgres.cluster.json(Host::B, &["drill", "pg", "--probe", &probe]);
+    eprintln!("{report:#}");
+    let output = report["probe"]["output"].as_str().expect("an output");
+    let rows = output.lines().find_map(|line| line.strip_prefix("ledger: ")).expect("a count");
+    assert!(rows.parse::<i64>().is_ok_and(|rows| rows >= held), "{held} rows were in an epoch: {output}");
+    assert!(output.contains("pgbench_accounts: 200000") && output.contains("reads and writes"), "{output}");
+    postgres.sql(Host::Client, "select 'standin_drill'::regclass").expect_err("production has no such table");
+    load.kill().and_then(|()| load.wait()).expect("it runs");
+}
