@@ -72,6 +72,7 @@ async fn a_holder_that_is_cut_off_stops_believing_before_another_is_given_the_ke
     let relay = Relay::to(server.port()).await;
     let settings = Settings { endpoints: vec![relay.url()], ..server.settings() };
     let mut a = Host::new(settings, "a", Some(1), 1);
+    a.held().await;
     let mut b = Host::new(server.settings(), "b", Some(2), 1);
     for round in 0..3 {
         let mut last = a.held().await;
