@@ -4,7 +4,7 @@ use std::{io::IsTerminal, path::Path, time::Duration};
 
 use super::{Outcome, client, human_bytes, print_json};
 use crate::{
-    agent::api::{AgentStatus, PaceStatus, Role, WorkloadStatus},
+    agent::api::{AgentStatus, EtcdStatus, PaceStatus, Role, WorkloadStatus},
     capture::pace::StretchedBy,
     drill::Last,
     model::Name,
@@ -126,6 +126,13 @@ fn print_workload(status: &WorkloadStatus) {
     if let Some(age) = status.lease_age_ms {
         println!("  lease     renewed {age} ms ago");
     }
+    if status.peer.is_some() {
+        println!(
+            "  decides   {}{}",
+            status.arbiter,
+            status.etcd.as_ref().map_or_else(String::new, etcd_line)
+        );
+    }
     for vip in &status.vips {
         println!("  address   {} on {}", vip.cidr, vip.device);
     }
@@ -150,6 +157,14 @@ fn print_workload(status: &WorkloadStatus) {
     if let Some(error) = &status.error {
         println!("  error     {error}");
     }
+}
+
+/// How etcd stands to it.
+fn etcd_line(etcd: &EtcdStatus) -> String {
+    let holder = etcd.holder.as_ref().map_or_else(|| "nobody".to_owned(), Clone::clone);
+    let reached = if etcd.reachable { "" } else { " (NOT REACHED)" };
+    let trouble = etcd.error.as_ref().map_or_else(String::new, |error| format!("; {error}"));
+    format!(" at {}{reached}: {holder} has the key{trouble}", etcd.endpoint)
 }
 
 /// What the last drill found.
