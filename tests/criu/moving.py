@@ -49,7 +49,8 @@ def churn(rounds):
         else:
             faults += [("churn", step, p) for p in pages if HEAD.unpack_from(area, p * 4096) != want[p]]
     for area, want in churned:
-        faults += [("churned", p) for p in range(len(want)) if HEAD.unpack_from(area, p * 4096) != want[p]]
+        found = [HEAD.unpack_from(area, p * 4096) for p in range(len(want))]
+        faults += [("churned", p, found[p], want[p]) for p in range(len(want)) if found[p] != want[p]]
     return faults
 
 

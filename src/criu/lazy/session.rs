@@ -91,7 +91,9 @@ impl Session<'_> {
                     let Some(task) = self.crew.task(task) else { continue };
                     let event = message.event();
                     task.note(&event);
-                    self.forked(&task, event)?;
+                    if let Event::Fork(uffd) = event {
+                        self.add(task.pid, own(uffd), task.pending())?;
+                    }
                 }
             }
         }
@@ -181,12 +183,6 @@ impl Session<'_> {
         self.listen_to(Speaker::Task(self.crew.add(Arc::clone(&task))), &task.uffd)
     }
 
-    /// The kernel has held back every copy since the fork began, so what was pending then still is, and is what the child
-    /// lacks.
-    fn forked(&mut self, task: &Task, event: Event) -> Result<(), LazyError> {
-        if let Event::Fork(uffd) = event { self.add(task.pid, own(uffd), task.pending()) } else { Ok(()) }
-    }
-
     /// Handles what a task did and wants.
     fn events(&mut self, number: usize) -> Result<(), LazyError> {
         let Some(task) = self.crew.task(number) else { return Ok(()) };
@@ -195,10 +191,10 @@ impl Session<'_> {
             pid: task.pid,
             source,
         })?;
-        for event in events {
+        for (event, lacks) in events {
             match event {
                 Event::Fault(address) => self.fault(&task, address - address % PAGE_SIZE)?,
-                Event::Fork(_) => self.forked(&task, event)?,
+                Event::Fork(uffd) => self.add(task.pid, own(uffd), lacks)?,
                 Event::Gone { .. } | Event::Remap { .. } => {}
                 Event::Unknown(event) => {
                     let source = io::Error::other(format!("unknown event {event:#x}"));

@@ -97,18 +97,26 @@ impl Task {
         Some(run)
     }
 
-    /// Reads what the task of this number did and wants, changes of its mappings first and taken note of. Only one thread
-    /// may.
-    pub(super) fn events(&self, number: usize, journal: &mut Journal) -> std::io::Result<Vec<Event>> {
+    /// Reads what the task of this number did and wants, changes of its mappings first and taken note of; with what a child
+    /// lacks that it forked. Only one thread may.
+    pub(super) fn events(
+        &self,
+        number: usize,
+        journal: &mut Journal,
+    ) -> std::io::Result<Vec<(Event, Pending)>> {
         let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let messages = journal.read(number, &self.uffd)?;
         let mut events: Vec<Event> = messages.iter().map(Message::event).collect();
         // What is read has begun to happen: a fault that waits beside it is answered by what holds after.
         events.sort_by_key(|event| matches!(event, Event::Fault(_)));
-        for event in &events {
-            self.note(event);
-        }
-        Ok(events)
+        let noted = events.into_iter().map(|event| {
+            self.note(&event);
+            // The kernel holds back every copy from the fork on until its event is read, and the gate does from then on: what
+            // is pending now was so at the fork. What the parent does next may have been read with it.
+            let lacks = if let Event::Fork(_) = event { self.pending() } else { Pending::default() };
+            (event, lacks)
+        });
+        Ok(noted.collect())
     }
 
     /// Takes note of what it did with its mappings.
@@ -146,6 +154,7 @@ impl Task {
         let (mut done, mut pages) = (0, 0);
         // One page at a time after the kernel did not find one mapping for all.
         let mut step = bytes.len();
+        let mut asked_again = false;
         let ended = loop {
             if done == bytes.len() {
                 break Put::Done;
@@ -155,13 +164,20 @@ impl Task {
                 Ok(length) => {
                     pages += (length / page) as u64;
                     done += length;
+                    asked_again = false;
                 }
                 Err(Errno::EAGAIN) => break Put::Changing,
                 Err(Errno::ENOMEM) => break Put::NoMemory,
                 Err(Errno::ENOENT) if step > page => step = page,
-                // Present already; or no mapping of ours is there. Changes of mappings that are
-                // under way say EAGAIN, so the latter is one whose event was read.
-                Err(Errno::EEXIST | Errno::ENOENT) => done += page,
+                // No mapping of ours is there, or one is being moved away: the kernel looks for changes under way first (EAGAIN) and
+                // then for the mapping, so that one that begins in between says this. Asked once more it says EAGAIN until the
+                // event is read.
+                Err(Errno::ENOENT) if !asked_again => asked_again = true,
+                // Present already; or given up by an event that was read.
+                Err(Errno::EEXIST | Errno::ENOENT) => {
+                    done += page;
+                    asked_again = false;
+                }
                 Err(Errno::ESRCH | Errno::ENOSPC) => {
                     self.end();
                     break Put::Gone;
