@@ -13,4 +13,5 @@ pub mod address;
 pub mod announce;
 pub mod check;
 pub mod gate;
+pub mod hold;
 mod sys;
