@@ -11,6 +11,7 @@
 //! | `POST /v1/workloads/NAME/unprotect` | [`UnprotectRequest`] | [`WorkloadStatus`] |
 //! | `POST /v1/workloads/NAME/remove` | | `{}` |
 //! | `POST /v1/workloads/NAME/handoff` | [`HandoffRequest`] | [`HandoffReport`] |
+//! | `POST /v1/workloads/NAME/commit` | [`CommitRequest`] | [`WorkloadStatus`] |
 //! | `POST /v1/workloads/NAME/drill` | [`drill::Request`](crate::drill::Request) | [`drill::Report`](crate::drill::Report), when it is done |
 //! | `POST /v1/workloads/NAME/drill/end` | | `{}` |
 //! | `GET /v1/peers` | | list of [`PeerInfo`] |
@@ -29,7 +30,8 @@ use crate::{
     drill::Last,
     ha::Arbiter,
     model::{EpochFigures, EpochId, Name, Term},
-    workload::spec::{Cidr, Daemon, MountRule, PaceSpec, Runtime, Vip, Way},
+    takeover::hold::Held,
+    workload::spec::{Cidr, Commit, Daemon, MountRule, PaceSpec, Runtime, Vip, Way},
 };
 
 /// Start a command in a sandbox.
@@ -162,9 +164,20 @@ pub struct ProtectRequest {
     /// Addresses that follow it.
     #[serde(default)]
     pub vips: Vec<Vip>,
+    /// When what it sends leaves.
+    #[serde(default)]
+    pub commit: Commit,
     /// Of a container: send the standby what it lacks of its image and of what it mounts read-only.
     #[serde(default)]
     pub ship_image: bool,
+}
+
+/// Changes when what a workload sends leaves.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommitRequest {
+    /// From now on.
+    pub mode: Commit,
 }
 
 /// Something on its way to a standby, for a workload that is protected when it is there.
@@ -296,6 +309,12 @@ pub struct WorkloadStatus {
     /// How etcd stands to it, if that decides.
     #[serde(default)]
     pub etcd: Option<EtcdStatus>,
+    /// When what it sends leaves.
+    #[serde(default)]
+    pub commit: Commit,
+    /// What waits of what it has sent, where it runs.
+    #[serde(default)]
+    pub held: Option<Held>,
     /// When epochs start.
     pub pace: PaceStatus,
     /// Whose container it is, if it is one.

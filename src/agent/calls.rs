@@ -7,9 +7,9 @@ use tokio::sync::oneshot;
 use super::{
     Agent,
     api::{
-        AgentStatus, ApiError, DockerContainer, ErrorCode, FailoverRequest, HandoffReport, HandoffRequest,
-        History, OciContainer, PairCode, PairJoinRequest, PeerInfo, ProtectRequest, RunReply, RunRequest,
-        Source, UnprotectRequest, VerifyReport, WorkloadStatus, WrapReply, WrapRequest,
+        AgentStatus, ApiError, CommitRequest, DockerContainer, ErrorCode, FailoverRequest, HandoffReport,
+        HandoffRequest, History, OciContainer, PairCode, PairJoinRequest, PeerInfo, ProtectRequest, RunReply,
+        RunRequest, Source, UnprotectRequest, VerifyReport, WorkloadStatus, WrapReply, WrapRequest,
     },
     durable::{self, Durable},
     home::Home,
@@ -29,7 +29,7 @@ use crate::{
     workload::{
         container::{self, Named, wrap},
         control::{Command, User},
-        spec::{Cidr, MountRule, Net, PaceSpec, PlaceSpec, SandboxSpec, WorkloadSpec},
+        spec::{Cidr, Commit, MountRule, Net, PaceSpec, PlaceSpec, SandboxSpec, WorkloadSpec},
     },
 };
 
@@ -126,6 +126,14 @@ impl Agent {
         )))
     }
 
+    pub(super) async fn set_commit(
+        &self,
+        name: &Name,
+        request: CommitRequest,
+    ) -> Result<WorkloadStatus, ApiError> {
+        self.ask(name, |answer| Msg::Commit { mode: request.mode, answer }).await?
+    }
+
     pub(super) async fn resume_protection(&self, name: &Name) -> Result<WorkloadStatus, ApiError> {
         self.ask(name, |answer| Msg::Resume { answer }).await?
     }
@@ -191,12 +199,7 @@ impl Agent {
             // The first error is the one to report.
             let _ = Home::destroy(self, &name);
         })?;
-        let durable = Durable::of(WorkloadSpec {
-            place: spec,
-            vips: Vec::new(),
-            pace: PaceSpec::default(),
-            arbiter: Arbiter::default(),
-        });
+        let durable = Durable::of(unprotected(spec));
         place.write(&durable).map_err(ApiError::failed)?;
         Ok((durable, home, RunReply { name, pid, log: place.log() }))
     }
@@ -269,8 +272,7 @@ impl Agent {
                     .map_or_else(|_| name.to_string(), |name| name.to_string_lossy().into_owned());
                 let sandbox = SandboxSpec { name: name.clone(), net: Net::Host, paths: Vec::new(), hostname };
                 let place = PlaceSpec::Sandbox(sandbox);
-                let spec =
-                    WorkloadSpec { place, vips: Vec::new(), pace: request.pace, arbiter: Arbiter::default() };
+                let spec = unprotected(place);
                 self.own(Durable { bare: true, ..Durable::of(spec) }, Some(home));
             }
         }
@@ -300,7 +302,7 @@ impl Agent {
             .map_err(|error| ApiError::new(ErrorCode::Refused, in_full(&error)))?;
         let adopted = home.container_spec().ok_or_else(|| ApiError::failed("the place is no container"))?;
         let place = PlaceSpec::Container(adopted.clone());
-        let spec = WorkloadSpec { place, vips: Vec::new(), pace: request.pace, arbiter: Arbiter::default() };
+        let spec = unprotected(place);
         self.own(Durable::of(spec), Some(home));
         Ok(what)
     }
@@ -437,4 +439,15 @@ fn user_named(name: Option<&str>) -> Result<User, ApiError> {
         gid: user.gid.as_raw(),
         groups: groups.iter().map(|gid| gid.as_raw()).collect(),
     })
+}
+
+/// What protection adds is not said yet.
+fn unprotected(place: PlaceSpec) -> WorkloadSpec {
+    WorkloadSpec {
+        place,
+        vips: Vec::new(),
+        pace: PaceSpec::default(),
+        arbiter: Arbiter::default(),
+        commit: Commit::default(),
+    }
 }

@@ -22,11 +22,19 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 
-use super::{links::Link, owner::Msg, session::SessionError, standby::lock, throttle::Brake};
+use super::{
+    links::Link,
+    output::{self, Around},
+    owner::Msg,
+    session::SessionError,
+    standby::lock,
+    throttle::Brake,
+};
 use crate::{
-    capture::{CaptureError, Captured, Capturer, Finish, pace::Cost},
+    capture::{CaptureError, Captured, Capturer, Finish, Stage, pace::Cost},
     delta::LinkRate,
     model::{EpochFigures, EpochId},
+    takeover::hold::Hold,
     transport::{Connection, EpochSender},
     wire::message::{EpochAnswer, FrameHead},
 };
@@ -115,16 +123,25 @@ impl Final {
     }
 }
 
-/// Begins to capture an epoch, whose freeze is at `freeze_after` at the earliest. `judged`: it is the final one of a
-/// handoff, and this is its verdict.
+/// How an epoch is captured.
+pub(super) struct How {
+    /// It is frozen then at the earliest.
+    pub(super) freeze_after: Option<Instant>,
+    /// It is the final one of a handoff, and this is its verdict.
+    pub(super) judged: Option<Judged>,
+    /// What is done with the workload's packets.
+    pub(super) around: Around,
+}
+
+/// Begins to capture an epoch.
 pub(super) fn begin(
     mut capturer: Box<Capturer>,
     (id, head): (EpochId, FrameHead),
-    freeze_after: Option<Instant>,
-    judged: Option<Judged>,
+    how: How,
     owner: mpsc::Sender<Msg>,
     brake: Arc<Brake>,
 ) -> (Hand, Capturing) {
+    let How { freeze_after, judged, around } = how;
     let (frames_tx, frames) = mpsc::channel::<Frame>(FRAMES_MAX);
     let (result_tx, result) = oneshot::channel();
     let waits = Arc::new(Mutex::new(Waits::default()));
@@ -132,15 +149,18 @@ pub(super) fn begin(
     let (waiting, runtime, began) = (Arc::clone(&waits), Handle::current(), Instant::now());
     let thread = tokio::task::spawn_blocking(move || {
         let (freezing, releasing, running) = (Arc::clone(&waiting), Arc::clone(&brake), runtime.clone());
-        capturer.before_freeze(Box::new(move || {
-            let early =
-                freeze_after.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
-            std::thread::sleep(early);
-            // CRIU's work in the frozen tasks needs all of their time.
-            running.block_on(releasing.release());
-            let mut waits = lock(&freezing);
-            waits.all += early;
-            waits.frozen = true;
+        capturer.on_stages(Box::new(move |stage| {
+            if stage == Stage::Freezing {
+                let early =
+                    freeze_after.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
+                std::thread::sleep(early);
+                // CRIU's work in the frozen tasks needs all of their time.
+                running.block_on(releasing.release());
+                let mut waits = lock(&freezing);
+                waits.all += early;
+                waits.frozen = true;
+            }
+            around.at(stage)
         }));
         let last = judged.is_some();
         let mut emit = |head, body| {
@@ -192,10 +212,12 @@ impl Capturing {
         link: &Link,
         owner: mpsc::Sender<Msg>,
         verdict: Option<std_mpsc::Sender<bool>>,
+        hold: Option<Arc<Hold>>,
     ) -> Leaving {
         let free = Instant::now();
         lock(&self.waits).free = Some(free);
-        let task = tokio::spawn(ship(link.clone(), owner, self.id, (self.frames, self.rate), verdict));
+        let task =
+            tokio::spawn(ship(link.clone(), owner, self.id, (self.frames, self.rate), (verdict, hold)));
         let epoch = Under { id: self.id, began: self.began, free, waits: self.waits };
         Leaving { epoch, task, captured: self.result }
     }
@@ -358,7 +380,7 @@ async fn ship(
     owner: mpsc::Sender<Msg>,
     id: EpochId,
     (frames, rate): (mpsc::Receiver<Frame>, Arc<LinkRate>),
-    verdict: Option<std_mpsc::Sender<bool>>,
+    (verdict, hold): (Option<std_mpsc::Sender<bool>>, Option<Arc<Hold>>),
 ) -> Result<Shipped, SessionError> {
     let bulk = link.bulk().ok_or(SessionError::NoConnection)?;
     // On bulk's thread; the set ends it with this call.
@@ -381,6 +403,7 @@ async fn ship(
         other => return Err(SessionError::answered(other)),
     };
     let at = Instant::now();
+    output::release(hold.as_ref(), id);
     rate.shipped(bytes - told, busy + (at - asked));
     if let Some(verdict) = verdict {
         owner.send(Msg::FinalCommitted { id, verdict }).await.map_err(|_| SessionError::Ended)?;

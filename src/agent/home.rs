@@ -1,6 +1,8 @@
 //! The place in which a workload runs on this host, with its addresses: what is opened when it may speak and closed when
 //! it may not, in the order that `takeover/` gives.
 
+use std::sync::Arc;
+
 use super::{Agent, durable, trees};
 use crate::{
     capture::{self, Note, Outside},
@@ -8,14 +10,20 @@ use crate::{
     files,
     model::Name,
     restore::Site,
-    takeover::{self, address::Addresses},
+    takeover::{
+        self,
+        address::Addresses,
+        hold::{Hold, Marks},
+    },
     workload::{
         bare::BareTree,
         container::{self, Candidate, Container, Named, whole::Whole},
         keeper::Keeper,
-        network::Gate,
+        network::{Behind, Gate},
         sandbox::{self, Sandbox},
-        spec::{Cidr, ContainerSpec, Lent, MountRule, PlaceSpec, SandboxSpec, Vip, Way, WorkloadSpec},
+        spec::{
+            Cidr, Commit, ContainerSpec, Lent, MountRule, PlaceSpec, SandboxSpec, Vip, Way, WorkloadSpec,
+        },
     },
 };
 
@@ -37,6 +45,7 @@ pub(super) enum Place {
 pub(super) struct Home {
     pub(super) place: Place,
     addresses: Option<Addresses>,
+    hold: Option<Arc<Hold>>,
 }
 
 /// The root of a workload's tree.
@@ -80,7 +89,7 @@ impl Home {
             }
             PlaceSpec::Container(spec) => Place::Container(Box::new(Container::open(&dir, &spec.name)?)),
         };
-        Ok(Self { place, addresses: None })
+        Ok(Self { place, addresses: None, hold: None })
     }
 
     /// Makes a place: empty, silent. `fresh`: whatever an engine has of its files is not those of an epoch.
@@ -104,23 +113,23 @@ impl Home {
                 let options = container_options(agent, &spec.name);
                 if spec.way == Way::Whole {
                     let whole = Place::Whole(Box::new(Whole::create(spec, &options, fresh)?));
-                    return Ok(Self { place: whole, addresses: None });
+                    return Ok(Self { place: whole, addresses: None, hold: None });
                 }
                 Place::Container(Box::new(Container::create(spec, &options, fresh)?))
             }
         };
-        Ok(Self { place, addresses: None })
+        Ok(Self { place, addresses: None, hold: None })
     }
 
     /// Makes a place for a drill: nobody hears what is restored there.
     pub(super) fn isolated(spec: &SandboxSpec, options: &sandbox::Options) -> Result<Self> {
-        Ok(Self { place: Place::Sandbox(Sandbox::create(spec, options)?), addresses: None })
+        Ok(Self { place: Place::Sandbox(Sandbox::create(spec, options)?), addresses: None, hold: None })
     }
 
     /// Adopts a tree that runs.
     pub(super) fn adopt(agent: &Agent, name: &Name, pid: u32) -> Result<Self> {
         let tree = BareTree::adopt(name, pid, &agent.program, &agent.sandboxes_dir())?;
-        Ok(Self { place: Place::Bare(tree), addresses: None })
+        Ok(Self { place: Place::Bare(tree), addresses: None, hold: None })
     }
 
     /// Adopts a container that runs.
@@ -139,12 +148,13 @@ impl Home {
             Way::Inside => Place::Container(Box::new(Container::adopt(name, found, &options)?)),
             Way::Whole => Place::Whole(Box::new(Whole::adopt(name, found, &options)?)),
         };
-        Ok(Self { place, addresses: None })
+        Ok(Self { place, addresses: None, hold: None })
     }
 
     /// Ends whatever place there is of that name, with everything that runs in it.
     pub(super) fn destroy(agent: &Agent, name: &Name) -> Result<()> {
         let dir = agent.sandboxes_dir();
+        forget_held(name);
         if Container::is_known(&dir, name) {
             return Ok(Container::destroy(&dir, name)?);
         }
@@ -157,6 +167,7 @@ impl Home {
     /// The same for good: a container that was made here its engine forgets.
     pub(super) fn remove(agent: &Agent, name: &Name) -> Result<()> {
         let dir = agent.sandboxes_dir();
+        forget_held(name);
         if Container::is_known(&dir, name) {
             Ok(Container::remove(&dir, name)?)
         } else if Whole::is_known(&dir, name) {
@@ -270,12 +281,47 @@ impl Home {
         self.keeper().cgroup().pids().is_ok_and(|pids| pids.iter().all(|pid| ours.contains(pid)))
     }
 
-    /// Looks the addresses up and tells the guard what to silence. Must come before anything opens.
-    pub(super) fn prepare(&mut self, spec: &PlaceSpec, vips: &[Vip]) -> Result<()> {
-        let addresses = Addresses::prepare(&spec.net(), vips)?;
+    /// Looks the addresses up, tells the guard what to silence, and makes ready to hold packets. Must come before anything
+    /// opens. `held`: its output waits for commits from now on.
+    pub(super) fn prepare(&mut self, spec: &WorkloadSpec, held: bool) -> Result<()> {
+        let addresses = Addresses::prepare(&spec.place.net(), &spec.vips)?;
         addresses.guard(self.keeper(), self.place.gate())?;
         self.addresses = Some(addresses);
+        let marks = self.marks(&spec.vips);
+        let has_none = !marks.has_device() && marks.addresses.is_empty();
+        // Its queues are free for the next one.
+        self.hold = None;
+        let made = (!has_none)
+            .then(|| Hold::make(spec.place.name(), marks, Some(self.keeper().shared_guard()), held));
+        self.hold = match made.transpose() {
+            Ok(made) => made.map(Arc::new),
+            Err(error) if spec.commit == Commit::Output => return Err(error.into()),
+            Err(error) => {
+                tracing::warn!(%error, name = %spec.place.name(), "its input is not held while it is frozen");
+                None
+            }
+        };
         Ok(())
+    }
+
+    /// By what its packets are known.
+    fn marks(&self, vips: &[Vip]) -> Marks {
+        let mut marks =
+            Marks { addresses: vips.iter().map(|vip| vip.cidr.addr).collect(), ..Marks::default() };
+        if let Some(gate) = self.place.gate() {
+            let Behind { bridges, macs, addresses } = gate.behind().clone();
+            marks.devices = gate.devices().to_vec();
+            (marks.bridges, marks.macs, marks.inner) = (bridges, macs, addresses);
+            marks.addresses.extend(gate.ips());
+            marks.addresses.sort_unstable();
+            marks.addresses.dedup();
+        }
+        marks
+    }
+
+    /// Its packets, if they can be held.
+    pub(super) fn hold(&self) -> Option<&Arc<Hold>> {
+        self.hold.as_ref()
     }
 
     /// Lets the workload be heard: the gate, then the addresses. The caller announces.
@@ -404,9 +450,18 @@ fn container_options(agent: &Agent, name: &Name) -> container::Options {
     }
 }
 
+/// Nobody holds its packets any more.
+fn forget_held(name: &Name) {
+    if let Err(error) = Hold::remove(name) {
+        // Without nf_tables there is nothing to remove.
+        tracing::debug!(%error, %name, "removing its table of the packet filter");
+    }
+}
+
 /// Gives what somebody else started back to them, running.
 pub(super) fn release(agent: &Agent, name: &Name) -> Result<()> {
     let dir = agent.sandboxes_dir();
+    forget_held(name);
     if Container::is_known(&dir, name) {
         return Ok(Container::release(&dir, name)?);
     }

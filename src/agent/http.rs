@@ -109,6 +109,9 @@ async fn route(agent: &Arc<Agent>, request: Request<Incoming>) -> Result<Vec<u8>
         ["v1", "workloads", name, "verify"] if post => json(&agent.verify(&parse(name)?).await?),
         ["v1", "workloads", name, "fence"] if post => json(&agent.fence(&parse(name)?).await?),
         ["v1", "workloads", name, "unfence"] if post => json(&agent.unfence(&parse(name)?).await?),
+        ["v1", "workloads", name, "commit"] if post => {
+            json(&agent.set_commit(&parse(name)?, body(request).await?).await?)
+        }
         ["v1", "workloads", name, "pause"] if post => json(&agent.pause(&parse(name)?).await?),
         ["v1", "workloads", name, "resume"] if post => json(&agent.resume_protection(&parse(name)?).await?),
         ["v1", "workloads", name, "remove"] if post => {

@@ -33,6 +33,7 @@ mod http;
 mod inbound;
 mod links;
 mod orders;
+mod output;
 mod owner;
 mod promotion;
 mod roles;

@@ -42,11 +42,14 @@ use crate::{
     capture::pace::{Report, StretchedBy},
     drill,
     ha::{self, Action, Core, Input, Message, Standing, Ticket},
-    model::{Epoch, EpochFigures, EpochId, Name, Term},
+    model::{EpochFigures, EpochId, Name, Term},
     observe::HistoryLog,
     transport::{Connection, block_in_place},
     wire::message::{EpochAnswer, Reply, Request},
-    workload::{guard::boot_time_ns, spec::WorkloadSpec},
+    workload::{
+        guard::boot_time_ns,
+        spec::{Commit, WorkloadSpec},
+    },
 };
 
 /// Messages that may wait for a workload.
@@ -88,6 +91,10 @@ pub(super) enum Msg {
         answer: Answer<WorkloadStatus>,
     },
     Resume {
+        answer: Answer<WorkloadStatus>,
+    },
+    Commit {
+        mode: Commit,
         answer: Answer<WorkloadStatus>,
     },
     /// Of the keys in etcd.
@@ -311,7 +318,7 @@ impl Owner {
             pages_lost: None,
             taken_over: None,
             announced: None,
-            permit_epochs: watch::Sender::new(Permit { may_capture: false, first_epoch: Epoch(1) }),
+            permit_epochs: watch::Sender::new(Permit::default()),
             waiting_offer: None,
             oom_kills: 0,
         }
@@ -334,6 +341,7 @@ impl Owner {
             }
             self.look_at_claim();
             self.look_at_order();
+            self.look_at_held();
             self.drive_session();
             self.watch_drill();
         }
@@ -370,6 +378,9 @@ impl Owner {
             Msg::Pause { answer } => self.pause(answer),
             Msg::Resume { answer } => {
                 let _ = answer.send(self.resume_protection());
+            }
+            Msg::Commit { mode, answer } => {
+                let _ = answer.send(self.set_commit(mode));
             }
             Msg::Arbiter(report) => self.arbiter_said(report),
             Msg::PeerFenced { term, outcome } => self.peer_fenced(term, outcome),
@@ -600,7 +611,9 @@ impl Owner {
         self.history.add_epoch(figures.clone());
         self.last_committed = Some((figures, Instant::now()));
         self.error = None;
-        if let Some(answer) = self.protecting.take() {
+        if self.keeps_its_word()
+            && let Some(answer) = self.protecting.take()
+        {
             let _ = answer.send(Ok(self.status()));
         }
     }

@@ -111,7 +111,7 @@ impl Owner {
         if home.root()?.is_none() {
             home.track(inside)?;
             // An engine may have made its network only with it.
-            home.prepare(&self.durable.spec.place, &self.durable.spec.vips)?;
+            home.prepare(&self.durable.spec, false)?;
         }
         anyhow::ensure!(home.root()?.is_some(), "it has ended");
         self.home.take().map(|home| (home, inside)).context("its place is gone")

@@ -25,7 +25,7 @@ use crate::{
     wire::message::Reply,
     workload::{
         guard::GuardState,
-        spec::{Net, Vip, WorkloadSpec},
+        spec::{Net, Vip},
     },
 };
 
@@ -111,9 +111,9 @@ impl Owner {
     }
 
     fn prepare_addresses(&mut self) {
-        let WorkloadSpec { place, vips, .. } = self.durable.spec.clone();
+        let (spec, held) = (self.durable.spec.clone(), self.owes_output());
         if let Some(home) = &mut self.home
-            && let Err(error) = block_in_place(|| home.prepare(&place, &vips))
+            && let Err(error) = block_in_place(|| home.prepare(&spec, held))
         {
             self.error = Some(format!("the address cannot be served here: {}", in_full(&error)));
         }
@@ -197,13 +197,15 @@ impl Owner {
         let mut durable = self.durable.clone();
         durable.spec.vips.clone_from(&request.vips);
         durable.spec.pace = request.pace;
+        durable.spec.commit = request.commit;
         durable.spec.arbiter = self.agent.config.arbiter.kind();
         durable.peer = Some(request.to.clone());
         // A term that no earlier protection of this name has used here.
         let term = Term(unused_term(&self.history));
         durable.record = Some(Record::primary(term));
-        block_in_place(|| home.prepare(&durable.spec.place, &request.vips))
+        block_in_place(|| home.prepare(&durable.spec, false))
             .map_err(|error| ApiError::failed(in_full(&error)))?;
+        self.check_commit(request.commit)?;
         block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
         self.durable = durable;
         self.event("protecting", &format!("{} is to be the standby", request.to), None);
@@ -222,7 +224,8 @@ impl Owner {
         let first_epoch = self.core.as_ref().map_or(Epoch(1), Core::first_epoch);
         // CRIU cannot reach tasks that a cgroup has stopped.
         let stopped = self.holding || self.home.as_ref().is_some_and(Home::is_paused);
-        let permit = Permit { may_capture: primary && !stopped, first_epoch };
+        let commit = self.durable.spec.commit;
+        let permit = Permit { may_capture: primary && !stopped, first_epoch, commit };
         self.permit_epochs.send_if_modified(|current| std::mem::replace(current, permit) != permit);
         if let Some(session) = &self.session {
             if session.task.is_finished() {
@@ -260,6 +263,7 @@ impl Owner {
             owner: self.to_self.clone(),
             orders,
             permit: self.permit_epochs.subscribe(),
+            hold: home.hold().cloned(),
         };
         let owner = self.to_self.clone();
         let reference_bytes = self.agent.config.reference_bytes;
@@ -426,7 +430,7 @@ impl Owner {
             Home::destroy(&agent, spec.place.name())?;
             Home::create(&agent, &spec.place, fresh)
         })?;
-        if let Err(error) = block_in_place(|| home.prepare(&spec.place, &spec.vips)) {
+        if let Err(error) = block_in_place(|| home.prepare(&spec, false)) {
             // A takeover would restore it and could not be reached: better to be told now.
             block_in_place(|| Home::destroy(&agent, spec.place.name()))?;
             return Err(error);
@@ -470,6 +474,12 @@ impl Owner {
     pub(super) fn destroy_copy(&mut self) {
         self.end_session();
         if let Some(verdict) = self.handoff.as_mut().and_then(|handoff| handoff.verdict.take()) {
+            // What came for it meanwhile is sent after it, now that the address is not here any more.
+            if let Some(Err(error)) =
+                self.home.as_ref().and_then(|home| home.hold()).map(|hold| hold.pass_input())
+            {
+                tracing::debug!(%error, "what clients sent during the handoff is lost to them");
+            }
             // The tree is frozen and silent; CRIU kills it when it hears yes.
             let _ = verdict.send(true);
             return;

@@ -22,6 +22,7 @@ use super::{
     api::ErrorCode,
     flight::{self, Capturing, Committed, Failed, Final, Hand, Judged, Shipping},
     links::Link,
+    output,
     owner::Msg,
     throttle::Brake,
 };
@@ -32,9 +33,10 @@ use crate::{
         pace::Pace,
     },
     model::{Epoch, EpochId, Name, Term},
+    takeover::hold::Hold,
     transport::{block_in_place, connection::RequestError, epoch::SendEpochError},
     wire::message::{EpochAnswer, FrameHead, Reply, Request},
-    workload::spec::WorkloadSpec,
+    workload::spec::{Commit, WorkloadSpec},
 };
 
 /// So many captures of a handoff may fail before it is given up: bytes that come while CRIU reads a connection's queue, or
@@ -137,19 +139,23 @@ pub(super) struct Session {
     pub(super) owner: mpsc::Sender<Msg>,
     pub(super) orders: mpsc::Receiver<Order>,
     pub(super) permit: watch::Receiver<Permit>,
+    /// The workload's packets.
+    pub(super) hold: Option<Arc<Hold>>,
 }
 
 /// What the owner permits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Permit {
     /// False while the copy is frozen by its guard: CRIU could not dump it.
     pub(super) may_capture: bool,
     /// The least number of an epoch whose commit lets the standby promote.
     pub(super) first_epoch: Epoch,
+    /// When output leaves.
+    pub(super) commit: Commit,
 }
 
 /// What is known between two epochs.
-struct Progress {
+pub(super) struct Progress {
     hand: Hand,
     /// Commits of which the capturer was not told yet.
     commits: u32,
@@ -165,8 +171,12 @@ struct Progress {
     /// From the freeze of the last committed epoch to its commit.
     last_cost: Duration,
     /// The standby has accepted the workload, and nothing has gone wrong since.
-    offered: bool,
-    pace: Pace,
+    pub(super) offered: bool,
+    pub(super) pace: Pace,
+    /// What the pace is of.
+    pub(super) commit: Commit,
+    /// The workload is slowed down because too much of its output waits.
+    pub(super) slowed: bool,
 }
 
 /// What ended a pause between two epochs.
@@ -178,6 +188,7 @@ enum Next {
 impl Session {
     /// Runs until the owner drops it. `capturer` is fresh.
     pub(super) async fn run(mut self, capturer: Capturer) {
+        let commit = self.permit.borrow().commit;
         let mut progress = Progress {
             hand: Hand::Here(Box::new(capturer)),
             commits: 0,
@@ -188,7 +199,9 @@ impl Session {
             shipping: None,
             last_cost: Duration::ZERO,
             offered: false,
-            pace: Pace::new(self.spec.pace),
+            pace: output::pace(&self.spec, commit),
+            commit,
+            slowed: false,
         };
         // It ends when the owner is gone, or the capturer was lost with its thread.
         while self.turn(&mut progress).await.is_some() {}
@@ -225,6 +238,9 @@ impl Session {
 
     /// Waits until the next epoch is due, or something is ordered. What ships meanwhile is concluded.
     async fn pause(&mut self, at: &mut Progress) -> Option<Next> {
+        self.follow_mode(at);
+        self.slow_down(at).await;
+        let output = output::Awaited::new(self.hold.as_ref(), at.commit, self.spec.pace);
         loop {
             let due = tokio::time::Instant::from_std(at.pace.due(Instant::now()));
             // Nothing tells how long all memory will be on its way.
@@ -236,7 +252,7 @@ impl Session {
                         self.report(at, error).await?;
                     }
                 }
-                () = tokio::time::sleep_until(due), if may_begin => return Some(Next::Due),
+                () = output.due(due), if may_begin => return Some(Next::Due),
                 received = self.orders.recv() => {
                     return received.map(|Order::Handoff(handoff)| Next::Ordered(handoff));
                 }
@@ -270,6 +286,7 @@ impl Session {
             if held == Some(unsettled) {
                 capturer.committed();
                 at.base = held;
+                output::release(self.hold.as_ref(), unsettled);
             } else {
                 at.failed = true;
             }
@@ -290,7 +307,8 @@ impl Session {
             return Err(SessionError::NoConnection);
         }
         let lease = self.link.lease().ok_or(SessionError::NoConnection)?;
-        let request = Request::Offer { spec: Box::new(self.spec.clone()), term: self.term, resident_bytes };
+        let spec = WorkloadSpec { commit: self.permit.borrow().commit, ..self.spec.clone() };
+        let request = Request::Offer { spec: Box::new(spec), term: self.term, resident_bytes };
         match lease.request(&request, OFFER_TIMEOUT).await? {
             Reply::Accepted { held } => Ok(held),
             Reply::Refused { reason, .. } => Err(SessionError::Refused(reason)),
@@ -324,7 +342,7 @@ impl Session {
                 return Some(Err(error));
             }
         }
-        match capturing.ship(&self.link, self.owner.clone(), None).captured().await? {
+        match capturing.ship(&self.link, self.owner.clone(), None, self.hold.clone()).captured().await? {
             Ok(shipping) => {
                 at.pace.captured(shipping.thawed(), shipping.frozen());
                 at.pace.shipping(shipping.since());
@@ -357,8 +375,16 @@ impl Session {
             FrameHead::Begin { name: self.name.clone(), id, base: base.filter(|_| !capturer.needs_full()) };
         at.pace.began(Instant::now());
         let freeze_after = at.pace.freeze_after().filter(|_| judged.is_none());
+        let follows = matches!(head, FrameHead::Begin { base: Some(_), .. });
+        let around = output::Around {
+            hold: self.hold.clone(),
+            epoch: id,
+            // The first epoch takes as long as all memory does; what a takeover needs of it is there with the second.
+            holds: at.commit == Commit::Output && follows,
+        };
+        let how = flight::How { freeze_after, judged, around };
         let (hand, capturing) =
-            flight::begin(capturer, (id, head), freeze_after, judged, self.owner.clone(), Arc::clone(brake));
+            flight::begin(capturer, (id, head), how, self.owner.clone(), Arc::clone(brake));
         at.hand = hand;
         Some(capturing)
     }
@@ -449,7 +475,7 @@ impl Session {
     ) -> Option<Result<(EpochId, bool), (SessionError, bool)>> {
         let Final { verdict, judged, held } = Final::new();
         let capturing = self.begin(at, Some(judged), brake).await?;
-        let leaving = capturing.ship(&self.link, self.owner.clone(), Some(verdict));
+        let leaving = capturing.ship(&self.link, self.owner.clone(), Some(verdict), None);
         let outcome = match leaving.captured().await? {
             Ok(mut shipping) => shipping.outcome().await?,
             Err(failed) => Err(failed),

@@ -460,7 +460,7 @@ fn restore_whole(
     let root = whole.restore(dir, &streams.collect::<Vec<_>>(), &agent.install.path)?;
     let spec = durable::Place::of(&agent.config.state_dir, &whole.spec().name).read()?.spec;
     // The guard closes what an engine has made only now.
-    home.prepare(&spec.place, &spec.vips)?;
+    home.prepare(&spec, false)?;
     let all = began.elapsed().as_secs_f64() * 1e3;
     Ok((BTreeMap::from([("prepare".to_owned(), prepared), ("criu".to_owned(), all - prepared)]), root))
 }

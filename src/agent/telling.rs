@@ -38,6 +38,7 @@ impl Owner {
             Some(Standing::Primary) if self.handoff.is_some() => "handing-off",
             Some(Standing::Primary) if self.home.as_ref().is_some_and(Home::is_paused) => "paused",
             Some(Standing::Primary) if self.durable.paused => "unguarded",
+            Some(Standing::Primary) if self.last_committed.is_some() && !self.keeps_its_word() => "syncing",
             Some(Standing::Primary) if self.last_committed.is_some() && self.error.is_none() => "protected",
             Some(Standing::Primary) if self.last_committed.is_some() => "lagging",
             Some(Standing::Primary) if connected => "syncing",
@@ -80,6 +81,13 @@ impl Owner {
                     held_for_ms: left.filter(|left| *left > 0),
                 }
             }),
+            commit: self.durable.spec.commit,
+            held: self
+                .home
+                .as_ref()
+                .filter(|_| standing == Some(Standing::Primary))
+                .and_then(|home| home.hold())
+                .map(|hold| hold.held()),
             pace: PaceStatus {
                 wanted: self.durable.spec.pace,
                 interval_ms: pace.interval.map(|interval| interval.as_secs_f64() * 1e3),

@@ -36,6 +36,12 @@ impl Brake {
         self.ask(run_percent).await
     }
 
+    /// Full speed, whatever an earlier brake has set.
+    pub(super) async fn end(&self) -> Result<(), String> {
+        self.run_percent.store(FULL_SPEED, Ordering::Relaxed);
+        self.ask(FULL_SPEED).await
+    }
+
     /// Whether it was released, and should not be.
     pub(super) fn is_slack(&self) -> bool {
         self.run_percent.load(Ordering::Relaxed) < FULL_SPEED && !self.pressed.load(Ordering::Relaxed)

@@ -68,6 +68,8 @@ enum Verb {
     Fence(orders::OrderArgs),
     /// Let a copy run again that was fenced by `fence`
     Unfence(orders::OrderArgs),
+    /// Change when what a workload sends leaves: at once, or when the standby has what it depends on
+    Commit(orders::CommitArgs),
     /// Pause the protection of a workload: it runs on, no epochs are taken, nobody takes over
     Pause(orders::OrderArgs),
     /// Go on with a protection that was paused
@@ -118,6 +120,7 @@ pub fn main() -> ExitCode {
         Verb::Verify(args) => orders::verify(&cli.socket, &args),
         Verb::Fence(args) => orders::fence(&cli.socket, &args),
         Verb::Unfence(args) => orders::unfence(&cli.socket, &args),
+        Verb::Commit(args) => orders::commit(&cli.socket, &args),
         Verb::Pause(args) => orders::pause(&cli.socket, &args),
         Verb::Resume(args) => orders::resume(&cli.socket, &args),
         Verb::Drill(args) => drill::main(&cli.socket, &args),

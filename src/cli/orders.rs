@@ -7,8 +7,9 @@ use std::{
 
 use super::{Failure, Outcome, client, print_json};
 use crate::{
-    agent::api::{ErrorCode, FailoverRequest, Role, VerifyReport, WorkloadStatus},
+    agent::api::{CommitRequest, ErrorCode, FailoverRequest, Role, VerifyReport, WorkloadStatus},
     model::Name,
+    workload::spec::Commit,
 };
 
 #[derive(clap::Args)]
@@ -35,6 +36,29 @@ pub(super) struct OrderArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(clap::Args)]
+pub(super) struct CommitArgs {
+    /// Name of the workload
+    name: Name,
+    /// `async`: output leaves at once; `output`: when the standby has what it depends on
+    mode: Commit,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn commit(socket: &Path, args: &CommitArgs) -> Outcome {
+    let path = format!("/v1/workloads/{}/commit", args.name);
+    let status: WorkloadStatus = client::post(socket, &path, &CommitRequest { mode: args.mode })?;
+    let text = match args.mode {
+        Commit::Async => format!("what {} sends leaves at once", status.name),
+        Commit::Output => {
+            format!("what {} sends waits until the standby has what it depends on", status.name)
+        }
+    };
+    told(&status, args.json, &text)
 }
 
 pub(super) fn failover(socket: &Path, args: &FailoverArgs) -> Outcome {

@@ -15,7 +15,7 @@ use crate::{
         UnprotectRequest, WorkloadStatus,
     },
     model::Name,
-    workload::spec::{Cidr, Daemon, MountRule, PaceMode, PaceSpec, Runtime, Vip},
+    workload::spec::{Cidr, Commit, Daemon, MountRule, PaceMode, PaceSpec, Runtime, Vip},
 };
 
 /// How often people are told how far it is.
@@ -62,6 +62,10 @@ pub(super) struct Args {
     to: String,
     #[command(flatten)]
     pace: Pace,
+    /// When what it sends leaves. `async`: at once; a takeover may lose what clients were told since its last epoch.
+    /// `output`: when the standby has what it depends on; nothing that a client was told is ever lost
+    #[arg(long, value_name = "MODE", default_value_t)]
+    commit: Commit,
     /// Address that clients use and that follows the workload, and the host's device for it
     #[arg(long = "vip", value_name = "CIDR@DEV")]
     vips: Vec<Vip>,
@@ -115,9 +119,9 @@ pub(super) struct UnprotectArgs {
 pub(super) fn main(socket: &Path, args: Args) -> Outcome {
     let pace = args.pace.spec();
     let (name, to, vips, json) = (args.name.clone(), args.to.clone(), args.vips.clone(), args.json);
-    let ship_image = args.ship_image;
+    let (ship_image, commit) = (args.ship_image, args.commit);
     let source = source(args)?;
-    let request = ProtectRequest { name, source, to, pace, vips, ship_image };
+    let request = ProtectRequest { name, source, to, pace, vips, commit, ship_image };
     let protect = || client::post(socket, "/v1/protect", &request);
     let status: WorkloadStatus =
         if ship_image && !json { with_progress(socket, &request.name, protect)? } else { protect()? };

@@ -9,7 +9,8 @@ use crate::{
     drill::Last,
     model::Name,
     observe::utc,
-    workload::spec::Way,
+    takeover::hold::Held,
+    workload::spec::{Commit, Way},
 };
 
 #[derive(clap::Args)]
@@ -123,6 +124,9 @@ fn print_workload(status: &WorkloadStatus) {
         println!("  epoch     {epoch}, lag {lag}");
         print_pace(&status.pace);
     }
+    if let Some(held) = status.held.filter(|_| status.commit == Commit::Output) {
+        println!("  output    {}", held_line(&held));
+    }
     if let Some(age) = status.lease_age_ms {
         println!("  lease     renewed {age} ms ago");
     }
@@ -157,6 +161,15 @@ fn print_workload(status: &WorkloadStatus) {
     if let Some(error) = &status.error {
         println!("  error     {error}");
     }
+}
+
+/// What waits for its commit.
+fn held_line(held: &Held) -> String {
+    let waits =
+        if held.output { "waits for its commit" } else { "leaves at once until the standby has an epoch" };
+    let bytes = human_bytes(held.bytes);
+    let dropped = if held.dropped > 0 { format!("; {} dropped", held.dropped) } else { String::new() };
+    format!("{waits}, of late {:.1} ms; {} packets, {bytes} now{dropped}", held.delay_ms, held.packets)
 }
 
 /// How etcd stands to it.

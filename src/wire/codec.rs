@@ -189,7 +189,7 @@ mod tests {
         ha,
         model::{Epoch, EpochId, Term},
         workload::spec::{
-            ContainerSpec, ContainerTree, ContainerTreeKind, Engine, Lent, Net, PaceMode, PaceSpec,
+            Commit, ContainerSpec, ContainerTree, ContainerTreeKind, Engine, Lent, Net, PaceMode, PaceSpec,
             PlaceSpec, Runtime, SandboxSpec, Vip, WorkloadSpec,
         },
     };
@@ -207,6 +207,7 @@ mod tests {
             vips,
             pace: PaceSpec::default(),
             arbiter: ha::Arbiter::Store,
+            commit: Commit::Output,
         };
         Request::Offer { spec: Box::new(spec), term: Term(3), resident_bytes: 1 << 33 }
     }

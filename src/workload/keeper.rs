@@ -9,6 +9,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -140,7 +141,7 @@ pub enum KeeperError {
 pub struct Keeper {
     id: ProcessId,
     client: Client,
-    guard: Guard,
+    guard: Arc<Guard>,
     cgroup: Cgroup,
 }
 
@@ -186,12 +187,17 @@ impl Keeper {
         let client = Client::connect(control)?;
         let (reply, fds) = client.ask(&Request::Hello, &[])?;
         let [page, wake] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| client.nonsense(&reply))?;
-        Ok(Self { id, guard: Guard::from_fds(page, wake)?, client, cgroup })
+        Ok(Self { id, guard: Arc::new(Guard::from_fds(page, wake)?), client, cgroup })
     }
 
     /// The guard.
     pub fn guard(&self) -> &Guard {
         &self.guard
+    }
+
+    /// The guard, for who acts on what it says beside the owner of this.
+    pub fn shared_guard(&self) -> Arc<Guard> {
+        Arc::clone(&self.guard)
     }
 
     /// The cgroup: freeze, thaw, kill, pids.

@@ -38,6 +38,9 @@ use super::{
 use crate::model::Name;
 
 const GATEWAY_V4: &str = "169.254.1.1";
+/// What TCP takes for granted of a path of which it has measured nothing, as of connections that were restored: otherwise what
+/// they had on the way would be sent again only after a second.
+const PATIENCE: &str = "rtt 10ms rttvar 10ms rto_min 60ms";
 /// The other end of an isolated network.
 const NOWHERE: &str = "nowhere";
 
@@ -185,10 +188,10 @@ fn create_inside(device: &str, ips: &[Cidr], has_v6: bool) -> Result<(), Network
     }));
     if ips.iter().any(|cidr| cidr.addr.is_ipv4()) {
         lines.push(format!("route add {GATEWAY_V4} dev eth0 scope link"));
-        lines.push(format!("route add default via {GATEWAY_V4} dev eth0 onlink"));
+        lines.push(format!("route add default via {GATEWAY_V4} dev eth0 onlink {PATIENCE}"));
     }
     if has_v6 {
-        lines.push(format!("route add default via {GATEWAY_V6} dev eth0"));
+        lines.push(format!("route add default via {GATEWAY_V6} dev eth0 {PATIENCE}"));
     }
     lines.push(String::new());
     ip(device, &lines.join("\n"))
@@ -212,18 +215,54 @@ pub fn enable_forwarding(device: &str, has_v6: bool) -> Result<(), NetworkError>
     sysctl("ipv6/conf/all/forwarding", "1")
 }
 
-/// The veth devices of the calling thread's namespace whose other end is in its maker's: their index, and that of the other end.
-fn veth_pairs() -> Result<Vec<(u32, u32)>, NetworkError> {
-    let error = |reason: String| NetworkError::Ip { device: "of the container".to_owned(), reason };
-    let output = Command::new("ip").args(["-d", "-j", "link", "show"]).stdin(Stdio::null()).output();
-    let output = output.map_err(|source| error(source.to_string()))?;
-    let links: serde_json::Value =
-        serde_json::from_slice(&output.stdout).map_err(|source| error(source.to_string()))?;
+/// A veth device whose other end is in its maker's namespace.
+struct VethPair {
+    inside: u32,
+    outside: u32,
+    /// Of the end inside.
+    mac: Option<[u8; 6]>,
+    addresses: Vec<IpAddr>,
+}
+
+/// Those of the calling thread's namespace.
+fn veth_pairs() -> Result<Vec<VethPair>, NetworkError> {
     let pair = |link: &serde_json::Value| {
         let is_veth = link["linkinfo"]["info_kind"] == "veth" && link["link_netnsid"].is_u64();
-        is_veth.then(|| Some((link["ifindex"].as_u64()? as u32, link["link_index"].as_u64()? as u32)))?
+        let addresses = link["addr_info"].as_array().into_iter().flatten();
+        let addresses = addresses.filter(|entry| entry["scope"] == "global");
+        is_veth.then(|| {
+            Some(VethPair {
+                inside: link["ifindex"].as_u64()? as u32,
+                outside: link["link_index"].as_u64()? as u32,
+                mac: link["address"].as_str().and_then(parse_mac),
+                addresses: addresses.filter_map(|entry| entry["local"].as_str()?.parse().ok()).collect(),
+            })
+        })?
     };
-    Ok(links.as_array().into_iter().flatten().filter_map(pair).collect())
+    Ok(shown(&["-d", "-j", "addr", "show"])?.iter().filter_map(pair).collect())
+}
+
+/// What `ip` shows, as JSON, in the calling thread's namespace.
+fn shown(arguments: &[&str]) -> Result<Vec<serde_json::Value>, NetworkError> {
+    let error = |reason: String| NetworkError::Ip { device: "of the container".to_owned(), reason };
+    let output = Command::new("ip").args(arguments).stdin(Stdio::null()).output();
+    let output = output.map_err(|source| error(source.to_string()))?;
+    serde_json::from_slice(&output.stdout).map_err(|source| error(source.to_string()))
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let bytes: Option<Vec<u8>> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+    bytes?.try_into().ok()
+}
+
+/// The bridges that these devices are ports of; `None` for one that is no port.
+fn bridges_of(devices: &[u32]) -> Result<Vec<Option<u32>>, NetworkError> {
+    let links = shown(&["-j", "link", "show"])?;
+    let master = |index: &u32| {
+        let link = links.iter().find(|link| link["ifindex"].as_u64() == Some(u64::from(*index)))?;
+        if_nametoindex(link["master"].as_str()?).ok()
+    };
+    Ok(devices.iter().map(master).collect())
 }
 
 fn sysctl_value(key: &str) -> Option<String> {
@@ -271,6 +310,19 @@ pub struct Gate {
     ips: Vec<IpAddr>,
     /// The other ends, and a socket in their namespace.
     inside: (RouteSocket, Vec<u32>),
+    /// What of it is behind bridges.
+    behind: Behind,
+}
+
+/// By what packets of a workload are known whose devices are ports of bridges.
+#[derive(Clone, Debug, Default)]
+pub struct Behind {
+    /// The bridges.
+    pub bridges: Vec<u32>,
+    /// Hardware addresses inside.
+    pub macs: Vec<[u8; 6]>,
+    /// Addresses inside.
+    pub addresses: Vec<IpAddr>,
 }
 
 impl Gate {
@@ -283,15 +335,45 @@ impl Gate {
         let (socket, inner) = inside.map_err(NetworkError::Enter)?.map_err(NetworkError::Net)?;
         let inner = inner.map_err(|errno| missing("eth0".to_owned(), errno))?;
         let ips = ips.iter().map(|cidr| cidr.addr).collect();
-        Ok(Self { outside: vec![index], ips, inside: (socket, vec![inner]) })
+        Ok(Self { outside: vec![index], ips, inside: (socket, vec![inner]), behind: Behind::default() })
     }
 
     /// That of a container whose engine has made its devices: all veth pairs that end on this host. `None` if it has none.
     pub(super) fn of_engine(netns: BorrowedFd<'_>) -> Result<Option<Self>, NetworkError> {
         let found = within(netns, || Ok::<_, NetworkError>((RouteSocket::open()?, veth_pairs()?)));
         let (socket, pairs) = found.map_err(NetworkError::Enter)??;
-        let (inside, outside): (Vec<u32>, Vec<u32>) = pairs.into_iter().unzip();
-        Ok((!outside.is_empty()).then_some(Self { outside, ips: Vec::new(), inside: (socket, inside) }))
+        if pairs.is_empty() {
+            return Ok(None);
+        }
+        let inside = pairs.iter().map(|pair| pair.inside).collect();
+        let outside: Vec<_> = pairs.iter().map(|pair| pair.outside).collect();
+        let mut behind = Behind::default();
+        for (pair, bridge) in pairs.into_iter().zip(bridges_of(&outside)?) {
+            if let (Some(bridge), Some(mac)) = (bridge, pair.mac) {
+                behind.bridges.push(bridge);
+                behind.macs.push(mac);
+                behind.addresses.extend(pair.addresses);
+            }
+        }
+        // Two networks may share a bridge.
+        behind.bridges.sort_unstable();
+        behind.bridges.dedup();
+        Ok(Some(Self { outside, ips: Vec::new(), inside: (socket, inside), behind }))
+    }
+
+    /// The host's ends of devices that lead to the workload alone.
+    pub fn devices(&self) -> &[u32] {
+        if self.behind.bridges.is_empty() { &self.outside } else { &[] }
+    }
+
+    /// What of it is behind bridges.
+    pub fn behind(&self) -> &Behind {
+        &self.behind
+    }
+
+    /// What this host routes to it.
+    pub fn ips(&self) -> &[IpAddr] {
+        &self.ips
     }
 
     /// Waits until packets pass after the gate was opened; false if they do not within the limit.

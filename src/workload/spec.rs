@@ -430,6 +430,41 @@ pub struct WorkloadSpec {
     /// Who decides that the standby runs it.
     #[serde(default)]
     pub arbiter: Arbiter,
+    /// When what it sends leaves.
+    #[serde(default)]
+    pub commit: Commit,
+}
+
+/// When what a workload sends leaves its host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Commit {
+    /// At once. A takeover may lose what clients were told since the epoch that it restores.
+    #[default]
+    Async,
+    /// When the standby has committed the epoch that it depends on. No client is ever told what a takeover could lose.
+    Output,
+}
+
+impl std::str::FromStr for Commit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "async" => Ok(Self::Async),
+            "output" => Ok(Self::Output),
+            _ => Err(format!("{text:?} is neither async nor output")),
+        }
+    }
+}
+
+impl std::fmt::Display for Commit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Async => "async",
+            Self::Output => "output",
+        })
+    }
 }
 
 /// What the operator wants of the pace of epochs.

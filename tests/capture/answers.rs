@@ -17,7 +17,7 @@ use std::{
 use standin::capture::{CaptureError, Tracking};
 
 use crate::{
-    host::{Primary, await_true},
+    host::{Primary, await_true, before_freeze},
     sys::{self, Mapping},
     workload::DIR,
 };
@@ -50,7 +50,7 @@ fn guard_regions_that_come_right_before_the_freeze_fail_the_epoch_once() {
     primary.true_epoch(false);
     for round in 0..ROUNDS {
         let (mut change, mut changed) = (changing(&primary, round), false);
-        primary.capturer.before_freeze(Box::new(move || {
+        primary.capturer.on_stages(before_freeze(move || {
             if !std::mem::replace(&mut changed, true) {
                 change();
             }

@@ -27,7 +27,7 @@ use standin::{
 };
 
 use crate::{
-    host::{Home, Primary},
+    host::{Home, Primary, before_freeze},
     sys::Mapping,
     workload::DIR,
 };
@@ -239,7 +239,7 @@ const MORE: &str = "more";
 fn write_before_freeze(pair: &mut Pair) -> Arc<AtomicBool> {
     let (asked, path) = (Arc::new(AtomicBool::new(false)), pair.tree.join(MORE));
     let hook = Arc::clone(&asked);
-    pair.primary.capturer.before_freeze(Box::new(move || {
+    pair.primary.capturer.on_stages(before_freeze(move || {
         if hook.swap(false, Relaxed) {
             let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path).unwrap();
             let block = |mib: usize| vec![mib as u8 | 1; MIB];

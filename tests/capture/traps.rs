@@ -14,7 +14,7 @@ use standin::capture::{CaptureError, Note, Tracking};
 
 use crate::{
     device::{self, Device},
-    host::{Primary, await_true},
+    host::{Primary, await_true, before_freeze},
     sys::{self, Mapping},
     workload::{self, DIR, ROLE},
 };
@@ -52,7 +52,7 @@ fn a_system_v_object_that_comes_right_before_the_freeze_fails_the_epoch_once() {
     let mut primary = Primary::start("semaphore", Tracking::WriteProtect);
     primary.true_epoch(false);
     let dir = primary.home.dir.path().to_owned();
-    primary.capturer.before_freeze(Box::new(move || {
+    primary.capturer.on_stages(before_freeze(move || {
         fs::write(dir.join(GO), "").unwrap();
         await_true("the semaphore", || fs::read_to_string(dir.join("log")).unwrap().contains("changed"));
     }));
@@ -87,7 +87,7 @@ fn what_a_device_writes_behind_a_pass_is_not_lost() {
     await_true("the read", || device.is_reading());
     // The data comes behind all passes but those of the freeze.
     let (answer, log) = (device.answerer(), primary.home.dir.path().join("log"));
-    primary.capturer.before_freeze(Box::new(move || {
+    primary.capturer.on_stages(before_freeze(move || {
         let has_come = || fs::read_to_string(&log).unwrap().contains("changed");
         if !has_come() {
             answer.send(()).unwrap();

@@ -22,7 +22,7 @@ fn epoch(number: u64) -> EpochId {
 }
 
 fn hold(net: &Net, holds_output: bool) -> Hold {
-    Hold::make(&name(), net.marks.clone(), holds_output).unwrap()
+    Hold::make(&name(), net.marks.clone(), None, holds_output).unwrap()
 }
 
 fn marks(device: u32, address: &str) -> Marks {
@@ -168,10 +168,10 @@ fn a_link_that_is_set_down_drops_what_waits() {
 #[test]
 fn others_are_not_disturbed() {
     let net = Net::new(false);
-    let hold = Hold::make(&name(), marks(9999, "10.1.2.3"), true).unwrap();
+    let hold = Hold::make(&name(), marks(9999, "10.1.2.3"), None, true).unwrap();
     hold.hold_input().unwrap();
     let other: Name = "other".parse().unwrap();
-    let beside = Hold::make(&other, marks(9998, "10.1.2.4"), true).unwrap();
+    let beside = Hold::make(&other, marks(9998, "10.1.2.4"), None, true).unwrap();
     let (mut workload, mut client) = net.pair(0);
     workload.send(1);
     client.hears(&[1]);
@@ -186,8 +186,8 @@ fn others_are_not_disturbed() {
 fn a_workload_without_a_device_cannot_have_its_output_held() {
     let net = Net::new(false);
     let marks = || Marks { addresses: vec![WORKLOAD[0].parse().unwrap()], ..Marks::default() };
-    assert!(matches!(Hold::make(&name(), marks(), true), Err(HoldError::NoDevice)));
-    let hold = Hold::make(&name(), marks(), false).unwrap();
+    assert!(matches!(Hold::make(&name(), marks(), None, true), Err(HoldError::NoDevice)));
+    let hold = Hold::make(&name(), marks(), None, false).unwrap();
     assert!(matches!(hold.hold_output(), Err(HoldError::NoDevice)));
     let (mut workload, mut client) = net.pair(0);
     hold.hold_input().unwrap();

@@ -1,6 +1,7 @@
 //! Integration tests: one binary, so that it links once and `cargo test NAME` finds everything.
 
 mod cluster;
+mod committed;
 mod container_faults;
 mod container_keeps;
 mod containers;

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{CaptureError, Capturer, Emit, Finish, Spare, encode};
+use super::{CaptureError, Capturer, Emit, Finish, Spare, Stage, encode};
 use crate::{
     capture::{
         blame,
@@ -103,6 +103,8 @@ impl Capturer {
             shared: &mut self.shared,
             files: &mut self.files,
         });
+        let mut told = self.on_stages.as_mut();
+        let mut refused = None;
         // What was read, and how it went out if that was before the thaw.
         let (mut taken, mut sent) = (None, None);
         let dumped = std::thread::scope(|scope| {
@@ -130,8 +132,9 @@ impl Capturer {
             let mut notify = |stage: &str| match (stage, &mut *finish) {
                 // The first stage at which the tree is frozen (cr_dump_tasks, behind collect_pstree).
                 ("query-ext-files", _) => {
+                    refused = told.as_mut().and_then(|told| told(Stage::Frozen).err());
                     starter.take().into_iter().for_each(Starter::begin);
-                    true
+                    refused.is_none()
                 }
                 ("post-dump", Finish::Final { hold, conclude }) => {
                     if !hold() {
@@ -156,12 +159,19 @@ impl Capturer {
             };
             let hurried = hurry_meanwhile();
             let dumped = swrk.dump(&options, &mut notify);
+            if options.leave_running || dumped.is_err() {
+                // What cannot be let go now is told of at the next freeze.
+                let _ = told.as_mut().map(|told| told(Stage::Running));
+            }
             drop(hurried);
             // Without a freeze the reader waits for nothing any more.
             drop(starter);
             taken = taken.take().or_else(read);
             dumped
         });
+        if let Some(refused) = refused {
+            return Err(refused.into());
+        }
         let frozen = match taken {
             // Of a tree that stands nobody goes: CRIU had let it run.
             Some(Err(CaptureError::Read(ReadError::Gone(_)))) if dumped.is_err() => None,

@@ -207,8 +207,22 @@ pub struct Capturer {
     /// Epochs that will not tell guard regions ahead.
     guards_doubted: u32,
     shared: SharedMemory,
-    before_freeze: Option<Box<dyn FnMut() + Send>>,
+    on_stages: Option<Box<OnStages>>,
 }
+
+/// Where a freeze stands, for who has to do something about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Its pre-copy is done, and the freeze begins.
+    Freezing,
+    /// All tasks stand, and nothing of the kernel's state has been looked at.
+    Frozen,
+    /// The tree runs again, whether the epoch is whole or not. Perhaps told twice; not told of a tree that was killed.
+    Running,
+}
+
+/// Told of stages. An error at the first two makes the epoch fail.
+pub type OnStages = dyn FnMut(Stage) -> Result<(), io::Error> + Send;
 
 /// A CRIU that waits, and the directory that it will write to.
 struct Spare {
@@ -237,7 +251,7 @@ impl Capturer {
             own_ipc: false,
             guards_doubted: 0,
             shared: SharedMemory::default(),
-            before_freeze: None,
+            on_stages: None,
         };
         capturer.track()?;
         capturer.look_at_ipc()?;
@@ -260,9 +274,13 @@ impl Capturer {
         Ok(memory::resident_bytes(self.source.root)?)
     }
 
-    /// Has something done in each epoch between the last pre-copy round and the freeze.
-    pub fn before_freeze(&mut self, hook: Box<dyn FnMut() + Send>) {
-        self.before_freeze = Some(hook);
+    /// Has something done in each epoch from now on.
+    pub fn on_stages(&mut self, told: Box<OnStages>) {
+        self.on_stages = Some(told);
+    }
+
+    fn tell(&mut self, stage: Stage) -> Result<(), CaptureError> {
+        Ok(self.on_stages.as_mut().map_or(Ok(()), |told| told(stage))?)
     }
 
     /// Captures one epoch. `base` is the epoch that the standby holds, `None` if it holds nothing usable.
@@ -300,8 +318,13 @@ impl Capturer {
         if let Some(files) = &mut self.files {
             files.write_back(matches!(finish, Finish::Continue));
         }
-        self.before_freeze.iter_mut().for_each(|hook| hook());
-        let frozen = self.freeze(began, pending, &mut finish, &mut figures, emit);
+        let frozen = self
+            .tell(Stage::Freezing)
+            .and_then(|()| self.freeze(began, pending, &mut finish, &mut figures, emit));
+        if frozen.is_err() {
+            // Its own error is the one to report.
+            let _ = self.tell(Stage::Running);
+        }
         self.guards_doubted = match frozen {
             Err(CaptureError::Guards(_)) => GUARDS_DOUBTED_EPOCHS,
             _ => self.guards_doubted.saturating_sub(1),

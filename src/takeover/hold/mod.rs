@@ -23,7 +23,7 @@ mod rules;
 use std::{
     collections::VecDeque,
     os::fd::{AsFd, OwnedFd},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -37,7 +37,7 @@ use self::{
 };
 use crate::{
     model::{EpochId, Name},
-    workload::network::host_device,
+    workload::{guard::Guard, network::host_device},
 };
 
 /// The first queue that is tried; others' rules mostly use small numbers.
@@ -70,7 +70,7 @@ pub enum HoldError {
 /// What is held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Held {
-    /// Whether output waits for its epoch.
+    /// Whether output waits for its epoch, and the standby has one since it does.
     pub output: bool,
     /// Packets that wait; of those that leave together one.
     pub packets: u64,
@@ -86,6 +86,7 @@ pub struct Held {
 #[derive(Debug)]
 pub struct Hold {
     rules: Rules,
+    guard: Option<Arc<Guard>>,
     state: Mutex<State>,
     /// Readable when there is output that no mark covers.
     output_waits: OwnedFd,
@@ -100,6 +101,9 @@ struct State {
     /// Since when output waits for its mark.
     since: Instant,
     marks: VecDeque<Marked>,
+    /// The newest packet that a mark covers.
+    marked: Option<PacketId>,
+    gated: bool,
     delay: Duration,
 }
 
@@ -117,7 +121,13 @@ fn table(name: &Name) -> String {
 
 impl Hold {
     /// Makes ready, in place of what a former process has left: nothing is held, but for output if `holds_output`.
-    pub fn make(name: &Name, marks: Marks, holds_output: bool) -> Result<Self, HoldError> {
+    /// Nothing that was held leaves once `guard` has fired.
+    pub fn make(
+        name: &Name,
+        marks: Marks,
+        guard: Option<Arc<Guard>>,
+        holds_output: bool,
+    ) -> Result<Self, HoldError> {
         if holds_output && !marks.has_device() {
             return Err(HoldError::NoDevice);
         }
@@ -138,9 +148,11 @@ impl Hold {
             holds_input: false,
             since: Instant::now(),
             marks: VecDeque::new(),
+            marked: None,
+            gated: false,
             delay: Duration::ZERO,
         };
-        Ok(Self { rules, state: Mutex::new(state), output_waits })
+        Ok(Self { rules, guard, state: Mutex::new(state), output_waits })
     }
 
     /// Removes what there is of a workload by that name; nothing is fine. What waits is dropped unless it was let go before.
@@ -156,6 +168,11 @@ impl Hold {
     /// Whether output is held.
     pub fn holds_output(&self) -> bool {
         self.state().holds_output
+    }
+
+    /// Whether an epoch was committed while output waited for it: what a client was told is in one that is.
+    pub fn is_gated(&self) -> bool {
+        self.state().gated
     }
 
     /// Readable while output waits that no mark covers.
@@ -212,6 +229,7 @@ impl Hold {
             return Ok(());
         }
         let newest = state.output.look().map_err(kernel("mark the held"))?;
+        state.marked = newest.or(state.marked);
         let since = std::mem::replace(&mut state.since, Instant::now());
         state.marks.push_back(Marked { epoch, newest, since });
         Ok(())
@@ -224,9 +242,10 @@ impl Hold {
         while let Some(mark) = state.marks.front().copied().filter(|mark| mark.epoch <= epoch) {
             state.marks.pop_front();
             through = mark.newest.or(through);
+            state.gated = true;
             state.delay = mark.since.elapsed();
         }
-        let Some(through) = through else { return Ok(()) };
+        let Some(through) = through.filter(|_| !self.is_fenced()) else { return Ok(()) };
         state.output.release(through).map_err(kernel("let out the held"))
     }
 
@@ -236,13 +255,28 @@ impl Hold {
         if !state.holds_output {
             return Ok(());
         }
+        if self.is_fenced() {
+            return Ok(());
+        }
         let error = kernel("let out the held");
         state.output.let_all_go().map_err(&error)?;
         self.rules.hold(Direction::Output, false).map_err(&error)?;
         state.output.let_all_go().map_err(&error)?;
-        state.holds_output = false;
+        (state.holds_output, state.gated) = (false, false);
         state.marks.clear();
         Ok(())
+    }
+
+    /// A device's end that was set down has dropped what waits; what is behind a bridge waits still.
+    fn is_fenced(&self) -> bool {
+        self.guard.as_ref().is_some_and(|guard| guard.fired())
+    }
+
+    /// Whether output waits that no mark covers.
+    pub fn has_unmarked(&self) -> bool {
+        let mut state = self.state();
+        let newest = state.output.look().ok().flatten();
+        newest.is_some_and(|newest| state.marked.is_none_or(|marked| newest.is_behind(marked)))
     }
 
     /// What waits now.
@@ -253,7 +287,7 @@ impl Hold {
         let (packets, bytes) = state.output.waiting();
         let dropped = [state.output.number(), state.input.number()];
         Held {
-            output: state.holds_output,
+            output: state.gated,
             packets,
             bytes,
             delay_ms: state.delay.as_secs_f64() * 1e3,

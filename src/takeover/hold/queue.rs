@@ -43,7 +43,7 @@ mod attribute {
 pub(super) struct PacketId(u32);
 
 impl PacketId {
-    fn is_behind(self, other: Self) -> bool {
+    pub(super) fn is_behind(self, other: Self) -> bool {
         (self.0.wrapping_sub(other.0) as i32) > 0
     }
 }

@@ -1,0 +1,225 @@
+//! What is done with a workload's packets around its epochs, and who says when its output waits.
+//!
+//! Output begins to wait with the freeze of the first epoch that follows another: the first one takes as long as all memory
+//! does. From that one's commit on nothing that a client was told can be lost; until then the workload counts as syncing.
+//! It waits no longer once no standby could promote: then nobody would lose what clients were told.
+
+use std::{io, sync::Arc, time::Duration};
+
+use tokio::io::{Interest, unix::AsyncFd};
+
+use super::{
+    api::{ApiError, WorkloadStatus},
+    owner::Owner,
+    session::{Progress, Session},
+    throttle::Brake,
+};
+use crate::{
+    capture::{Stage, pace::Pace},
+    ha::{Role, Standing},
+    model::EpochId,
+    takeover::hold::{Hold, HoldError},
+    transport::block_in_place,
+    workload::spec::{Commit, PaceMode, PaceSpec, WorkloadSpec},
+};
+
+/// Share of its time for which a workload runs whose output fills its queue, percent.
+const SLOWED_PERCENT: u8 = 20;
+
+/// Handles packets at the stages of one epoch.
+pub(super) struct Around {
+    pub(super) hold: Option<Arc<Hold>>,
+    pub(super) epoch: EpochId,
+    /// Output waits from this epoch's freeze on, if it does not already.
+    pub(super) holds: bool,
+}
+
+impl Around {
+    /// Without output to be held, what cannot be done is no reason to have no epoch.
+    pub(super) fn at(&self, stage: Stage) -> io::Result<()> {
+        let Some(hold) = &self.hold else { return Ok(()) };
+        self.handle(hold, stage).or_else(|error| {
+            if self.holds || hold.holds_output() {
+                return Err(io::Error::other(error));
+            }
+            tracing::warn!(%error, epoch = %self.epoch, ?stage, "packets around a freeze");
+            Ok(())
+        })
+    }
+
+    fn handle(&self, hold: &Hold, stage: Stage) -> Result<(), HoldError> {
+        match stage {
+            Stage::Freezing => {
+                if self.holds {
+                    hold.hold_output()?;
+                }
+                hold.hold_input()
+            }
+            Stage::Frozen => hold.mark(self.epoch),
+            Stage::Running => hold.pass_input(),
+        }
+    }
+}
+
+/// The standby holds this epoch: what clients may know of it leaves.
+pub(super) fn release(hold: Option<&Arc<Hold>>, epoch: EpochId) {
+    if let Some(Err(error)) = hold.map(|hold| hold.release(epoch)) {
+        // The next epoch's commit covers it.
+        tracing::warn!(%error, %epoch, "output that waits");
+    }
+}
+
+/// Where output waits, an epoch is due as soon as some does; how often otherwise is what the operator says.
+pub(super) fn pace(spec: &WorkloadSpec, commit: Commit) -> Pace {
+    Pace::new(match commit {
+        Commit::Async => spec.pace,
+        Commit::Output => PaceSpec { mode: PaceMode::Continuous, ..spec.pace },
+    })
+}
+
+/// Waits until an epoch is due.
+pub(super) struct Awaited {
+    output: Option<(Arc<Hold>, AsyncFd<std::os::fd::OwnedFd>)>,
+    /// After so much time without output one is due all the same.
+    idle: Duration,
+}
+
+impl Awaited {
+    pub(super) fn new(hold: Option<&Arc<Hold>>, commit: Commit, pace: PaceSpec) -> Self {
+        let idle = match pace.mode {
+            PaceMode::EveryMs(ms) => Duration::from_millis(ms),
+            PaceMode::LagMs(ms) => Duration::from_millis(ms / 2),
+            PaceMode::Continuous => Duration::ZERO,
+        };
+        let watched = hold.filter(|_| commit == Commit::Output && !idle.is_zero()).and_then(|hold| {
+            let fd = hold.output_waits().try_clone().ok()?;
+            // SAFETY: an owned descriptor, which is open until it is dropped with what registers it.
+            let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+            Some((Arc::clone(hold), fd.ok()?))
+        });
+        Self { output: watched, idle }
+    }
+
+    /// `due`: at the earliest.
+    pub(super) async fn due(&self, due: tokio::time::Instant) {
+        tokio::time::sleep_until(due).await;
+        let Some((hold, fd)) = &self.output else { return };
+        tokio::select! {
+            () = tokio::time::sleep_until(due + self.idle) => {}
+            () = output_waits(hold, fd) => {}
+        }
+    }
+}
+
+async fn output_waits(hold: &Hold, fd: &AsyncFd<std::os::fd::OwnedFd>) {
+    // Looking empties the socket: what comes later makes it readable again.
+    while !hold.has_unmarked() {
+        match fd.readable().await {
+            Ok(mut ready) => ready.clear_ready(),
+            Err(_) => return std::future::pending().await,
+        }
+    }
+}
+
+impl Session {
+    /// Takes up a change of the mode.
+    pub(super) fn follow_mode(&self, at: &mut Progress) {
+        let commit = self.permit.borrow().commit;
+        if at.commit != commit {
+            at.commit = commit;
+            at.pace = pace(&self.spec, commit);
+            // The standby is told with the next offer.
+            at.offered = false;
+        }
+    }
+
+    /// Slows the workload down while too much of its output waits, before the kernel would drop it.
+    pub(super) async fn slow_down(&self, at: &mut Progress) {
+        let fills = at.commit == Commit::Output && self.hold.as_ref().is_some_and(|hold| hold.is_filling());
+        if fills == at.slowed {
+            return;
+        }
+        // It stays as it was set when the brake is gone.
+        let brake = Brake::new(self.owner.clone());
+        let set = if fills { brake.set(SLOWED_PERCENT).await } else { brake.end().await };
+        match set {
+            Ok(()) => at.slowed = fills,
+            Err(error) => tracing::warn!(error, name = %self.name, "output fills its queue"),
+        }
+    }
+}
+
+impl Owner {
+    /// A standby could promote, so that what clients are told must wait for it.
+    pub(super) fn owes_output(&self) -> bool {
+        let role = self.durable.record.map(|record| record.role);
+        self.durable.spec.commit == Commit::Output
+            && matches!(role, Some(Role::Primary { armed: Some(_), .. }))
+    }
+
+    /// Lets output leave that nobody could lose any more.
+    pub(super) fn look_at_held(&mut self) {
+        let Some(hold) = self.home.as_ref().and_then(|home| home.hold()) else { return };
+        let runs = matches!(self.standing(), None | Some(Standing::Primary));
+        if hold.holds_output() && runs && !self.owes_output() {
+            self.open_output();
+        }
+    }
+
+    fn open_output(&mut self) {
+        let opened =
+            self.home.as_ref().and_then(|home| home.hold()).map(|hold| block_in_place(|| hold.open()));
+        if let Some(Err(error)) = opened {
+            self.error = Some(format!("output still waits: {error}"));
+        }
+    }
+
+    /// Whether what a client was told is safe with the standby, as far as that was asked for.
+    pub(super) fn keeps_its_word(&self) -> bool {
+        self.durable.spec.commit == Commit::Async
+            || self.home.as_ref().and_then(|home| home.hold()).is_some_and(|hold| hold.is_gated())
+    }
+
+    /// Why this workload's output cannot wait.
+    pub(super) fn check_commit(&self, mode: Commit) -> Result<(), ApiError> {
+        if mode == Commit::Async
+            || self.home.as_ref().and_then(|home| home.hold()).is_some_and(|hold| hold.can_hold_output())
+        {
+            return Ok(());
+        }
+        Err(ApiError::refused(format!(
+            "{0} uses the host's own network, where its packets cannot be told from others' and held: `--commit async` is what \
+             it can have. Started with `standin run {0} --ip CIDR -- CMD`, or as a container in a network of its own, it can \
+             have `--commit output`",
+            self.name
+        )))
+    }
+
+    /// Changes when output leaves, of a workload that runs here and is protected.
+    pub(super) fn set_commit(&mut self, mode: Commit) -> Result<WorkloadStatus, ApiError> {
+        if self.standing() != Some(Standing::Primary) {
+            return Err(ApiError::refused(format!(
+                "{} does not run here, or is not protected: see `standin status`",
+                self.name
+            )));
+        }
+        self.check_commit(mode)?;
+        if self.durable.spec.commit != mode {
+            let mut durable = self.durable.clone();
+            durable.spec.commit = mode;
+            block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
+            self.durable = durable;
+            self.event("commit-mode", &format!("{mode}: {}", told(mode)), None);
+            self.look_at_held();
+            self.drive_session();
+        }
+        Ok(self.status())
+    }
+}
+
+fn told(mode: Commit) -> &'static str {
+    match mode {
+        Commit::Async => "output leaves at once",
+        Commit::Output => "output waits until the standby has what it depends on",
+    }
+}

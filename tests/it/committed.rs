@@ -1,0 +1,172 @@
+//! `--commit output`: what a client was told is never taken back, and its connection goes on.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use super::{
+    cluster::{Cluster, wait_for},
+    lab::{Host, STANDIN},
+    redis::{Redis, VIP, inside},
+};
+
+/// More than any takeover takes, so that a connection fails only if it is broken.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One connection that counts in a closed loop and is never opened again.
+struct Witness {
+    stop: Arc<AtomicBool>,
+    told: Arc<AtomicU64>,
+    thread: JoinHandle<Vec<(u64, Instant)>>,
+}
+
+impl Witness {
+    fn start(cluster: &Cluster, key: &'static str) -> Self {
+        let (stop, told) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, telling) = (Arc::clone(&stop), Arc::clone(&told));
+        let thread = inside(cluster.client_network(), move || {
+            let mut redis = Redis::connect(PATIENCE).expect("redis is reached");
+            let mut replies = Vec::new();
+            while !stopped.load(Ordering::Relaxed) {
+                let reply = redis.call(&["INCR", key]).expect("the connection goes on");
+                replies.push((reply.parse().expect("a number"), Instant::now()));
+                telling.store(replies.len() as u64, Ordering::Relaxed);
+            }
+            replies
+        });
+        Self { stop, told, thread }
+    }
+
+    fn told(&self) -> u64 {
+        self.told.load(Ordering::Relaxed)
+    }
+
+    /// Waits until it was told more.
+    fn await_more(&self) {
+        let before = self.told();
+        wait_for("the connection to go on", || self.told() > before + 20);
+    }
+
+    /// Every number once, in order; the longest gaps.
+    fn end(self) -> Vec<u128> {
+        self.stop.store(true, Ordering::Relaxed);
+        let replies = self.thread.join().expect("the connection went on");
+        let wrong = replies.windows(2).find(|pair| pair[1].0 != pair[0].0 + 1);
+        assert_eq!(wrong, None, "each increment is told once, in order");
+        let mut gaps: Vec<_> = replies.windows(2).map(|pair| (pair[1].1 - pair[0].1).as_millis()).collect();
+        gaps.sort_unstable_by(|a, b| b.cmp(a));
+        gaps.truncate(5);
+        gaps
+    }
+}
+
+fn protect(cluster: &Cluster) {
+    cluster.run_redis();
+    let vip = format!("{VIP}/24@eth0");
+    cluster.standin(Host::A, &["protect", "redis", "--to", "b", "--commit", "output", "--vip", &vip]);
+    assert_eq!(cluster.status(Host::A, "redis")["held"]["output"], true);
+}
+
+#[test]
+fn a_connection_counts_on_through_three_power_cuts() {
+    let mut cluster = Cluster::up("counts-on");
+    protect(&cluster);
+    let witness = Witness::start(&cluster, "counter");
+    let mut here = Host::A;
+    for _ in 0..3 {
+        witness.await_more();
+        let there = if here == Host::A { Host::B } else { Host::A };
+        cluster.lab.kill(here);
+        cluster.wait_state(there, "primary", "alone");
+        witness.await_more();
+        cluster.lab.boot(here);
+        cluster.start_agent(here);
+        cluster.wait_state(there, "primary", "protected");
+        here = there;
+    }
+    witness.await_more();
+    println!("gaps: {:?}", witness.end());
+}
+
+#[test]
+fn a_handoff_is_not_noticed() {
+    let cluster = Cluster::up("moves-on");
+    protect(&cluster);
+    let witness = Witness::start(&cluster, "counter");
+    for here in [Host::A, Host::B] {
+        witness.await_more();
+        cluster.standin(here, &["handoff", "redis"]);
+        witness.await_more();
+        let there = if here == Host::A { Host::B } else { Host::A };
+        cluster.wait_state(there, "primary", "protected");
+    }
+    println!("gaps: {:?}", witness.end());
+}
+
+/// Fail closed: without an agent nothing leaves; the next one goes on where it was.
+#[test]
+fn nothing_leaves_while_the_agent_is_dead() {
+    let mut cluster = Cluster::with("dead-agent", &["--lease-ms", "3000"]);
+    protect(&cluster);
+    let witness = Witness::start(&cluster, "counter");
+    witness.await_more();
+    cluster.end_agent(Host::A, "KILL");
+    std::thread::sleep(Duration::from_millis(100));
+    let told = witness.told();
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(witness.told(), told);
+    assert_eq!(cluster.running_copies(Host::A), 1, "it runs, and waits to be heard");
+    cluster.start_agent(Host::A);
+    cluster.wait_state(Host::A, "primary", "protected");
+    witness.await_more();
+    println!("gaps: {:?}", witness.end());
+}
+
+#[test]
+fn the_mode_can_be_changed_while_it_runs() {
+    let cluster = Cluster::up("mode");
+    protect(&cluster);
+    let witness = Witness::start(&cluster, "counter");
+    witness.await_more();
+    let status = cluster.json(Host::A, &["commit", "redis", "async"]);
+    assert_eq!((&status["commit"], &status["held"]["output"]), (&"async".into(), &false.into()));
+    witness.await_more();
+    wait_for("the standby to know", || cluster.status(Host::B, "redis")["commit"] == "async");
+    cluster.standin(Host::A, &["commit", "redis", "output"]);
+    wait_for("output to wait", || cluster.status(Host::A, "redis")["held"]["output"] == true);
+    witness.await_more();
+    cluster.wait_state(Host::A, "primary", "protected");
+    // Nobody promotes any more: nothing waits.
+    cluster.standin(Host::A, &["pause", "redis"]);
+    assert_eq!(cluster.status(Host::A, "redis")["held"]["output"], false);
+    witness.await_more();
+    cluster.standin(Host::A, &["resume", "redis"]);
+    cluster.wait_state(Host::A, "primary", "protected");
+    assert_eq!(cluster.status(Host::A, "redis")["held"]["output"], true);
+    cluster.standin(Host::A, &["unprotect", "redis"]);
+    witness.await_more();
+    witness.end();
+    cluster.standin(Host::A, &["remove", "redis"]);
+    for host in [Host::A, Host::B] {
+        let tables = cluster.lab.ok(host, &["nft", "list", "tables"]);
+        assert!(!tables.contains("standin"), "{host}: {tables}");
+    }
+    let (code, why) = cluster.refused(Host::A, &["commit", "redis", "maybe"]);
+    assert_eq!(code, 2, "{why}");
+}
+
+#[test]
+fn a_tree_in_the_host_s_network_cannot_have_its_output_held() {
+    let cluster = Cluster::up("no-device");
+    let pid = cluster.lab.ok(Host::A, &["sh", "-c", "setsid sleep 600 </dev/null >/dev/null 2>&1 & echo $!"]);
+    let (code, why) = cluster
+        .refused(Host::A, &["protect", "tree", "--pid", pid.trim(), "--to", "b", "--commit", "output"]);
+    assert_eq!(code, 4, "{why}");
+    assert!(why.contains("standin run tree --ip"), "{why}");
+    assert!(cluster.lab.on(Host::A, &["kill", "-0", pid.trim()]).status.success(), "{STANDIN}");
+}
