@@ -1,12 +1,15 @@
 //! The place in which a workload runs on this host, with its addresses: what is opened when it may speak and closed when
 //! it may not, in the order that `takeover/` gives.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use super::{Agent, durable, trees};
 use crate::{
     capture::{self, Note, Outside},
-    criu::bridge::Bridge,
+    criu::{
+        bridge::Bridge,
+        images::connections::{TcpConnection, tcp_connections},
+    },
     files,
     model::Name,
     restore::Site,
@@ -14,6 +17,7 @@ use crate::{
         self,
         address::Addresses,
         hold::{Hold, Marks},
+        nudge::nudge,
     },
     workload::{
         bare::BareTree,
@@ -32,7 +36,7 @@ pub(super) const LOG_BYTES_MAX: u64 = 64 << 20;
 
 /// Where a workload is.
 pub(super) enum Place {
-    Sandbox(Sandbox),
+    Sandbox(Box<Sandbox>),
     /// Made by an engine.
     Container(Box<Container>),
     /// Of an engine, its pid 1 the application.
@@ -46,6 +50,8 @@ pub(super) struct Home {
     pub(super) place: Place,
     addresses: Option<Addresses>,
     hold: Option<Arc<Hold>>,
+    /// Of the tree that was restored here.
+    connections: Vec<TcpConnection>,
 }
 
 /// The root of a workload's tree.
@@ -83,13 +89,13 @@ impl Home {
         let dir = agent.sandboxes_dir();
         let place = match spec {
             _ if bare => Place::Bare(BareTree::open(spec.name(), &dir)?),
-            PlaceSpec::Sandbox(spec) => Place::Sandbox(Sandbox::open(&dir, &spec.name)?),
+            PlaceSpec::Sandbox(spec) => Place::Sandbox(Box::new(Sandbox::open(&dir, &spec.name)?)),
             PlaceSpec::Container(spec) if spec.way == Way::Whole => {
                 Place::Whole(Box::new(Whole::open(&dir, &spec.name)?))
             }
             PlaceSpec::Container(spec) => Place::Container(Box::new(Container::open(&dir, &spec.name)?)),
         };
-        Ok(Self { place, addresses: None, hold: None })
+        Ok(Self { place, addresses: None, hold: None, connections: Vec::new() })
     }
 
     /// Makes a place: empty, silent. `fresh`: whatever an engine has of its files is not those of an epoch.
@@ -107,29 +113,34 @@ impl Home {
                     log_bytes_max: LOG_BYTES_MAX,
                     drill_of: None,
                 };
-                Place::Sandbox(Sandbox::create(spec, &options)?)
+                Place::Sandbox(Box::new(Sandbox::create(spec, &options)?))
             }
             PlaceSpec::Container(spec) => {
                 let options = container_options(agent, &spec.name);
                 if spec.way == Way::Whole {
                     let whole = Place::Whole(Box::new(Whole::create(spec, &options, fresh)?));
-                    return Ok(Self { place: whole, addresses: None, hold: None });
+                    return Ok(Self { place: whole, addresses: None, hold: None, connections: Vec::new() });
                 }
                 Place::Container(Box::new(Container::create(spec, &options, fresh)?))
             }
         };
-        Ok(Self { place, addresses: None, hold: None })
+        Ok(Self { place, addresses: None, hold: None, connections: Vec::new() })
     }
 
     /// Makes a place for a drill: nobody hears what is restored there.
     pub(super) fn isolated(spec: &SandboxSpec, options: &sandbox::Options) -> Result<Self> {
-        Ok(Self { place: Place::Sandbox(Sandbox::create(spec, options)?), addresses: None, hold: None })
+        Ok(Self {
+            place: Place::Sandbox(Box::new(Sandbox::create(spec, options)?)),
+            addresses: None,
+            hold: None,
+            connections: Vec::new(),
+        })
     }
 
     /// Adopts a tree that runs.
     pub(super) fn adopt(agent: &Agent, name: &Name, pid: u32) -> Result<Self> {
         let tree = BareTree::adopt(name, pid, &agent.program, &agent.sandboxes_dir())?;
-        Ok(Self { place: Place::Bare(tree), addresses: None, hold: None })
+        Ok(Self { place: Place::Bare(tree), addresses: None, hold: None, connections: Vec::new() })
     }
 
     /// Adopts a container that runs.
@@ -148,7 +159,7 @@ impl Home {
             Way::Inside => Place::Container(Box::new(Container::adopt(name, found, &options)?)),
             Way::Whole => Place::Whole(Box::new(Whole::adopt(name, found, &options)?)),
         };
-        Ok(Self { place, addresses: None, hold: None })
+        Ok(Self { place, addresses: None, hold: None, connections: Vec::new() })
     }
 
     /// Ends whatever place there is of that name, with everything that runs in it.
@@ -348,8 +359,24 @@ impl Home {
         Ok(())
     }
 
-    /// Sends one round of announcements.
-    pub(super) fn announce(&self) -> Result<()> {
+    /// Takes note of the connections that an image has.
+    pub(super) fn note_connections(&mut self, dir: &Path) {
+        // They go on without it, only later.
+        self.connections = tcp_connections(dir).unwrap_or_else(|error| {
+            tracing::debug!(%error, "connections of the image");
+            Vec::new()
+        });
+    }
+
+    /// Sends a round of announcements; with the first ones restored connections are told to go on.
+    pub(super) fn announce(&self, round: usize) -> Result<()> {
+        const NUDGES: usize = 2;
+        if round < NUDGES
+            && let Some(gate) = self.place.gate()
+            && let Err(error) = nudge(gate.doors(), &self.connections)
+        {
+            tracing::debug!(%error, "telling restored connections to go on");
+        }
         Ok(self.addresses.as_ref().map_or(Ok(()), Addresses::announce)?)
     }
 

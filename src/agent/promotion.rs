@@ -146,7 +146,7 @@ impl Owner {
     /// Lets the workload be heard, and tells the network where it is: now, and again by the schedule.
     pub(super) fn speak(&mut self) {
         let Some(home) = &self.home else { return };
-        if let Err(error) = block_in_place(|| home.open_up().and_then(|()| home.announce())) {
+        if let Err(error) = block_in_place(|| home.open_up().and_then(|()| home.announce(0))) {
             self.error = Some(format!("the workload cannot be heard: {}", in_full(&error)));
         }
         self.announced = Some((Instant::now(), 1));
@@ -163,7 +163,7 @@ impl Owner {
             return;
         }
         if self.standing() == Some(Standing::Primary)
-            && let Some(Err(error)) = self.home.as_ref().map(Home::announce)
+            && let Some(Err(error)) = self.home.as_ref().map(|home| home.announce(round))
         {
             tracing::debug!(%error, "announcing the address");
         }

@@ -493,6 +493,7 @@ impl Standby {
         if home.whole().is_some() {
             // Its runtime lets it run at a moment that it does not tell.
             self.let_run(plan.epoch)?;
+            home.note_connections(&dir);
             let restored = restore_whole(agent, home, (&dir, &note), began);
             if restored.is_err() && matches!(home.root(), Ok(None)) {
                 let _ = fs::remove_file(&self.run_mark);
@@ -527,6 +528,7 @@ impl Standby {
         let root = restored?;
         phases.insert("criu".to_owned(), asked.elapsed().as_secs_f64() * 1e3);
         home.track(root)?;
+        home.note_connections(&dir);
         Ok((phases, root))
     }
 

@@ -3,6 +3,7 @@
 //!
 //! Pure but for [`read`], which reads one file of a directory under a size limit.
 
+pub mod connections;
 pub mod namespaces;
 
 use std::{

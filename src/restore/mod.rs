@@ -1,7 +1,8 @@
 //! From the store to what `criu restore` reads, kept ready ahead of time, and the checks before it.
 //!
 //! [`materialise`] makes a directory `MODE-TERM-EPOCH` of one epoch:
-//! - CRIU's small images, as hard links to those in the store;
+//! - CRIU's small images, as hard links to those in the store; those of connections may be changed
+//!   ([`connections::unsent`]);
 //! - a page map for each address space, whole, without parents;
 //! - a file of pages for each. [`Mode::Eager`]: all pages, for a plain `criu restore`. [`Mode::Lazy`]: only
 //!   the pages that cannot come through userfaultfd; the file is a hole where the others would be, so that
@@ -18,6 +19,7 @@ mod ahead;
 mod recency;
 
 use std::{
+    ffi::OsStr,
     fs::{self, DirBuilder, File, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
@@ -29,7 +31,7 @@ pub use self::{
     recency::Recency,
 };
 use crate::{
-    criu::images::{Pagemap, Run, mark_lazy, pagemap_file, pages_file},
+    criu::images::{Pagemap, Run, connections, mark_lazy, pagemap_file, pages_file},
     criu::lazy::PageFiles,
     extents,
     model::{EpochId, Extent, PAGE_SIZE, Space},
@@ -245,6 +247,9 @@ fn create(path: &Path) -> Result<File, MaterialiseError> {
 fn link_images(from: &Path, to: &Path) -> Result<(), MaterialiseError> {
     for entry in fs::read_dir(from).map_err(on(from))? {
         let name = entry.map_err(on(from))?.file_name();
+        if write_stream(from, to, &name)? {
+            continue;
+        }
         let (from, to) = (from.join(&name), to.join(&name));
         match fs::hard_link(&from, &to) {
             Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
@@ -254,6 +259,17 @@ fn link_images(from: &Path, to: &Path) -> Result<(), MaterialiseError> {
         }
     }
     Ok(())
+}
+
+/// Writes the image of a connection anew, if it is to be another one; false if it is not.
+fn write_stream(from: &Path, to: &Path, name: &OsStr) -> Result<bool, MaterialiseError> {
+    let Some(name) = name.to_str().filter(|name| connections::is_stream(name)) else { return Ok(false) };
+    let (from, to) = (from.join(name), to.join(name));
+    let image = fs::read(&from).map_err(on(&from))?;
+    // What is damaged CRIU refuses, and says more of it.
+    let Ok(Some(changed)) = connections::unsent(name, &image) else { return Ok(false) };
+    create(&to)?.write_all_at(&changed, 0).map_err(on(&to))?;
+    Ok(true)
 }
 
 /// Writes the pages of a map at the places where CRIU looks for them: lazy and zero pages are holes.

@@ -76,7 +76,7 @@ pub(super) fn arp(operation: u16, mac: Mac, sender: [u8; 4], target_mac: Mac, ta
 }
 
 /// An Ethernet frame with an unsolicited neighbour advertisement (RFC 4861 4.4), to all nodes.
-fn neighbour_advertisement(mac: Mac, addr: Ipv6Addr) -> Vec<u8> {
+pub(super) fn neighbour_advertisement(mac: Mac, addr: Ipv6Addr) -> Vec<u8> {
     const OVERRIDE: u8 = 0x20;
     const ICMPV6: u8 = 58;
     let all_nodes: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
@@ -107,7 +107,7 @@ fn neighbour_advertisement(mac: Mac, addr: Ipv6Addr) -> Vec<u8> {
 }
 
 /// The Internet checksum (RFC 1071) of an even number of bytes.
-fn checksum(bytes: &[u8]) -> u16 {
+pub(super) fn checksum(bytes: &[u8]) -> u16 {
     let sum: u32 = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     !((folded & 0xffff) + (folded >> 16)) as u16

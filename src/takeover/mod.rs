@@ -4,7 +4,9 @@
 //! 2. Here the gate is closed (a sandbox is made that way) or the service's traffic is dropped, *before* the
 //!    address comes up; else a retransmit meets no socket and the client gets RST.
 //! 3. [`address`] up; restore; [`gate`] open.
-//! 4. [`announce`], repeated.
+//! 4. [`announce`], repeated; restored connections are [`nudge`]d.
+//!
+//! What a workload sends, and what is sent to it while it is frozen, can be [held](hold).
 //!
 //! What lets a workload speak is done by its keeper, which refuses once its guard has fired; what silences
 //! it is done here, and needs nobody.
@@ -14,4 +16,5 @@ pub mod announce;
 pub mod check;
 pub mod gate;
 pub mod hold;
+pub mod nudge;
 mod sys;

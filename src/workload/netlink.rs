@@ -354,7 +354,7 @@ fn octets(addr: IpAddr) -> Vec<u8> {
 }
 
 /// The address by which a sandbox reaches its host over IPv6.
-pub(super) const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+pub(crate) const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 
 #[cfg(test)]
 mod tests {

@@ -17,7 +17,7 @@
 
 use std::{
     fs, io,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::BorrowedFd,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -37,10 +37,8 @@ use super::{
 };
 use crate::model::Name;
 
-const GATEWAY_V4: &str = "169.254.1.1";
-/// What TCP takes for granted of a path of which it has measured nothing, as of connections that were restored: otherwise what
-/// they had on the way would be sent again only after a second.
-const PATIENCE: &str = "rtt 10ms rttvar 10ms rto_min 60ms";
+/// The address by which a sandbox reaches its host over IPv4.
+pub(crate) const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// The other end of an isolated network.
 const NOWHERE: &str = "nowhere";
 
@@ -188,10 +186,10 @@ fn create_inside(device: &str, ips: &[Cidr], has_v6: bool) -> Result<(), Network
     }));
     if ips.iter().any(|cidr| cidr.addr.is_ipv4()) {
         lines.push(format!("route add {GATEWAY_V4} dev eth0 scope link"));
-        lines.push(format!("route add default via {GATEWAY_V4} dev eth0 onlink {PATIENCE}"));
+        lines.push(format!("route add default via {GATEWAY_V4} dev eth0 onlink"));
     }
     if has_v6 {
-        lines.push(format!("route add default via {GATEWAY_V6} dev eth0 {PATIENCE}"));
+        lines.push(format!("route add default via {GATEWAY_V6} dev eth0"));
     }
     lines.push(String::new());
     ip(device, &lines.join("\n"))
@@ -310,8 +308,20 @@ pub struct Gate {
     ips: Vec<IpAddr>,
     /// The other ends, and a socket in their namespace.
     inside: (RouteSocket, Vec<u32>),
+    doors: Vec<Door>,
     /// What of it is behind bridges.
     behind: Behind,
+}
+
+/// A way for frames from this host to a workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Door {
+    /// The host's end.
+    pub index: u32,
+    /// The hardware address inside.
+    pub mac: [u8; 6],
+    /// That of the host's end, if what is inside has it for its gateway.
+    pub gateway: Option<[u8; 6]>,
 }
 
 /// By what packets of a workload are known whose devices are ports of bridges.
@@ -335,7 +345,10 @@ impl Gate {
         let (socket, inner) = inside.map_err(NetworkError::Enter)?.map_err(NetworkError::Net)?;
         let inner = inner.map_err(|errno| missing("eth0".to_owned(), errno))?;
         let ips = ips.iter().map(|cidr| cidr.addr).collect();
-        Ok(Self { outside: vec![index], ips, inside: (socket, vec![inner]), behind: Behind::default() })
+        let (inside_mac, gateway) = (parse_mac(&mac(name, "inside")), parse_mac(&mac(name, "host")));
+        let doors = inside_mac.into_iter().map(|mac| Door { index, mac, gateway }).collect();
+        let inside = (socket, vec![inner]);
+        Ok(Self { outside: vec![index], ips, inside, doors, behind: Behind::default() })
     }
 
     /// That of a container whose engine has made its devices: all veth pairs that end on this host. `None` if it has none.
@@ -347,6 +360,8 @@ impl Gate {
         }
         let inside = pairs.iter().map(|pair| pair.inside).collect();
         let outside: Vec<_> = pairs.iter().map(|pair| pair.outside).collect();
+        let door = |pair: &VethPair| Some(Door { index: pair.outside, mac: pair.mac?, gateway: None });
+        let doors = pairs.iter().filter_map(door).collect();
         let mut behind = Behind::default();
         for (pair, bridge) in pairs.into_iter().zip(bridges_of(&outside)?) {
             if let (Some(bridge), Some(mac)) = (bridge, pair.mac) {
@@ -358,12 +373,17 @@ impl Gate {
         // Two networks may share a bridge.
         behind.bridges.sort_unstable();
         behind.bridges.dedup();
-        Ok(Some(Self { outside, ips: Vec::new(), inside: (socket, inside), behind }))
+        Ok(Some(Self { outside, ips: Vec::new(), inside: (socket, inside), doors, behind }))
     }
 
     /// The host's ends of devices that lead to the workload alone.
     pub fn devices(&self) -> &[u32] {
         if self.behind.bridges.is_empty() { &self.outside } else { &[] }
+    }
+
+    /// By which frames get inside.
+    pub fn doors(&self) -> &[Door] {
+        &self.doors
     }
 
     /// What of it is behind bridges.

@@ -17,7 +17,8 @@ use std::{
 use standin::capture::{CaptureError, Tracking};
 
 use crate::{
-    host::{Primary, await_true, before_freeze},
+    host::{Primary, await_true},
+    stages::before_freeze,
     sys::{self, Mapping},
     workload::DIR,
 };

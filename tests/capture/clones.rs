@@ -27,7 +27,8 @@ use standin::{
 };
 
 use crate::{
-    host::{Home, Primary, before_freeze},
+    host::{Home, Primary},
+    stages::before_freeze,
     sys::Mapping,
     workload::DIR,
 };

@@ -11,7 +11,7 @@ use std::{
 };
 
 use standin::{
-    capture::{CaptureError, Captured, Capturer, Finish, OnStages, Outside, Source, Stage, Tracking},
+    capture::{CaptureError, Captured, Capturer, Finish, Outside, Source, Tracking},
     criu::{Install, bridge::Bridge},
     files,
     memory::{AttachError, Vmas},
@@ -240,14 +240,4 @@ pub(crate) fn await_true(what: &str, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < until, "waited 20 s for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
-}
-
-/// Has this done right before each freeze.
-pub(crate) fn before_freeze(mut work: impl FnMut() + Send + 'static) -> Box<OnStages> {
-    Box::new(move |stage| {
-        if stage == Stage::Freezing {
-            work();
-        }
-        Ok(())
-    })
 }

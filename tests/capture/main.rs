@@ -8,6 +8,7 @@ mod epochs;
 mod failures;
 mod host;
 mod load;
+mod stages;
 mod sys;
 mod traps;
 mod truth;

@@ -14,7 +14,8 @@ use standin::capture::{CaptureError, Note, Tracking};
 
 use crate::{
     device::{self, Device},
-    host::{Primary, await_true, before_freeze},
+    host::{Primary, await_true},
+    stages::before_freeze,
     sys::{self, Mapping},
     workload::{self, DIR, ROLE},
 };
