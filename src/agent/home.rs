@@ -18,6 +18,7 @@ use crate::{
         address::Addresses,
         hold::{Hold, Marks},
         nudge::nudge,
+        stale::Watch,
     },
     workload::{
         bare::BareTree,
@@ -366,6 +367,21 @@ impl Home {
             tracing::debug!(%error, "connections of the image");
             Vec::new()
         });
+    }
+
+    /// Hears which restored connections cannot go on, and ends those. Before the gate opens.
+    pub(super) fn watch_connections(&self, name: &Name) {
+        let doors = self.place.gate().map_or(&[][..], Gate::doors);
+        let name = name.clone();
+        match Watch::begin(doors, &self.connections) {
+            Ok(None) => {}
+            Ok(Some(watch)) => drop(std::thread::spawn(move || match watch.run() {
+                Ok(0) => {}
+                Ok(reset) => tracing::info!(%name, reset, "connections knew more than the restored workload"),
+                Err(error) => tracing::warn!(%error, %name, "connections that cannot go on may hang"),
+            })),
+            Err(error) => tracing::warn!(%error, %name, "connections that cannot go on may hang"),
+        }
     }
 
     /// Sends a round of announcements; with the first ones restored connections are told to go on.

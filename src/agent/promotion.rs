@@ -132,6 +132,9 @@ impl Owner {
     pub(super) fn announce(&mut self, term: Term) {
         self.error = None;
         let opening = Instant::now();
+        if let Some(home) = &self.home {
+            home.watch_connections(&self.name);
+        }
         self.speak();
         let Some(mut promotion) = self.promotion.take() else { return };
         promotion.phases.insert("network".into(), opening.elapsed().as_secs_f64() * 1e3);

@@ -4,7 +4,8 @@
 //! 2. Here the gate is closed (a sandbox is made that way) or the service's traffic is dropped, *before* the
 //!    address comes up; else a retransmit meets no socket and the client gets RST.
 //! 3. [`address`] up; restore; [`gate`] open.
-//! 4. [`announce`], repeated; restored connections are [`nudge`]d.
+//! 4. [`announce`], repeated; restored connections are [`nudge`]d, and those that cannot go on
+//!    [ended](stale).
 //!
 //! What a workload sends, and what is sent to it while it is frozen, can be [held](hold).
 //!
@@ -17,4 +18,5 @@ pub mod check;
 pub mod gate;
 pub mod hold;
 pub mod nudge;
+pub mod stale;
 mod sys;

@@ -9,6 +9,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::OwnedFd,
 };
 
 use super::{
@@ -27,6 +28,7 @@ const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
 const TCP: u8 = 6;
 const ACK: u8 = 0x10;
+const RST: u8 = 0x04;
 /// Of frames that come from the host: nobody answers to it.
 const HOST_MAC: Mac = [2, 0, 0, 0, 0, 1];
 
@@ -47,19 +49,29 @@ pub fn nudge(doors: &[Door], connections: &[TcpConnection]) -> io::Result<()> {
     Ok(())
 }
 
+/// Ends a connection for the workload, as if its other end had.
+pub(super) fn reset(door: &Door, socket: &OwnedFd, connection: &TcpConnection) -> io::Result<()> {
+    let frame = frame_with(door.mac, connection, RST);
+    frame.map_or(Ok(()), |frame| sys::send_frame(socket, door.index, &frame))
+}
+
 /// From the other end to the workload's.
-fn frame(mac: Mac, connection: &TcpConnection) -> Option<Vec<u8>> {
+pub(super) fn frame(mac: Mac, connection: &TcpConnection) -> Option<Vec<u8>> {
+    frame_with(mac, connection, ACK)
+}
+
+fn frame_with(mac: Mac, connection: &TcpConnection, flags: u8) -> Option<Vec<u8>> {
     let (kind, packet) = match (connection.remote.ip(), connection.local.ip()) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => (ETHERTYPE_IPV4, packet_v4(from, to, connection)),
-        (IpAddr::V6(from), IpAddr::V6(to)) => (ETHERTYPE_IPV6, packet_v6(from, to, connection)),
+        (IpAddr::V4(from), IpAddr::V4(to)) => (ETHERTYPE_IPV4, packet_v4(from, to, (connection, flags))),
+        (IpAddr::V6(from), IpAddr::V6(to)) => (ETHERTYPE_IPV6, packet_v6(from, to, (connection, flags))),
         _ => return None,
     };
     Some([&mac[..], &HOST_MAC, &kind.to_be_bytes(), &packet].concat())
 }
 
-fn packet_v4(from: Ipv4Addr, to: Ipv4Addr, connection: &TcpConnection) -> Vec<u8> {
+fn packet_v4(from: Ipv4Addr, to: Ipv4Addr, of: (&TcpConnection, u8)) -> Vec<u8> {
     let pseudo = [&from.octets()[..], &to.octets(), &[0, TCP, 0, 20]].concat();
-    let segment = segment(connection, &pseudo);
+    let segment = segment(of, &pseudo);
     let length = (20 + segment.len()) as u16;
     // Version 4, five words; may not be fragmented; 64 hops.
     let mut header = vec![0x45, 0];
@@ -72,9 +84,9 @@ fn packet_v4(from: Ipv4Addr, to: Ipv4Addr, connection: &TcpConnection) -> Vec<u8
     [header, segment].concat()
 }
 
-fn packet_v6(from: Ipv6Addr, to: Ipv6Addr, connection: &TcpConnection) -> Vec<u8> {
+fn packet_v6(from: Ipv6Addr, to: Ipv6Addr, of: (&TcpConnection, u8)) -> Vec<u8> {
     let pseudo = [&from.octets()[..], &to.octets(), &[0, 0, 0, 20, 0, 0, 0, TCP]].concat();
-    let segment = segment(connection, &pseudo);
+    let segment = segment(of, &pseudo);
     let mut header = vec![0x60, 0, 0, 0];
     header.extend((segment.len() as u16).to_be_bytes());
     header.extend([TCP, 64]);
@@ -84,13 +96,13 @@ fn packet_v6(from: Ipv6Addr, to: Ipv6Addr, connection: &TcpConnection) -> Vec<u8
 }
 
 /// A TCP header without options.
-fn segment(connection: &TcpConnection, pseudo: &[u8]) -> Vec<u8> {
+fn segment((connection, flags): (&TcpConnection, u8), pseudo: &[u8]) -> Vec<u8> {
     let mut header = Vec::with_capacity(20);
     header.extend(connection.remote.port().to_be_bytes());
     header.extend(connection.local.port().to_be_bytes());
     header.extend(connection.receive_next.to_be_bytes());
     header.extend(connection.unacknowledged.to_be_bytes());
-    header.extend([5 << 4, ACK]);
+    header.extend([5 << 4, flags]);
     header.extend(connection.window.to_be_bytes());
     header.extend([0; 4]);
     let sum = checksum(&[pseudo, &header].concat());
@@ -108,6 +120,7 @@ mod tests {
             remote: remote.parse().unwrap(),
             receive_next: 0x0102_0304,
             unacknowledged: 0x0506_0708,
+            sent: 0x0506_0708,
             window: 500,
         }
     }

@@ -170,3 +170,39 @@ fn a_tree_in_the_host_s_network_cannot_have_its_output_held() {
     assert!(why.contains("standin run tree --ip"), "{why}");
     assert!(cluster.lab.on(Host::A, &["kill", "-0", pid.trim()]).status.success(), "{STANDIN}");
 }
+
+/// Without output commit a client may know more than the epoch that is restored: it is told at once, and never waits.
+#[test]
+fn a_connection_that_knows_more_than_the_restored_epoch_is_reset() {
+    let cluster = Cluster::up("knows-more");
+    cluster.run_redis();
+    let vip = format!("{VIP}/24@eth0");
+    cluster.standin(Host::A, &["protect", "redis", "--to", "b", "--every", "10s", "--vip", &vip]);
+    let (counts, counted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let (may_count, replies) = (Arc::clone(&counts), Arc::clone(&counted));
+    let client = inside(cluster.client_network(), move || {
+        let mut redis = Redis::connect(PATIENCE).expect("redis is reached");
+        let mut quiet = Redis::connect(PATIENCE).expect("redis is reached");
+        redis.call(&["PING"]).expect("a reply");
+        quiet.call(&["PING"]).expect("a reply");
+        while !may_count.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let mut asked = Instant::now();
+        while redis.call(&["INCR", "counter"]).is_ok() {
+            asked = Instant::now();
+            replies.fetch_add(1, Ordering::Relaxed);
+        }
+        // The other one knows nothing newer, and goes on.
+        (asked.elapsed(), quiet.call(&["PING"]).map_err(|error| error.to_string()))
+    });
+    let epoch = || cluster.status(Host::A, "redis")["epoch"]["epoch"].as_u64();
+    wait_for("an epoch with both connections", || epoch() >= Some(2));
+    counts.store(true, Ordering::Relaxed);
+    wait_for("the client to be told more", || counted.load(Ordering::Relaxed) > 50);
+    cluster.lab.kill(Host::A);
+    let (waited, quiet) = client.join().expect("the client ran to its end");
+    cluster.wait_state(Host::B, "primary", "alone");
+    assert!(waited < Duration::from_secs(5), "it waited for {waited:?}");
+    assert_eq!(quiet, Ok("PONG".to_owned()));
+}

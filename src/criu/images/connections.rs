@@ -80,6 +80,8 @@ pub struct TcpConnection {
     pub receive_next: u32,
     /// The first byte of its own that was not acknowledged.
     pub unacknowledged: u32,
+    /// The byte behind the last one that it had given to the kernel.
+    pub sent: u32,
     /// What the other end said of its window, as it is in a header.
     pub window: u16,
 }
@@ -106,6 +108,7 @@ pub fn tcp_connections(directory: &Path) -> Result<Vec<TcpConnection>, ImageErro
             remote,
             receive_next: stream.received,
             unacknowledged: stream.sending.wrapping_sub(stream.sending_bytes),
+            sent: stream.sending,
             window: (stream.window.unwrap_or(0) >> scale).min(u32::from(u16::MAX)) as u16,
         });
     }
@@ -230,6 +233,7 @@ mod tests {
             remote: "10.0.0.5:40000".parse().unwrap(),
             receive_next: 7_000,
             unacknowledged: u32::MAX - 1,
+            sent: 3,
             window: 500,
         };
         assert_eq!(found, [wanted.clone(), wanted]);
