@@ -30,7 +30,7 @@ const TCP: u8 = 6;
 const ACK: u8 = 0x10;
 const RST: u8 = 0x04;
 /// Of frames that come from the host: nobody answers to it.
-const HOST_MAC: Mac = [2, 0, 0, 0, 0, 1];
+pub(super) const HOST_MAC: Mac = [2, 0, 0, 0, 0, 1];
 
 /// Tells it all, by each of the devices.
 pub fn nudge(doors: &[Door], connections: &[TcpConnection]) -> io::Result<()> {

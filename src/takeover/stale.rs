@@ -62,7 +62,12 @@ impl Watch {
             for at in 0..self.ears.len() {
                 let wait = Duration::from_millis(if self.ears.len() == 1 { 200 } else { 20 });
                 let ear = &self.ears[at];
-                let Some(length) = sys::receive_frame(&ear.socket, &mut buffer, wait)? else { continue };
+                let length = match sys::receive_frame(&ear.socket, &mut buffer, wait) {
+                    // Told once: the gate was still closed when it began to listen.
+                    Err(error) if error.raw_os_error() == Some(libc::ENETDOWN) => continue,
+                    received => received?,
+                };
+                let Some(length) = length else { continue };
                 let frame = &buffer[..length];
                 let Some(word) = first_word(frame) else { continue };
                 let Some(connection) = self.awaited.remove(&(word.remote, word.local)) else { continue };
@@ -84,9 +89,12 @@ fn is_stale(connection: &TcpConnection, acknowledged: u32) -> bool {
     (acknowledged.wrapping_sub(connection.sent) as i32) > 0
 }
 
-/// What the frame says, if it is of TCP and acknowledges something.
+/// What the frame says, if it is of TCP and acknowledges something, and is not one of ours.
 fn first_word(frame: &[u8]) -> Option<Word> {
     const TCP: u8 = 6;
+    if frame.get(6..12)? == nudge::HOST_MAC {
+        return None;
+    }
     let packet = frame.get(ETHERNET..)?;
     let (from, to, segment): (IpAddr, IpAddr, _) = match (frame.get(12..ETHERNET)?, packet.first()? >> 4) {
         ([0x08, 0x00], 4) if packet.get(9) == Some(&TCP) => {
@@ -131,7 +139,9 @@ mod tests {
     fn words_are_read_from_frames() {
         for (local, remote) in [("10.0.0.5:6379", "10.0.0.9:40000"), ("[fd00::5]:1", "[fd00::9]:2")] {
             let connection = connection(local, remote, 9);
-            let frame = nudge::frame([2; 6], &connection).unwrap();
+            let mut frame = nudge::frame([2; 6], &connection).unwrap();
+            assert_eq!(first_word(&frame), None, "that is what we say");
+            frame[6] = 6;
             let word = Word { remote: connection.remote, local: connection.local, acknowledged: 5 };
             assert_eq!(first_word(&frame), Some(word));
             for length in 0..frame.len() - 7 {
