@@ -7,7 +7,8 @@
 //! | `command` | the fence command |
 //! | `verifying` | the warm image, compared again with what was received |
 //! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
-//! | `standby` | the standby's: receive, commit, fold, restore |
+//! | `receiving`, `standby` | the standby's: receive, commit; fold, restore |
+//! | `inventory` | what a standby holds, by hashes, where the primary does not know |
 //! | `drill` | a restore on trial, isolated, beside all that |
 //! | `home` | the workload's place and addresses |
 //! | `trees` | the files of its declared paths |
@@ -31,10 +32,12 @@ mod handoff;
 mod home;
 mod http;
 mod inbound;
+mod inventory;
 mod links;
 mod orders;
 mod owner;
 mod promotion;
+mod receiving;
 mod roles;
 mod session;
 mod standby;

@@ -33,8 +33,9 @@ use super::{
     handoff::Handoff,
     home::Home,
     orders,
+    receiving::Received,
     session::{HandoffDone, Order, Permit, SessionError},
-    standby::{Received, Standby},
+    standby::Standby,
     verifying::Verified,
 };
 use crate::{
@@ -140,8 +141,9 @@ pub(super) enum Msg {
         received: Box<Received>,
         answer: oneshot::Sender<EpochAnswer>,
     },
-    /// The standby for an epoch that begins to arrive.
+    /// The standby for an epoch of this peer's that begins to arrive.
     StandbyOf {
+        peer: String,
         answer: oneshot::Sender<Option<Arc<Standby>>>,
     },
     Persisted(Ticket),
@@ -410,9 +412,10 @@ impl Owner {
                 }
             }
             Msg::Offer(offer) => self.answer_offer(*offer),
-            Msg::StandbyOf { answer } => {
-                let standing = self.standing();
-                let standby = self.standby.clone().filter(|_| standing == Some(Standing::Standby));
+            Msg::StandbyOf { peer, answer } => {
+                let is_ours =
+                    self.standing() == Some(Standing::Standby) && self.durable.peer.as_deref() == Some(&peer);
+                let standby = self.standby.clone().filter(|_| is_ours);
                 let _ = answer.send(standby);
             }
             Msg::Received { received, answer } => {
@@ -596,6 +599,9 @@ impl Owner {
     fn epoch_committed(&mut self, figures: EpochFigures) {
         if self.last_committed.is_none() || figures.full {
             self.event("protected", "the standby holds a whole epoch", Some(figures.id));
+        }
+        if let Some(resync) = figures.resync {
+            self.event("resynced", &resync.to_string(), Some(figures.id));
         }
         self.history.add_epoch(figures.clone());
         self.last_committed = Some((figures, Instant::now()));

@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     api::ErrorCode,
     flight::{self, Capturing, Committed, Failed, Final, Hand, Judged, Shipping},
+    inventory,
     links::Link,
     owner::Msg,
     throttle::Brake,
@@ -166,6 +167,10 @@ struct Progress {
     last_cost: Duration,
     /// The standby has accepted the workload, and nothing has gone wrong since.
     offered: bool,
+    /// The base is known by what the standby told of it, and no epoch upon it was committed yet.
+    told: bool,
+    /// That failed: what the standby tells is not asked for again before all memory was sent.
+    tells_wrong: bool,
     pace: Pace,
 }
 
@@ -188,6 +193,8 @@ impl Session {
             shipping: None,
             last_cost: Duration::ZERO,
             offered: false,
+            told: false,
+            tells_wrong: false,
             pace: Pace::new(self.spec.pace),
         };
         // It ends when the owner is gone, or the capturer was lost with its thread.
@@ -259,29 +266,54 @@ impl Session {
         }
         let resident = block_in_place(|| capturer.resident_bytes());
         let held = match resident {
-            Ok(resident_bytes) => self.ask_standby(resident_bytes).await,
+            Ok(bytes) => self.ask_standby(bytes).await.map(|held| (held, bytes)),
             Err(error) => Err(error.into()),
         };
-        let held = match held {
+        let (held, resident_bytes) = match held {
             Ok(held) => held,
             Err(error) => return Some(Err(error)),
         };
         if let Some(unsettled) = at.unsettled.take() {
             if held == Some(unsettled) {
                 capturer.committed();
-                at.base = held;
+                (at.base, at.told) = (held, false);
             } else {
                 at.failed = true;
             }
         }
-        if at.base != held {
+        if at.base != held || std::mem::take(&mut at.told) {
             at.base = None;
+        }
+        if let (None, Some(held), false) = (at.base, held, at.tells_wrong) {
+            self.resync(at, held, resident_bytes).await?;
         }
         if let Some(held) = held.filter(|held| held.term == self.term) {
             at.next = at.next.max(Epoch(held.epoch.0 + 1));
         }
         at.offered = true;
         Some(Ok(()))
+    }
+
+    /// Asks the standby what it holds of an epoch of which nothing is known here. If it does not say, all is sent.
+    async fn resync(&self, at: &mut Progress, held: EpochId, resident_bytes: u64) -> Option<()> {
+        let capturer = at.hand.get().await?;
+        if std::mem::take(&mut at.failed) {
+            capturer.failed();
+        }
+        if capturer.needs_full() {
+            return Some(());
+        }
+        match inventory::ask(&self.link, &self.name, held, resident_bytes).await {
+            Ok((offered, bytes)) => {
+                tracing::info!(name = %self.name, %held, pages = offered.pages(), bytes, "the standby tells what it holds");
+                capturer.resync(offered, bytes);
+                (at.base, at.told) = (Some(held), true);
+            }
+            Err(error) => {
+                tracing::warn!(name = %self.name, %held, %error, "what the standby holds is not known: all is sent");
+            }
+        }
+        Some(())
     }
 
     /// Offers it; what the standby holds.
@@ -481,6 +513,7 @@ impl Progress {
     fn commit(&mut self, id: EpochId, cost: Duration) {
         self.commits += 1;
         self.base = Some(id);
+        (self.told, self.tells_wrong) = (false, false);
         self.last_cost = cost;
     }
 
@@ -492,6 +525,7 @@ impl Progress {
             SessionError::NeedFull(_) => {
                 self.failed = true;
                 self.base = None;
+                self.tells_wrong |= std::mem::take(&mut self.told);
             }
             SessionError::Send(_) | SessionError::NoConnection => self.unsettled = Some(id),
             _ => self.failed = true,

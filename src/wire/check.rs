@@ -5,6 +5,7 @@ use std::path::{Component, Path};
 
 use super::{
     frame::BODY_LEN_MAX,
+    inventory,
     message::{Datagram, FileKind, FileMeta, FileRecord, FrameHead, Manifest, Request},
 };
 use crate::{
@@ -190,17 +191,19 @@ pub(super) fn frame(head: &FrameHead, body_len: usize) -> Result<(), Illegal> {
         FrameHead::Manifest(list) => manifest(list),
         FrameHead::End { .. } => Ok(()),
         FrameHead::Piece => require(body_len > 0, || "an empty piece".into()),
+        FrameHead::Ask(ask) => inventory::check_ask(ask),
+        FrameHead::Held(held) => inventory::check_held(held, body_len),
     }
 }
 
-fn space(space: Space) -> Result<(), Illegal> {
+pub(super) fn space(space: Space) -> Result<(), Illegal> {
     match space {
         Space::Task(pid) => require((1..PID_MAX).contains(&pid), || format!("{pid} is no pid")),
         Space::Shared(_) => Ok(()),
     }
 }
 
-fn run(start: u64, pages: u64) -> Result<u64, Illegal> {
+pub(super) fn run(start: u64, pages: u64) -> Result<u64, Illegal> {
     require(start.is_multiple_of(PAGE_SIZE), || format!("{start:#x} is not the start of a page"))?;
     let end = pages.checked_mul(PAGE_SIZE).and_then(|len| start.checked_add(len));
     let end = end.filter(|end| pages > 0 && *end <= ADDRESS_END);

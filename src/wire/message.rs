@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::inventory::{Ask, Held};
 use crate::{
     delta::BatchHead,
     ha::Message,
@@ -96,6 +97,10 @@ pub enum FrameHead {
     },
     /// Not of an epoch, but of a supply: the next bytes of an engine's archive, the body. See [`super::supply`].
     Piece,
+    /// Instead of an epoch: what does the standby hold? See [`super::inventory`].
+    Ask(Ask),
+    /// Of the answer to that.
+    Held(Held),
 }
 
 /// Which pages an epoch's image holds.

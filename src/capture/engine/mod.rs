@@ -33,10 +33,10 @@ use crate::{
         spawn::{Place, Spawn},
         swrk::{CriuError, Swrk},
     },
-    delta::{Encoder, Known, LinkRate, ReadStamp},
+    delta::{Encoder, Known, LinkRate, Offered, ReadStamp},
     extents, files,
     memory::{self, AttachError, Guards, Pages, ReadError, Task, TrackError, Tracker, TreeError, Vmas},
-    model::{EpochFigures, Extent, PAGE_SIZE, Space},
+    model::{EpochFigures, Extent, PAGE_SIZE, Resync, Space},
     wire::message::{FrameHead, Manifest},
 };
 
@@ -200,6 +200,8 @@ pub struct Capturer {
     next_dir: u32,
     /// An epoch failed: of pages that were sent in it nothing is known.
     unsure: bool,
+    /// The next epoch's base is known by hashes alone, which took so many bytes.
+    resync: Option<u64>,
     /// Of the tree's root.
     root: OwnedFd,
     /// The tree's IPC namespace is part of the image.
@@ -233,6 +235,7 @@ impl Capturer {
             spare: None,
             next_dir: 0,
             unsure: false,
+            resync: None,
             root: memory::pidfd_of(root)?,
             own_ipc: false,
             guards_doubted: 0,
@@ -286,12 +289,15 @@ impl Capturer {
         self.look_at_ipc()?;
         self.spawn_ahead()?;
         self.track()?;
-        if base.is_none() {
+        let resync = self.resync.take().filter(|_| base.is_some());
+        let resync = resync.map(|resync_bytes| Resync { resync_bytes, full_bytes: 0 });
+        let full = base.is_none() || resync.is_some();
+        if full {
             self.files.iter_mut().for_each(Files::reset);
         }
         self.known.begin_epoch(base.is_some());
         emit(head, Vec::new())?;
-        let mut figures = EpochFigures { id, full: base.is_none(), ..EpochFigures::default() };
+        let mut figures = EpochFigures { id, full, resync, ..EpochFigures::default() };
         if let Some(files) = &mut self.files {
             files.send_ahead(emit)?;
         }
@@ -326,6 +332,13 @@ impl Capturer {
             self.known.clear();
             self.dumped.clear();
         }
+    }
+
+    /// The next epoch is based upon one of which nothing is known here but this, which took so many bytes to tell. Its
+    /// figures say for now what came, and what was the same; who ships it adds the rest.
+    pub fn resync(&mut self, offered: Offered, bytes: u64) {
+        self.known.offer(offered);
+        self.resync = Some(bytes);
     }
 
     /// Whether the next epoch must send all memory, whatever the standby holds.
