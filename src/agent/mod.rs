@@ -3,7 +3,7 @@
 //! | file | owns |
 //! |---|---|
 //! | [`api`], `http`, `calls` | the control API: its shapes, its socket, its answers |
-//! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
+//! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `rejoin`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
 //! | `command` | the fence command |
 //! | `verifying` | the warm image, compared again with what was received |
 //! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
@@ -38,6 +38,7 @@ mod orders;
 mod owner;
 mod promotion;
 mod receiving;
+mod rejoin;
 mod roles;
 mod session;
 mod standby;

@@ -85,6 +85,9 @@ pub(super) enum Msg {
     Unfence {
         answer: Answer<WorkloadStatus>,
     },
+    Rejoin {
+        answer: Answer<WorkloadStatus>,
+    },
     Pause {
         answer: Answer<WorkloadStatus>,
     },
@@ -369,6 +372,7 @@ impl Owner {
             Msg::Failover { request, answer } => self.failover(request, answer),
             Msg::Fence { answer } => self.fence_by_order(answer),
             Msg::Unfence { answer } => self.unfence_by_order(answer),
+            Msg::Rejoin { answer } => self.rejoin(answer),
             Msg::Pause { answer } => self.pause(answer),
             Msg::Resume { answer } => {
                 let _ = answer.send(self.resume_protection());
@@ -403,6 +407,7 @@ impl Owner {
                 if let Message::TakeOver { epoch, .. } = message {
                     self.taken_over = Some(epoch);
                 }
+                self.heard_for_rejoin(&message);
                 self.via = Some(via);
                 if self.core.is_some() {
                     self.feed(Input::Message(message));
@@ -547,7 +552,7 @@ impl Owner {
         });
     }
 
-    fn tell(&mut self, message: Message) {
+    pub(super) fn tell(&mut self, message: Message) {
         let heartbeat = matches!(message, Message::Heartbeat { .. } | Message::Ack { .. });
         let lease = self.link().and_then(|link| link.lease());
         // An ack goes back the way its heartbeat came; everything else prefers the connection that we dialled.

@@ -12,6 +12,7 @@ mod history;
 mod orders;
 mod pair;
 mod protect;
+mod rejoin;
 mod run;
 mod status;
 mod wrap;
@@ -68,6 +69,8 @@ enum Verb {
     Fence(orders::OrderArgs),
     /// Let a copy run again that was fenced by `fence`
     Unfence(orders::OrderArgs),
+    /// Drop an old copy here and become the standby of the host that runs the workload
+    Rejoin(rejoin::Args),
     /// Pause the protection of a workload: it runs on, no epochs are taken, nobody takes over
     Pause(orders::OrderArgs),
     /// Go on with a protection that was paused
@@ -118,6 +121,7 @@ pub fn main() -> ExitCode {
         Verb::Verify(args) => orders::verify(&cli.socket, &args),
         Verb::Fence(args) => orders::fence(&cli.socket, &args),
         Verb::Unfence(args) => orders::unfence(&cli.socket, &args),
+        Verb::Rejoin(args) => rejoin::main(&cli.socket, &args),
         Verb::Pause(args) => orders::pause(&cli.socket, &args),
         Verb::Resume(args) => orders::resume(&cli.socket, &args),
         Verb::Drill(args) => drill::main(&cli.socket, &args),

@@ -18,6 +18,7 @@ mod paths;
 mod postgres;
 mod redis;
 mod refusals;
+mod rejoin;
 mod restoring;
 mod shipping;
 mod turns;
