@@ -19,9 +19,10 @@ use super::{Agent, inventory, owner::Msg, standby::Standby};
 use crate::{
     capture::Note,
     model::{EpochId, Name, Term},
-    store::{BeginError, CommitError, StageError, Staging, Store},
+    observe::in_full,
+    store::{BeginError, CommitError, StageError, Staging},
     transport::{EpochReceiver, PeerName},
-    wire::message::{EpochAnswer, FrameHead},
+    wire::message::{EpochAnswer, FileRecord, FrameHead},
 };
 
 /// Frames between the network and the store.
@@ -72,7 +73,7 @@ pub(super) async fn receive(agent: &Arc<Agent>, mut receiver: EpochReceiver) -> 
         Some((FrameHead::Begin { name, id, base }, _)) => (name, id, base),
         Some((FrameHead::Ask(ask), _)) => {
             let (_, standby) = standby_of(agent, &ask.name, receiver.peer()).await?;
-            return inventory::answer(standby.context("no standby here now")?, receiver, ask).await;
+            return inventory::answer(agent, standby.context("no standby here now")?, receiver, ask).await;
         }
         _ => anyhow::bail!("an epoch that does not begin"),
     };
@@ -82,7 +83,7 @@ pub(super) async fn receive(agent: &Arc<Agent>, mut receiver: EpochReceiver) -> 
         return Ok(());
     };
     let mut waited = Duration::ZERO;
-    let mut answer = match stage(&standby, id, base, &mut receiver, &mut waited).await? {
+    let mut answer = match stage(agent, &standby, id, base, &mut receiver, &mut waited).await? {
         Ok(received) => {
             let (answer, answered) = oneshot::channel();
             let asked = Instant::now();
@@ -115,6 +116,7 @@ async fn standby_of(
 /// Feeds the frames to the store on a thread of its own; an epoch that ends early leaves nothing. Adds to `waited` how
 /// long the network waited for the store.
 async fn stage(
+    agent: &Arc<Agent>,
     standby: &Arc<Standby>,
     id: EpochId,
     base: Option<EpochId>,
@@ -122,11 +124,10 @@ async fn stage(
     waited: &mut Duration,
 ) -> anyhow::Result<Result<Received, EpochAnswer>> {
     let (frames_tx, frames) = mpsc::channel::<(FrameHead, Vec<u8>)>(FRAMES_MAX);
-    let store = standby.store.clone();
-    let warm = Arc::clone(standby);
+    let (agent, warm) = (Arc::clone(agent), Arc::clone(standby));
     let staging = tokio::task::spawn_blocking(move || {
         warm.mend().map_err(refused)?;
-        stage_frames(&store, id, base, frames)
+        stage_frames(&agent, &warm, (id, base), frames)
     });
     let mut whole = Ok(());
     loop {
@@ -157,13 +158,26 @@ async fn stage(
     Ok(staged)
 }
 
+/// What is to be kept of a file must be there: once the epoch is committed, nothing is left to ask for.
+fn check_kept(found: anyhow::Result<bool>, path: &[u8]) -> Result<(), EpochAnswer> {
+    let path = String::from_utf8_lossy(path);
+    match found {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            let reason = format!("what is to be kept of the file {path:?} is not here any more");
+            Err(EpochAnswer::NeedFull { held: None, reason })
+        }
+        Err(error) => Err(refused(format!("the file {path:?} cannot be read here: {}", in_full(&error)))),
+    }
+}
+
 fn stage_frames(
-    store: &Store,
-    id: EpochId,
-    base: Option<EpochId>,
+    agent: &Agent,
+    standby: &Standby,
+    (id, base): (EpochId, Option<EpochId>),
     mut frames: mpsc::Receiver<(FrameHead, Vec<u8>)>,
 ) -> Result<Received, EpochAnswer> {
-    let mut staging = store.begin(id, base).map_err(|error| match error {
+    let mut staging = standby.store.begin(id, base).map_err(|error| match error {
         error @ BeginError::NeedFull { held, .. } => {
             EpochAnswer::NeedFull { held, reason: error.to_string() }
         }
@@ -175,6 +189,9 @@ fn stage_frames(
             && name == crate::capture::NOTE
         {
             note = serde_json::from_slice(&body).ok();
+        }
+        if let FrameHead::File(record @ FileRecord::Keep { path, .. }) = &head {
+            check_kept(standby.has_blocks(agent, record), path)?;
         }
         staging.frame(head, &body).map_err(|error| stage_refusal(&error))?;
     }

@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     api::ErrorCode,
     flight::{self, Capturing, Committed, Failed, Final, Hand, Judged, Shipping},
-    inventory,
+    inventory::{self, Wanted},
     links::Link,
     owner::Msg,
     throttle::Brake,
@@ -32,6 +32,7 @@ use crate::{
         converge::{Allowed, Convergence, Step},
         pace::Pace,
     },
+    delta::Offered,
     model::{Epoch, EpochId, Name, Term},
     transport::{block_in_place, connection::RequestError, epoch::SendEpochError},
     wire::message::{EpochAnswer, FrameHead, Reply, Request},
@@ -284,7 +285,7 @@ impl Session {
         if at.base != held || std::mem::take(&mut at.told) {
             at.base = None;
         }
-        if let (None, Some(held), false) = (at.base, held, at.tells_wrong) {
+        if at.base.is_none() && !at.tells_wrong {
             self.resync(at, held, resident_bytes).await?;
         }
         if let Some(held) = held.filter(|held| held.term == self.term) {
@@ -294,23 +295,27 @@ impl Session {
         Some(Ok(()))
     }
 
-    /// Asks the standby what it holds of an epoch of which nothing is known here. If it does not say, all is sent.
-    async fn resync(&self, at: &mut Progress, held: EpochId, resident_bytes: u64) -> Option<()> {
+    /// Asks the standby what it holds, of which nothing is known here. If it does not say, all is sent.
+    async fn resync(&self, at: &mut Progress, held: Option<EpochId>, resident_bytes: u64) -> Option<()> {
         let capturer = at.hand.get().await?;
         if std::mem::take(&mut at.failed) {
             capturer.failed();
         }
-        if capturer.needs_full() {
+        let files = capturer.has_files();
+        if capturer.needs_full() || (held.is_none() && !files) {
             return Some(());
         }
-        match inventory::ask(&self.link, &self.name, held, resident_bytes).await {
-            Ok((offered, bytes)) => {
-                tracing::info!(name = %self.name, %held, pages = offered.pages(), bytes, "the standby tells what it holds");
-                capturer.resync(offered, bytes);
-                (at.base, at.told) = (Some(held), true);
+        match inventory::ask(&self.link, &self.name, &Wanted { held, resident_bytes, files }).await {
+            Ok(told) if told.pages.is_none() && told.files.is_empty() => {}
+            Ok(told) => {
+                let (pages, bytes) = (told.pages.as_ref().map(Offered::pages), told.bytes);
+                tracing::info!(name = %self.name, ?held, pages, bytes, "the standby tells what it holds");
+                at.base = held.filter(|_| pages.is_some());
+                at.told = true;
+                capturer.resync(told);
             }
             Err(error) => {
-                tracing::warn!(name = %self.name, %held, %error, "what the standby holds is not known: all is sent");
+                tracing::warn!(name = %self.name, ?held, %error, "what the standby holds is not known: all is sent");
             }
         }
         Some(())

@@ -28,18 +28,21 @@ use crate::{
         images,
         lazy::{Mark, Pager, PagerHandle},
     },
-    delta::KEY_LEN,
     model::{EpochId, Extent, Name, Space},
     observe::unix_ms,
     restore::{self, Ahead, Mode, Recency, Step},
     store::{Durability, FileChanges, FoldError, FreezeError, Store, VerifyError, View},
-    wire::inventory::Held,
+    wire::{
+        inventory::{Ask, Held},
+        message::FileRecord,
+    },
 };
 
 /// The warm image of one workload, and what is made of it.
 pub(super) struct Standby {
     pub(super) store: Store,
     ready_root: PathBuf,
+    place: durable::Place,
     mark: PathBuf,
     run_mark: PathBuf,
     newest: Mutex<Option<(EpochId, Note)>>,
@@ -72,13 +75,14 @@ impl Standby {
         let root = images_dir(agent);
         let place = durable::Place::of(&agent.config.state_dir, name);
         let (mark, run_mark) = (place.lazy_mark(), place.run_mark());
-        let config = agent.config.clone();
+        let (config, kept) = (agent.config.clone(), place.clone());
         let files = Box::new(move |changes: &FileChanges<'_>| trees::apply(&config, &place, changes));
         let store = Store::open(&root, name, durability, files)?;
         let newest = store.view().and_then(|view| Some((view.id(), Note::read(&view.criu_dir()).ok()?)));
         Ok(Self {
             store,
             ready_root: agent.config.store_dir.join("ready").join(name.as_str()),
+            place: kept,
             mark,
             run_mark,
             newest: Mutex::new(newest),
@@ -98,17 +102,28 @@ impl Standby {
         Some((view.id(), view.verify().map(|()| bytes)))
     }
 
-    /// Tells what the newest epoch is and hashes of its pages, read again, until told to stop.
+    /// Tells what the newest epoch is, hashes of its pages and of the files, all read again, until told to stop.
     pub(super) fn inventory(
         &self,
-        key: &[u8; KEY_LEN],
+        agent: &Agent,
+        ask: &Ask,
         tell: &mut dyn FnMut(Held, Vec<u8>) -> bool,
     ) -> anyhow::Result<()> {
-        let view = self.store.view().context("nothing is held")?;
-        if tell(Held::Epoch(view.id()), Vec::new()) {
-            view.hash_pages(key, |space, start, sums| tell(Held::Pages { space, start }, sums))?;
+        // With its files as they will be when the next epoch's changes are made.
+        let view = self.held().map(|_| self.store.view_with_files()).transpose()?;
+        if let Some(view) = view.as_ref().filter(|view| tell(Held::Epoch(view.id()), Vec::new())) {
+            view.hash_pages(&ask.key, |space, start, sums| tell(Held::Pages { space, start }, sums))?;
+        }
+        if ask.blocks_max > 0 {
+            trees::hashes(&agent.config, &self.place, &ask.key, tell)?;
         }
         Ok(())
+    }
+
+    /// Whether the blocks of a file are there that an epoch is to keep.
+    pub(super) fn has_blocks(&self, agent: &Agent, record: &FileRecord) -> anyhow::Result<bool> {
+        let _as_they_will_be = self.held().map(|_| self.store.view_with_files()).transpose()?;
+        Ok(trees::has_blocks(&agent.config, &self.place, record)?)
     }
 
     /// The newest committed epoch.

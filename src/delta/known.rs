@@ -285,7 +285,6 @@ impl Known {
         self.clear();
         self.key = offered.key;
         self.offered = Some(offered);
-        self.offered_same = 0;
     }
 
     /// Bytes of memory that were not sent since the last offer, because the standby holds them as it says.
@@ -295,7 +294,7 @@ impl Known {
 
     /// Forgets everything: the next epoch sends all memory.
     pub fn clear(&mut self) {
-        self.offered = None;
+        (self.offered, self.offered_same) = (None, 0);
         self.spaces.clear();
         self.references.clear();
         self.in_flight.clear();

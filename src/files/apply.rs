@@ -21,7 +21,7 @@ use nix::{
 };
 
 use super::{
-    BLOCK_SIZE, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX,
+    BLOCK_SIZE, Blocks, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX, held,
     look::{is_zero, xattrs_of},
     scan::{ENTRIES_MAX, InUse, Phase, ScanError, Scanner, open_in},
     sys,
@@ -34,6 +34,8 @@ use crate::wire::message::{FileKind, FileMeta, FileRecord};
 const NAME_LEN_MAX: usize = 255;
 /// The longest name of an extended attribute.
 const XATTR_NAME_LEN_MAX: usize = 255;
+/// Most runs of blocks that one epoch keeps: each of 256 GiB in blocks, at worst.
+pub(super) const KEPT_RUNS_MAX: usize = 1 << 22;
 /// The longest text of a symbolic link.
 const TARGET_LEN_MAX: usize = 4095;
 /// Where overlayfs notes of a file which one of a lower layer it was copied from.
@@ -117,6 +119,9 @@ pub struct Receiver {
     /// Files that are new in an overlay and were removed, emptied so far: most are made again by the next record, and stay the
     /// same object, for the reason above.
     emptied: BTreeSet<(u32, Vec<u8>)>,
+    /// What stays of files of trees that are sent whole, until their entries come.
+    kept: BTreeMap<(u32, Vec<u8>), Vec<Blocks>>,
+    kept_runs: usize,
 }
 
 /// A tree's copy, open.
@@ -146,8 +151,15 @@ impl Receiver {
             Ok(Root { dir: open(&target.path)?, upper: target.upper.as_ref().map(open).transpose()? })
         };
         let roots = trees.iter().map(open_one).collect::<Result<_, _>>()?;
-        let (properties, whole) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { roots, properties, whole, skipped: BTreeSet::new(), emptied: BTreeSet::new() })
+        Ok(Self {
+            roots,
+            properties: BTreeMap::new(),
+            whole: BTreeMap::new(),
+            skipped: BTreeSet::new(),
+            emptied: BTreeSet::new(),
+            kept: BTreeMap::new(),
+            kept_runs: 0,
+        })
     }
 
     /// Applies a record with its body. The records of an epoch may be applied again, from the first on.
@@ -167,6 +179,10 @@ impl Receiver {
                     return Ok(());
                 }
                 self.data(*tree, path, *offset, body)
+            }
+            FileRecord::Keep { tree, path, runs, .. } => {
+                check_path(path)?;
+                self.keep(*tree, path, runs)
             }
             FileRecord::Remove { tree, path } => {
                 check_path(path)?;
@@ -233,11 +249,12 @@ impl Receiver {
             }
         } else {
             let is_new = self.name(tree, path)?;
+            let kept = self.kept.remove(&(tree, path.to_vec())).unwrap_or_default();
             let made = match &meta.kind {
                 FileKind::HardLink { to } => self.link(tree, path, to),
                 kind => self.place(tree, path).and_then(|place| {
                     if is_new {
-                        make_as_new(&place).map_err(io_error("empty", tree, path))?;
+                        make_as_new(&place, &kept).map_err(io_error("empty", tree, path))?;
                     }
                     make(&place, kind).map_err(io_error("create", tree, path))
                 }),
@@ -259,6 +276,26 @@ impl Receiver {
             return Err(refused(path, MORE_ENTRIES));
         }
         self.properties.insert(key, meta.clone());
+        Ok(())
+    }
+
+    /// What the next entry of that path, the first in a tree that is sent whole, does not empty.
+    fn keep(&mut self, tree: u32, path: &[u8], runs: &[Blocks]) -> Result<(), ApplyError> {
+        let is_first = self.whole.get(&tree).is_some_and(|named| !named.contains(path));
+        let is_plain = self.roots.get(tree as usize).is_some_and(|root| root.upper.is_none());
+        if path.is_empty() || !is_first || !is_plain {
+            return Err(refused(path, "blocks of it are to be kept where nothing is"));
+        }
+        self.kept_runs += runs.len();
+        if self.kept_runs > KEPT_RUNS_MAX {
+            return Err(refused(path, "more to be kept in one epoch than a scanner names"));
+        }
+        let kept = self.kept.entry((tree, path.to_vec())).or_default();
+        let end = kept.last().map_or(0, |(first, count)| first.saturating_add(*count));
+        if runs.first().is_some_and(|(first, _)| *first < end) {
+            return Err(refused(path, "blocks to be kept are out of order"));
+        }
+        kept.extend_from_slice(runs);
         Ok(())
     }
 
@@ -308,6 +345,7 @@ impl Receiver {
             self.properties.retain(|key, _| key.0 != tree);
             self.skipped.retain(|key| key.0 != tree);
             self.emptied.retain(|key| key.0 != tree);
+            self.kept.retain(|key, _| key.0 != tree);
             self.whole.insert(tree, BTreeSet::new());
             return Ok(());
         }
@@ -335,7 +373,7 @@ impl Receiver {
             && matches!(sys::get_xattr(own.as_fd(), ORIGIN), Ok(None));
         let is_shown =
             sys::stat_at(place.dir.as_fd(), &place.name).is_ok_and(|it| it.format() == libc::S_IFREG);
-        is_own && is_shown && make_as_new(place).is_ok()
+        is_own && is_shown && make_as_new(place, &[]).is_ok()
     }
 
     /// Nothing is known of a path any more, nor of what is below it. A whole tree may come with a removal for each file.
@@ -522,9 +560,9 @@ fn remove_all(dir: BorrowedFd<'_>, name: &std::ffi::CStr, depth: usize) -> io::R
     Ok(unlinkat(dir, name, UnlinkatFlags::RemoveDir)?)
 }
 
-/// What is sent whole is made of nothing: content that is there is not what the records add to, and other names of it are not
-/// written through.
-fn make_as_new(place: &Place) -> io::Result<()> {
+/// What is sent whole is made of nothing but the blocks that are kept: other content that is there is not what the records add
+/// to, and other names of it are not written through.
+fn make_as_new(place: &Place, kept: &[Blocks]) -> io::Result<()> {
     let (dir, name) = (place.dir.as_fd(), place.name.as_c_str());
     let stat = match sys::stat_at(dir, name) {
         Ok(stat) if stat.format() == libc::S_IFREG => stat,
@@ -532,6 +570,9 @@ fn make_as_new(place: &Place) -> io::Result<()> {
         Err(error) if is_absent(&error) => return Ok(()),
         Err(error) => return Err(error),
     };
+    if !kept.is_empty() {
+        return held::keep_only(dir, name, kept, stat.nlink == 1);
+    }
     if stat.nlink > 1 {
         return Ok(unlinkat(dir, name, UnlinkatFlags::NoRemoveDir)?);
     }

@@ -75,7 +75,7 @@ impl Connection {
         let (mut send, recv) = self.open_bi().await.map_err(lost)?;
         let failed = |source| RecvInventoryError::Write { peer: self.peer().clone(), source };
         send.write_all(&question).await.map_err(failed)?;
-        Ok(InventoryReceiver { peer, send, recv, reader: InventoryReader::new(ask.pages_max) })
+        Ok(InventoryReceiver { peer, send, recv, reader: InventoryReader::new(ask) })
     }
 }
 
@@ -150,7 +150,7 @@ pub enum SendInventoryError {
 impl EpochReceiver {
     /// Answers what was asked instead of an epoch being sent.
     pub fn into_inventory(self, ask: &Ask) -> InventorySender {
-        InventorySender { stream: self, writer: InventoryWriter::new(ask.pages_max) }
+        InventorySender { stream: self, writer: InventoryWriter::new(ask) }
     }
 }
 
@@ -169,9 +169,9 @@ impl InventorySender {
         self.write(body).await
     }
 
-    /// Pages of which hashes may still be sent.
-    pub fn pages_left(&self) -> u64 {
-        self.writer.pages_left()
+    /// Whether that may still be sent.
+    pub fn has_room(&self, held: &Held, body_len: usize) -> bool {
+        self.writer.has_room(held, body_len)
     }
 
     /// Sends the end.

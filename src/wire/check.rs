@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     delta::{BATCH_PAGES_MAX, BATCH_RUNS_MAX, BatchHead, Form, PATCH_LEN_MAX, Packing},
+    files::BLOCK_SIZE,
     ha::Message,
     model::{PAGE_SIZE, Space},
     workload::spec::{ContainerSpec, Engine, Lent, Net, PlaceSpec, SandboxSpec, WorkloadSpec},
@@ -33,6 +34,8 @@ pub const PATH_LEN_MAX: usize = 4096;
 pub const PATH_PART_LEN_MAX: usize = 255;
 /// Most replicated trees of a workload.
 pub const TREES_MAX: usize = 64;
+/// Most runs of blocks in a record of what is kept of a file.
+pub const KEPT_RUNS_MAX: usize = 4096;
 /// Most extended attributes of a file.
 pub const XATTRS_MAX: usize = 128;
 /// Most bytes of an extended attribute's value (`XATTR_SIZE_MAX`).
@@ -261,7 +264,7 @@ fn path(path: &[u8]) -> Result<(), Illegal> {
     require(path.is_empty() || fits, || format!("{:?} is no path in a tree", path.escape_ascii().to_string()))
 }
 
-fn path_below_root(bytes: &[u8]) -> Result<(), Illegal> {
+pub(super) fn path_below_root(bytes: &[u8]) -> Result<(), Illegal> {
     require(!bytes.is_empty(), || "the root of a tree cannot be linked or written".into())?;
     path(bytes)
 }
@@ -281,6 +284,20 @@ fn file(record: &FileRecord, body_len: usize) -> Result<(), Illegal> {
             let fits = end.is_some_and(|end| i64::try_from(end).is_ok());
             require(fits, || format!("data at offset {offset} of a file"))?;
             (*tree, true)
+        }
+        FileRecord::Keep { tree, path, runs, .. } => {
+            path_below_root(path)?;
+            let blocks_max = i64::MAX as u64 / BLOCK_SIZE as u64;
+            let mut free_from = 0;
+            for (first, count) in runs {
+                let end = first.checked_add(*count).filter(|end| *count > 0 && *end <= blocks_max);
+                let fits = *first >= free_from && end.is_some();
+                require(fits, || format!("{count} blocks to keep from number {first} on"))?;
+                free_from = end.unwrap_or(u64::MAX);
+            }
+            let fits = (1..=KEPT_RUNS_MAX).contains(&runs.len());
+            require(fits, || format!("{} runs of blocks to keep", runs.len()))?;
+            (*tree, false)
         }
         FileRecord::Remove { tree, path: at } => {
             path(at)?;

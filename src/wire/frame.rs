@@ -77,10 +77,8 @@ impl Kind {
     /// Most bytes of its head.
     pub fn head_len_max(self) -> usize {
         match self {
-            Self::Begin | Self::Image | Self::End | Self::Piece | Self::Ask | Self::Held => {
-                SMALL_HEAD_LEN_MAX
-            }
-            Self::Pages | Self::File => HEAD_LEN_MAX,
+            Self::Begin | Self::Image | Self::End | Self::Piece | Self::Ask => SMALL_HEAD_LEN_MAX,
+            Self::Pages | Self::File | Self::Held => HEAD_LEN_MAX,
             Self::Manifest => MANIFEST_LEN_MAX,
         }
     }
@@ -205,8 +203,8 @@ pub fn decode_head(header: &Header, head: &[u8], body_len: usize) -> Result<Fram
     }
     let value: FrameHead = match kind {
         Kind::Manifest => codec::decode::<_, MANIFEST_LEN_MAX>("manifest", head)?,
-        Kind::Pages | Kind::File => codec::decode::<_, HEAD_LEN_MAX>("frame head", head)?,
-        Kind::Begin | Kind::Image | Kind::End | Kind::Piece | Kind::Ask | Kind::Held => {
+        Kind::Pages | Kind::File | Kind::Held => codec::decode::<_, HEAD_LEN_MAX>("frame head", head)?,
+        Kind::Begin | Kind::Image | Kind::End | Kind::Piece | Kind::Ask => {
             codec::decode::<_, SMALL_HEAD_LEN_MAX>("frame head", head)?
         }
     };

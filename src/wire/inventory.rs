@@ -4,13 +4,14 @@
 //!   primary                                 standby
 //!     Ask (a key, how much at most) ───────►           one stream of the bulk connection, as an epoch is
 //!     ◄──── Held: which epoch, then its pages          of each page one hash under that key
+//!     ◄──── Held: files                                of each block of 64 KiB one hash
 //!     ◄───────────────────────────────── End           an InventoryWriter's frames to an InventoryReader
 //! ```
 //!
-//! A standby that holds nothing, or is none, ends the stream without an answer: then all is sent, as without asking.
+//! One that is no standby ends the stream without an answer: then all is sent, as without asking.
 //!
-//! Invariants, for both directions: the epoch comes first and once; no more pages come than were asked for; nothing follows
-//! `End`, whose digest is that of all bytes before it.
+//! Invariants, for both directions: pages come behind their epoch, which comes once; no more comes than was asked for; nothing
+//! follows `End`, whose digest is that of all bytes before it.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +30,8 @@ use crate::{
 pub const SUMS_MAX: usize = 1 << 16;
 /// Most pages that may be asked about: those of 256 GiB.
 pub const PAGES_MAX: u64 = 1 << 26;
+/// Most blocks of files that may be asked about: those of 256 GiB.
+pub const BLOCKS_MAX: u64 = 1 << 22;
 
 /// The first frame of the stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,10 +42,12 @@ pub struct Ask {
     pub key: [u8; KEY_LEN],
     /// Of so many pages at most.
     pub pages_max: u64,
+    /// Of so many blocks of files at most, the files' paths counted in.
+    pub blocks_max: u64,
 }
 
 /// A frame of the answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Held {
     /// Of which epoch the pages are that follow.
     Epoch(EpochId),
@@ -53,11 +58,27 @@ pub enum Held {
         /// Address of the first.
         start: u64,
     },
+    /// Blocks of a file one after the other; the body has a hash of each. Of no epoch: what is there at that moment.
+    File {
+        /// Which of the replicated trees.
+        tree: u32,
+        /// Where in it.
+        path: Vec<u8>,
+        /// The number of the first block.
+        first: u64,
+    },
+}
+
+/// What hashes of a file are counted as, its path included.
+pub fn blocks_of(path: &[u8], sums_len: usize) -> u64 {
+    ((sums_len + path.len()) / SUM_LEN + 1) as u64
 }
 
 pub(super) fn check_ask(ask: &Ask) -> Result<(), Illegal> {
     let fits = (1..=PAGES_MAX).contains(&ask.pages_max);
-    require(fits, || format!("hashes of {} pages, 1 to {PAGES_MAX} expected", ask.pages_max))
+    require(fits, || format!("hashes of {} pages, 1 to {PAGES_MAX} expected", ask.pages_max))?;
+    let fits = ask.blocks_max <= BLOCKS_MAX;
+    require(fits, || format!("hashes of {} blocks, at most {BLOCKS_MAX} expected", ask.blocks_max))
 }
 
 pub(super) fn check_held(held: &Held, body_len: usize) -> Result<(), Illegal> {
@@ -73,6 +94,14 @@ pub(super) fn check_held(held: &Held, body_len: usize) -> Result<(), Illegal> {
             check::space(*space)?;
             check::run(*start, sums as u64).map(drop)
         }
+        Held::File { tree, path, first } => {
+            let sums = body_len / SUM_LEN;
+            let fits = body_len.is_multiple_of(SUM_LEN) && (1..=SUMS_MAX).contains(&sums);
+            require(fits, || format!("{body_len} bytes of hashes"))?;
+            let fits = (*tree as usize) < check::TREES_MAX && *first <= BLOCKS_MAX;
+            require(fits, || format!("blocks from number {first} on, in tree {tree}"))?;
+            check::path_below_root(path)
+        }
     }
 }
 
@@ -82,13 +111,15 @@ struct Rules {
     /// The epoch has come.
     begun: bool,
     pages_left: u64,
+    blocks_left: u64,
     ended: bool,
     digest: blake3::Hasher,
 }
 
 impl Rules {
-    fn new(pages_max: u64) -> Self {
-        Self { begun: false, pages_left: pages_max, ended: false, digest: blake3::Hasher::new() }
+    fn new(ask: &Ask) -> Self {
+        let (pages_left, blocks_left) = (ask.pages_max, ask.blocks_max);
+        Self { begun: false, pages_left, blocks_left, ended: false, digest: blake3::Hasher::new() }
     }
 
     fn admit(&mut self, head: &FrameHead, body_len: usize) -> Result<(), EpochError> {
@@ -100,7 +131,11 @@ impl Rules {
                 let pages = (body_len / SUM_LEN) as u64;
                 self.pages_left = self.pages_left.checked_sub(pages).ok_or(EpochError::TooManyHashes)?;
             }
-            FrameHead::End { .. } if self.begun => self.ended = true,
+            FrameHead::Held(Held::File { path, .. }) => {
+                let blocks = blocks_of(path, body_len);
+                self.blocks_left = self.blocks_left.checked_sub(blocks).ok_or(EpochError::TooManyHashes)?;
+            }
+            FrameHead::End { .. } => self.ended = true,
             _ => return order,
         }
         Ok(())
@@ -112,14 +147,18 @@ impl Rules {
 pub struct InventoryWriter(Rules);
 
 impl InventoryWriter {
-    /// For the answer to what was asked with this limit.
-    pub fn new(pages_max: u64) -> Self {
-        Self(Rules::new(pages_max))
+    /// For the answer to this.
+    pub fn new(ask: &Ask) -> Self {
+        Self(Rules::new(ask))
     }
 
-    /// Pages of which hashes may still be sent.
-    pub fn pages_left(&self) -> u64 {
-        self.0.pages_left
+    /// Whether that may still be sent.
+    pub fn has_room(&self, held: &Held, body_len: usize) -> bool {
+        match held {
+            Held::Epoch(_) => true,
+            Held::Pages { .. } => (body_len / SUM_LEN) as u64 <= self.0.pages_left,
+            Held::File { path, .. } => blocks_of(path, body_len) <= self.0.blocks_left,
+        }
     }
 
     /// The bytes to send before `body` for this frame.
@@ -147,9 +186,9 @@ pub struct InventoryReader {
 }
 
 impl InventoryReader {
-    /// For the answer to what was asked with this limit.
-    pub fn new(pages_max: u64) -> Self {
-        Self { rules: Rules::new(pages_max), bytes: 0 }
+    /// For the answer to this.
+    pub fn new(ask: &Ask) -> Self {
+        Self { rules: Rules::new(ask), bytes: 0 }
     }
 
     /// Takes one frame, whose header [`Header::decode`] has let through; `None` for a right `End`.

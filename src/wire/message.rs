@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::inventory::{Ask, Held};
 use crate::{
     delta::BatchHead,
+    files::Blocks,
     ha::Message,
     model::{EpochId, Extent, Name, Space, Term},
     workload::spec::WorkloadSpec,
@@ -140,6 +141,17 @@ pub enum FileRecord {
         path: Vec<u8>,
         /// Offset of the body in the file.
         offset: u64,
+    },
+    /// Of a tree that is sent whole, before the file's `Entry`: these blocks of what is there stay, all else of it goes.
+    Keep {
+        /// Which tree.
+        tree: u32,
+        /// Where in it.
+        path: Vec<u8>,
+        /// Blocks of [`crate::files::BLOCK_SIZE`], ascending.
+        runs: Vec<Blocks>,
+        /// BLAKE3 of their content, one after the other.
+        digest: [u8; 32],
     },
     /// The entry, and everything below it, is gone; a tree's root stays, empty.
     Remove {

@@ -32,7 +32,7 @@ async fn ends() -> Ends {
 }
 
 fn question(pages_max: u64) -> Ask {
-    Ask { name: "db".parse().unwrap(), key: [3; KEY_LEN], pages_max }
+    Ask { name: "db".parse().unwrap(), key: [3; KEY_LEN], pages_max, blocks_max: 0 }
 }
 
 /// The question arrives as it was asked; both ends of the answer.

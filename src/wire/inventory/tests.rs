@@ -5,6 +5,10 @@ use crate::model::{Epoch, PAGE_SIZE, Term};
 
 const MAX: u64 = 1000;
 
+fn ask(pages_max: u64, blocks_max: u64) -> Ask {
+    Ask { name: "db".parse().unwrap(), key: [1; KEY_LEN], pages_max, blocks_max }
+}
+
 type Frames = Vec<(Held, Vec<u8>)>;
 
 fn id() -> EpochId {
@@ -16,9 +20,9 @@ fn pages(start: u64, count: usize) -> (Held, Vec<u8>) {
 }
 
 fn write(frames: &Frames) -> Result<Vec<u8>, EpochError> {
-    let (mut writer, mut bytes) = (InventoryWriter::new(MAX), Vec::new());
+    let (mut writer, mut bytes) = (InventoryWriter::new(&ask(MAX, MAX)), Vec::new());
     for (held, body) in frames {
-        bytes.extend(writer.frame(*held, body)?);
+        bytes.extend(writer.frame(held.clone(), body)?);
         bytes.extend(body);
     }
     bytes.extend(writer.end()?);
@@ -27,7 +31,8 @@ fn write(frames: &Frames) -> Result<Vec<u8>, EpochError> {
 
 /// As the transport does: `Ok` only with a right end and nothing behind it.
 fn read(mut bytes: &[u8], pages_max: u64) -> Result<Frames, String> {
-    let (mut reader, mut frames, all) = (InventoryReader::new(pages_max), Frames::new(), bytes.len() as u64);
+    let (mut reader, mut frames, all) =
+        (InventoryReader::new(&ask(pages_max, MAX)), Frames::new(), bytes.len() as u64);
     loop {
         let (header, rest) = bytes.split_first_chunk::<HEADER_LEN>().ok_or("cut in a header")?;
         let sizes = Header::decode(header).map_err(|e| e.to_string())?;
@@ -45,11 +50,16 @@ fn read(mut bytes: &[u8], pages_max: u64) -> Result<Frames, String> {
 fn any_inventory() -> impl Strategy<Value = Frames> {
     let space = prop_oneof![(1..1u32 << 22).prop_map(Space::Task), any::<u64>().prop_map(Space::Shared)];
     let run = (space, 0..1u64 << 34, prop::collection::vec(any::<[u8; SUM_LEN]>(), 1..40));
-    prop::collection::vec(run, 0..20).prop_map(|runs| {
+    let path = "[a-z]{1,8}(/[a-z]{1,8}){0,3}".prop_map(String::into_bytes);
+    let file = (0..64u32, path, 0..BLOCKS_MAX, prop::collection::vec(any::<[u8; SUM_LEN]>(), 1..40));
+    (prop::collection::vec(run, 0..20), prop::collection::vec(file, 0..15)).prop_map(|(runs, files)| {
         let pages = runs.into_iter().map(|(space, page, sums)| {
             (Held::Pages { space, start: page * PAGE_SIZE }, sums.as_flattened().to_vec())
         });
-        std::iter::once((Held::Epoch(id()), Vec::new())).chain(pages).collect()
+        let files = files.into_iter().map(|(tree, path, first, sums)| {
+            (Held::File { tree, path, first }, sums.as_flattened().to_vec())
+        });
+        std::iter::once((Held::Epoch(id()), Vec::new())).chain(pages).chain(files).collect()
     })
 }
 
@@ -79,7 +89,11 @@ fn frames_out_of_order_or_beyond_what_was_asked_for_are_refused() {
     assert!(write(&vec![epoch(), pages(0, 1)]).is_ok());
     assert!(write(&vec![pages(0, 1)]).is_err(), "of no epoch");
     assert!(write(&vec![epoch(), epoch()]).is_err());
-    assert!(write(&Frames::new()).is_err());
+    assert!(write(&Frames::new()).is_ok(), "nothing is held");
+    let file =
+        |sums: usize| (Held::File { tree: 0, path: b"a/b".to_vec(), first: 0 }, vec![9; sums * SUM_LEN]);
+    assert!(write(&vec![file(600), file(398)]).is_ok(), "of files alone; each counts one more");
+    assert!(matches!(write(&vec![file(600), file(399)]), Err(EpochError::TooManyHashes)));
     assert!(write(&vec![epoch(), pages(0, 600), pages(600, 400)]).is_ok());
     assert!(matches!(write(&vec![epoch(), pages(0, 600), pages(600, 401)]), Err(EpochError::TooManyHashes)));
     let bytes = write(&vec![epoch(), pages(0, 600)]).unwrap();
@@ -101,8 +115,13 @@ fn hashes_that_cannot_be_are_refused() {
     ] {
         assert!(check_held(&held, len).is_err(), "{held:?} {len}");
     }
-    let ask = |pages_max| Ask { name: "db".parse().unwrap(), key: [1; KEY_LEN], pages_max };
-    assert!(check_ask(&ask(PAGES_MAX)).is_ok());
-    assert!(check_ask(&ask(PAGES_MAX + 1)).is_err());
-    assert!(check_ask(&ask(0)).is_err());
+    for path in ["", "/a", "a//b", "..", "a/../b", "a\0"] {
+        let held = Held::File { tree: 0, path: path.into(), first: 0 };
+        assert!(check_held(&held, SUM_LEN).is_err(), "{path:?}");
+    }
+    assert!(check_held(&Held::File { tree: 64, path: b"a".to_vec(), first: 0 }, SUM_LEN).is_err());
+    assert!(check_ask(&ask(PAGES_MAX, BLOCKS_MAX)).is_ok());
+    assert!(check_ask(&ask(PAGES_MAX + 1, 0)).is_err());
+    assert!(check_ask(&ask(1, BLOCKS_MAX + 1)).is_err());
+    assert!(check_ask(&ask(0, 0)).is_err());
 }
