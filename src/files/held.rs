@@ -36,10 +36,10 @@ use super::{
     tree::Target,
     walk::names_of,
 };
-use crate::{
-    delta::{KEY_LEN, SUM_LEN},
-    wire::inventory::SUMS_MAX,
-};
+use crate::delta::{KEY_LEN, SUM_LEN};
+
+/// Blocks whose hashes are told at once (64 MiB).
+const TOLD_BLOCKS: usize = 1024;
 
 /// Blocks that lie together: the first one's number, and how many.
 pub type Blocks = (u64, u64);
@@ -176,9 +176,9 @@ fn in_file(
 ) -> io::Result<bool> {
     let (blocks, mut buf) = (blocks_in(size), vec![0; BLOCK_SIZE.min(size as usize)]);
     let mut data = next_block(file, 0)?;
-    for first in (0..blocks).step_by(SUMS_MAX) {
+    for first in (0..blocks).step_by(TOLD_BLOCKS) {
         let mut sums = Vec::new();
-        for block in first..blocks.min(first + SUMS_MAX) {
+        for block in first..blocks.min(first + TOLD_BLOCKS) {
             if data.is_some_and(|data| data < block) {
                 data = next_block(file, block)?;
             }

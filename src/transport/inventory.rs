@@ -16,8 +16,9 @@ use crate::wire::{
     message::FrameHead,
 };
 
-/// The longest that the standby may take over a frame: reading and hashing a MiB of its image is quick, its disk may be slow.
-const FRAME_WITHIN: Duration = Duration::from_secs(20);
+/// The longest that the standby may take over a frame: what it reads for one is little, but its disk may be slow, and it makes
+/// its files durable first.
+const FRAME_WITHIN: Duration = Duration::from_secs(60);
 
 /// Why an inventory was not received.
 #[derive(Debug, thiserror::Error)]

@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{cluster::Cluster, lab::Host};
+use super::{
+    cluster::Cluster,
+    lab::Host,
+    paths::{REDIS_FILES, digests, rewrite_log},
+};
 
 /// The epochs of the agent's life at a host that looked at all memory, oldest first.
 fn full_epochs(cluster: &Cluster, host: Host) -> Vec<Value> {
@@ -152,6 +156,52 @@ fn only_a_copy_that_runs_elsewhere_makes_way() {
     assert!(status["role"] == "standby" && status["term"] == 2, "{status:#}");
     cluster.wait_state(Host::B, "primary", "protected");
     assert_eq!(cluster.running_copies(Host::A), 0);
+}
+
+#[test]
+fn files_that_a_crashed_host_still_has_are_not_sent_again() {
+    const FILES: u64 = 32 << 20;
+    let mut cluster = Cluster::up("rejoin-files");
+    let fill = "mkdir /srv/redis && head -c 32M /dev/urandom > /srv/redis/big";
+    cluster.lab.ok(Host::A, &["sh", "-c", fill]);
+    cluster.run_redis_with(&["--path", "/srv/redis"], &["--appendonly", "yes", "--dir", "/srv/redis"]);
+    rewrite_log(&cluster, Host::A);
+    cluster.protect();
+    cluster.wait_state(Host::A, "primary", "protected");
+    settle(&cluster);
+    cluster.lab.kill(Host::A);
+    cluster.wait_state(Host::B, "primary", "alone");
+    let sum = |cluster: &Cluster, host| cluster.lab.ok(host, &["md5sum", &format!("{REDIS_FILES}/big")]);
+    let before = sum(&cluster, Host::B);
+    let pid = cluster.status(Host::B, "redis")["pid"].to_string();
+    let write =
+        format!("dd if=/dev/urandom of=/proc/{pid}/root/srv/redis/big bs=4096 count=1 seek=999 conv=notrunc");
+    cluster.lab.ok(Host::B, &["sh", "-c", &write]);
+    cluster.ask_redis(&["SET", "while", "away"]);
+    // What the power cut has left of A's files may be a mix of times: on its disk it is in no order.
+    cluster.lab.boot(Host::A);
+    cluster.lab.ok(
+        Host::A,
+        &["sh", "-c", &format!("cd {REDIS_FILES} && echo torn >> big && echo x > stray && rm -r app*")],
+    );
+    cluster.start_agent(Host::A);
+    cluster.wait_state(Host::A, "standby", "ready");
+    cluster.wait_state(Host::B, "primary", "protected");
+    let copied = full_epochs(&cluster, Host::B).remove(0);
+    let (resync, full) = (bytes(&copied, "resync_bytes"), bytes(&copied, "full_bytes"));
+    println!("resync {resync} bytes of memory and files, of a full copy {full}");
+    assert!(resync + FILES - (1 << 20) < full, "{copied:#}");
+
+    cluster.json(Host::B, &["handoff", "redis"]);
+    cluster.wait_state(Host::A, "primary", "protected");
+    let (memory, files) = digests(&cluster, Host::A);
+    assert_eq!(memory, files);
+    assert_eq!(cluster.ask_redis(&["GET", "while"]), "away");
+    assert_ne!(sum(&cluster, Host::A), before);
+    assert_eq!(sum(&cluster, Host::A), sum(&cluster, Host::B));
+    let stray = cluster.lab.on(Host::A, &["test", "-e", &format!("{REDIS_FILES}/stray")]);
+    assert!(!stray.status.success(), "what the epoch does not have is gone");
+    cluster.assert_first_try(Host::A);
 }
 
 #[test]
