@@ -40,7 +40,7 @@ pub enum OfferError {
 pub fn sums_of(key: &[u8; KEY_LEN], pages: &[u8], sums: &mut Vec<u8>) {
     let (pages, rest) = pages.as_chunks::<{ PAGE_SIZE as usize }>();
     assert!(rest.is_empty(), "whole pages");
-    pages.iter().for_each(|page| sums.extend(sum_of(key, page)));
+    sums.extend(pages.iter().flat_map(|page| sum_of(key, page)));
 }
 
 fn sum_of(key: &[u8; KEY_LEN], page: &Page) -> [u8; SUM_LEN] {
@@ -65,7 +65,7 @@ pub struct Offered {
 struct Sums {
     /// Where a run starts, and which hash is its first; ascending in both.
     runs: Vec<(u64, usize)>,
-    sums: Vec<[u8; SUM_LEN]>,
+    of_pages: Vec<[u8; SUM_LEN]>,
     end: u64,
 }
 
@@ -90,9 +90,9 @@ impl Offered {
             return Err(OfferError::Order(space));
         }
         if of.runs.is_empty() || of.end != start {
-            of.runs.push((start, of.sums.len()));
+            of.runs.push((start, of.of_pages.len()));
         }
-        of.sums.extend_from_slice(sums);
+        of.of_pages.extend_from_slice(sums);
         of.end = start + sums.len() as u64 * PAGE_SIZE;
         Ok(())
     }
@@ -107,9 +107,9 @@ impl Offered {
         let of = self.spaces.get(&space)?;
         let next = of.runs.partition_point(|(start, _)| *start <= page);
         let (start, first) = *of.runs.get(next.checked_sub(1)?)?;
-        let end = of.runs.get(next).map_or(of.sums.len(), |(_, first)| *first);
+        let end = of.runs.get(next).map_or(of.of_pages.len(), |(_, first)| *first);
         let at = first + usize::try_from((page - start) / PAGE_SIZE).ok()?;
-        of.sums[..end].get(at).copied()
+        of.of_pages[..end].get(at).copied()
     }
 }
 

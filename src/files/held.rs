@@ -110,14 +110,12 @@ fn sum_of(key: &[u8; KEY_LEN], block: &[u8]) -> BlockSum {
     *blake3::keyed_hash(key, block).as_bytes().first_chunk().expect("a BLAKE3 hash has 32 bytes")
 }
 
-/// Reads the files of a copy and calls `each` with a path, the number of a block, and the hashes of that one and those behind
-/// it, until it says false. What a host's crash would take back is written to its disk first. Nothing, if there is no copy, or
+/// Is told a file's path, the number of a block, and the hashes of that one and those behind it; false for no more.
+pub type EachFile<'a> = dyn FnMut(&[u8], u64, Vec<u8>) -> bool + 'a;
+
+/// Reads the files of a copy and tells the hashes of their blocks. What a host's crash would take back is written to its disk first. Nothing, if there is no copy, or
 /// if it is an overlay's.
-pub fn hashes(
-    copy: &Target,
-    key: &[u8; KEY_LEN],
-    each: &mut dyn FnMut(&[u8], u64, Vec<u8>) -> bool,
-) -> io::Result<()> {
+pub fn hashes(copy: &Target, key: &[u8; KEY_LEN], each: &mut EachFile<'_>) -> io::Result<()> {
     if copy.upper.is_some() {
         return Ok(());
     }
@@ -135,7 +133,7 @@ fn in_directory(
     dir: BorrowedFd<'_>,
     path: &mut Vec<u8>,
     key: &[u8; KEY_LEN],
-    each: &mut dyn FnMut(&[u8], u64, Vec<u8>) -> bool,
+    each: &mut EachFile<'_>,
     depth: usize,
 ) -> io::Result<bool> {
     if depth > DEPTH_MAX {
@@ -172,7 +170,7 @@ fn in_file(
     size: u64,
     path: &[u8],
     key: &[u8; KEY_LEN],
-    each: &mut dyn FnMut(&[u8], u64, Vec<u8>) -> bool,
+    each: &mut EachFile<'_>,
 ) -> io::Result<bool> {
     let (blocks, mut buf) = (blocks_in(size), vec![0; BLOCK_SIZE.min(size as usize)]);
     let mut data = next_block(file, 0)?;
@@ -240,11 +238,11 @@ pub(super) fn keep_only(dir: BorrowedFd<'_>, name: &CStr, runs: &[Blocks], is_al
     };
     if is_alone {
         let mut from = 0;
-        for kept in runs.iter().map(bytes).chain([size..size]) {
+        for kept in runs.iter().map(bytes) {
             empty(&file, from, kept.start)?;
             from = kept.end;
         }
-        return Ok(());
+        return empty(&file, from, size);
     }
     unlinkat(dir, name, UnlinkatFlags::NoRemoveDir)?;
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;

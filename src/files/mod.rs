@@ -55,7 +55,7 @@ mod watch;
 
 pub use apply::{ApplyError, Receiver, VerifyError, verify};
 pub use clone::Cloning;
-pub use held::{Blocks, HeldFiles, OutOfOrder, has_blocks, hashes};
+pub use held::{Blocks, EachFile, HeldFiles, OutOfOrder, has_blocks, hashes};
 pub use scan::{FilesStats, InUse, Phase, ScanError, Scanner};
 pub use state::FileId;
 pub use tree::{Source, Target};

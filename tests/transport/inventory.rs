@@ -44,7 +44,8 @@ async fn asked(ends: &Ends, pages_max: u64) -> (InventoryReceiver, InventorySend
         assert!(head == FrameHead::Ask(ask.clone()) && body.is_empty());
         stream.into_inventory(&ask)
     };
-    let (receiver, sender) = soon(async { tokio::join!(ends.from.ask_inventory(&ask), answer) }).await;
+    let (receiver, sender) =
+        Box::pin(soon(async { tokio::join!(ends.from.ask_inventory(&ask), answer) })).await;
     (receiver.unwrap(), sender)
 }
 
@@ -60,7 +61,7 @@ async fn drain(mut receiver: InventoryReceiver) -> Result<usize, RecvInventoryEr
 #[tokio::test]
 async fn an_inventory_arrives_whole() {
     let ends = ends().await;
-    let (receiver, mut sender) = asked(&ends, 1 << 20).await;
+    let (receiver, mut sender) = Box::pin(asked(&ends, 1 << 20)).await;
     let send = async {
         sender.frame(OF, &[]).await?;
         // More than any window holds.
@@ -77,15 +78,15 @@ async fn an_inventory_arrives_whole() {
 #[tokio::test]
 async fn one_that_breaks_off_or_has_no_beginning_is_none() {
     let ends = ends().await;
-    let (receiver, sender) = asked(&ends, 10).await;
+    let (receiver, sender) = Box::pin(asked(&ends, 10)).await;
     drop(sender);
     assert!(matches!(soon(drain(receiver)).await, Err(RecvInventoryError::Read { .. })));
-    let (receiver, mut sender) = asked(&ends, 10).await;
+    let (receiver, mut sender) = Box::pin(asked(&ends, 10)).await;
     soon(sender.frame(OF, &[])).await.unwrap();
     soon(sender.frame(PAGES, &[7; SUM_LEN])).await.unwrap();
     drop(sender);
     assert!(matches!(soon(drain(receiver)).await, Err(RecvInventoryError::Read { .. })));
-    let (_receiver, mut sender) = asked(&ends, 10).await;
+    let (_receiver, mut sender) = Box::pin(asked(&ends, 10)).await;
     assert!(matches!(soon(sender.frame(PAGES, &[7; SUM_LEN])).await, Err(SendInventoryError::Rules(_))));
 }
 
@@ -104,14 +105,14 @@ async fn more_than_was_asked_for_is_not_taken() {
         let _ = sender.finish().await;
     };
     let ask = async { drain(ends.from.ask_inventory(&ask).await.unwrap()).await };
-    let (received, ()) = soon(async { tokio::join!(ask, answer) }).await;
+    let (received, ()) = Box::pin(soon(async { tokio::join!(ask, answer) })).await;
     assert!(matches!(received, Err(RecvInventoryError::Refused { .. })));
 }
 
 #[tokio::test]
 async fn a_receiver_that_has_gone_ends_the_sender() {
     let ends = ends().await;
-    let (receiver, mut sender) = asked(&ends, 1 << 26).await;
+    let (receiver, mut sender) = Box::pin(asked(&ends, 1 << 26)).await;
     soon(sender.frame(OF, &[])).await.unwrap();
     drop(receiver);
     let send = async {

@@ -314,7 +314,9 @@ impl Capturer {
         emit(head, Vec::new())?;
         if let Some(files) = &mut self.files {
             let kept_bytes = files.send_ahead(emit)?;
-            resync.iter_mut().for_each(|resync| resync.full_bytes += kept_bytes);
+            if let Some(resync) = &mut resync {
+                resync.full_bytes = kept_bytes;
+            }
         }
         let mut figures = EpochFigures { id, full, resync, ..EpochFigures::default() };
         let pending = self.precopy(&mut figures, emit)?;
