@@ -11,6 +11,9 @@
 //!   the epoch was not committed ── reset() ──► the next scan sends everything
 //! ```
 //!
+//! Where nothing is known of a copy that holds something, it is asked ([`hashes`], [`Scanner::offer`]): the blocks that are the
+//! same there are kept and not sent.
+//!
 //! Invariants:
 //! - What the scanner remembers is what the records emitted so far make of a copy. A scan of the running
 //!   workload may thus see a torn state: the scan in the freeze, relative to it, puts it right. Only the
@@ -46,6 +49,7 @@ mod diff;
 mod held;
 mod later;
 mod look;
+mod make;
 mod scan;
 mod state;
 mod sys;

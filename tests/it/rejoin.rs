@@ -158,10 +158,9 @@ fn only_a_copy_that_runs_elsewhere_makes_way() {
     assert_eq!(cluster.running_copies(Host::A), 0);
 }
 
-#[test]
-fn files_that_a_crashed_host_still_has_are_not_sent_again() {
-    const FILES: u64 = 32 << 20;
-    let mut cluster = Cluster::up("rejoin-files");
+/// B runs a redis with 32 MiB of files, since the host A has lost its power.
+fn with_files(hint: &str) -> Cluster {
+    let cluster = Cluster::up(hint);
     let fill = "mkdir /srv/redis && head -c 32M /dev/urandom > /srv/redis/big";
     cluster.lab.ok(Host::A, &["sh", "-c", fill]);
     cluster.run_redis_with(&["--path", "/srv/redis"], &["--appendonly", "yes", "--dir", "/srv/redis"]);
@@ -171,6 +170,35 @@ fn files_that_a_crashed_host_still_has_are_not_sent_again() {
     settle(&cluster);
     cluster.lab.kill(Host::A);
     cluster.wait_state(Host::B, "primary", "alone");
+    cluster
+}
+
+#[test]
+fn blocks_that_change_after_they_were_told_are_noticed_and_everything_is_sent() {
+    let mut cluster = with_files("rejoin-wrong");
+    cluster.lab.boot(Host::A);
+    // Somebody writes into the copy all the time: what it tells is not so any more when it is counted on.
+    let write = format!(
+        "i=0; while :; do i=$((i+1)); echo $i | dd of={REDIS_FILES}/big bs=65536 seek=$((i%512)) conv=notrunc status=none; done"
+    );
+    let mut writer = cluster.lab.spawn(Host::A, &["sh", "-c", &write]);
+    cluster.start_agent(Host::A);
+    cluster.wait_state(Host::B, "primary", "protected");
+    writer.kill().expect("it runs");
+    writer.wait().expect("it can be waited for");
+    let history = cluster.json(Host::B, &["history", "redis"]);
+    let failed =
+        history["events"].as_array().expect("events").iter().filter(|event| event["kind"] == "epoch-failed");
+    let details: Vec<_> = failed.map(|event| event["detail"].as_str().expect("a text")).collect();
+    assert!(details.iter().any(|detail| detail.contains("is not here any more")), "{details:?}");
+    let copied = full_epochs(&cluster, Host::B).remove(0);
+    assert!(copied["resync"].is_null() && copied["shipped_bytes"].as_u64() > Some(32 << 20), "{copied:#}");
+}
+
+#[test]
+fn files_that_a_crashed_host_still_has_are_not_sent_again() {
+    const FILES: u64 = 32 << 20;
+    let mut cluster = with_files("rejoin-files");
     let sum = |cluster: &Cluster, host| cluster.lab.ok(host, &["md5sum", &format!("{REDIS_FILES}/big")]);
     let before = sum(&cluster, Host::B);
     let pid = cluster.status(Host::B, "redis")["pid"].to_string();
