@@ -127,6 +127,13 @@ pub struct Extent {
     pub pages: u64,
 }
 
+impl fmt::Display for Resync {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { resync_bytes, full_bytes } = self;
+        write!(f, "{resync_bytes} bytes for what the standby lacked, instead of {full_bytes} for all")
+    }
+}
+
 impl Extent {
     /// Address of the first byte behind the run.
     pub fn end(&self) -> u64 {
@@ -158,6 +165,18 @@ pub struct EpochFigures {
     pub resident_bytes: u64,
     /// Wall clock at the freeze, milliseconds since 1970 (for people and history; decides nothing).
     pub frozen_at_unix_ms: u64,
-    /// Whether the whole memory was sent because the standby had no base for it.
+    /// Whether the whole memory was looked at: it was sent, or compared with what the standby says it holds.
     pub full: bool,
+    /// What was compared so.
+    #[serde(default)]
+    pub resync: Option<Resync>,
+}
+
+/// What it took to bring a standby up to date that held an image of which the primary knew nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resync {
+    /// Bytes both ways: the standby's hashes and the epoch.
+    pub resync_bytes: u64,
+    /// Bytes that would have been sent without them: those of the epoch, and what was found to be there already.
+    pub full_bytes: u64,
 }

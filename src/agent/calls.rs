@@ -109,6 +109,10 @@ impl Agent {
         self.ask(name, |answer| Msg::Fence { answer }).await?
     }
 
+    pub(super) async fn rejoin(&self, name: &Name) -> Result<WorkloadStatus, ApiError> {
+        self.ask(name, |answer| Msg::Rejoin { answer }).await?
+    }
+
     pub(super) async fn unfence(&self, name: &Name) -> Result<WorkloadStatus, ApiError> {
         self.ask(name, |answer| Msg::Unfence { answer }).await?
     }

@@ -41,7 +41,7 @@ use crate::{
     config::Config,
     drill::{self, Last, Outcome, Report},
     ha::{Core, Standing},
-    model::Name,
+    model::{EpochId, Name},
     observe::unix_ms,
     store::LAYERS_MAX,
     transport::block_in_place,
@@ -252,7 +252,9 @@ impl Owner {
                 )));
             }
         };
-        let standby = self.standby.clone().filter(|standby| standby.held().is_some());
+        // One of an older term is a base for the next, and nothing to run.
+        let is_current = |held: EpochId| held.term == self.term();
+        let standby = self.standby.clone().filter(|standby| standby.held().is_some_and(is_current));
         let standby = standby.ok_or_else(|| {
             ApiError::refused(format!("no epoch of {name} is held here yet; see `standin status {name}`"))
         })?;

@@ -7,10 +7,12 @@ use super::{
     api::{ApiError, UnprotectRequest, WorkloadStatus},
     home::Home,
     owner::{Answer, Owner},
+    standby::Standby,
     trees,
 };
 use crate::{
     ha::{Input, Standing},
+    observe::in_full,
     transport::block_in_place,
     workload::spec::PlaceSpec,
 };
@@ -45,7 +47,7 @@ impl Owner {
     pub(super) fn unprotected(&mut self) {
         self.end_session();
         self.core = None;
-        self.standby = None;
+        self.drop_image();
         self.durable.record = None;
         self.durable.peer = None;
         if let Some(home) = &self.home
@@ -74,12 +76,22 @@ impl Owner {
         self.event("forgotten", "the primary has ended the protection", None);
         self.finish_drill("the primary has ended the protection");
         self.core = None;
-        if let Some(standby) = self.standby.take() {
-            let _ = block_in_place(|| standby.remove());
-        }
+        self.drop_image();
         self.destroy_home();
         self.clear_shm();
         self.gone = true;
+    }
+
+    /// Also of one that is kept beside the workload.
+    fn drop_image(&mut self) {
+        if Standby::is_kept(&self.agent, &self.name)
+            && let Err(error) = self.open_standby()
+        {
+            tracing::warn!(error = in_full(&error), "an image that is not needed any more stays");
+        }
+        if let Some(standby) = self.standby.take() {
+            let _ = block_in_place(|| standby.remove());
+        }
     }
 
     fn clear_shm(&self) {

@@ -315,6 +315,10 @@ impl Shipping {
         };
         let mut figures = self.captured.figures.clone();
         figures.shipped_bytes = shipped.bytes;
+        if let Some(resync) = &mut figures.resync {
+            resync.resync_bytes += shipped.bytes;
+            resync.full_bytes += shipped.bytes;
+        }
         let from_thaw = shipped.at.saturating_duration_since(self.thawed());
         figures.ship_us = from_thaw.as_micros() as u64;
         let tail = shipped.at.saturating_duration_since(self.since());

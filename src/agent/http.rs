@@ -108,6 +108,7 @@ async fn route(agent: &Arc<Agent>, request: Request<Incoming>) -> Result<Vec<u8>
         }
         ["v1", "workloads", name, "verify"] if post => json(&agent.verify(&parse(name)?).await?),
         ["v1", "workloads", name, "fence"] if post => json(&agent.fence(&parse(name)?).await?),
+        ["v1", "workloads", name, "rejoin"] if post => json(&agent.rejoin(&parse(name)?).await?),
         ["v1", "workloads", name, "unfence"] if post => json(&agent.unfence(&parse(name)?).await?),
         ["v1", "workloads", name, "commit"] if post => {
             json(&agent.set_commit(&parse(name)?, body(request).await?).await?)

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Agent, arrival, owner::Msg, standby};
+use super::{Agent, arrival, owner::Msg, receiving};
 use crate::{
     transport::{Channel, Connection},
     wire::message::{Reply, Request},
@@ -71,7 +71,7 @@ async fn serve_bulk(agent: Arc<Agent>, connection: Connection) {
     while let Ok(receiver) = connection.accept_epoch().await {
         let agent = Arc::clone(&agent);
         connection.thread().spawn(async move {
-            if let Err(error) = standby::receive(&agent, receiver).await {
+            if let Err(error) = Box::pin(receiving::receive(&agent, receiver)).await {
                 tracing::debug!(%error, "an epoch did not arrive");
             }
         });

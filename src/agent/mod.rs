@@ -3,11 +3,12 @@
 //! | file | owns |
 //! |---|---|
 //! | [`api`], `http`, `calls` | the control API: its shapes, its socket, its answers |
-//! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
+//! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `rejoin`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
 //! | `command` | the fence command |
 //! | `verifying` | the warm image, compared again with what was received |
 //! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
-//! | `standby` | the standby's: receive, commit, fold, restore |
+//! | `receiving`, `standby` | the standby's: receive, commit; fold, restore |
+//! | `inventory` | what a standby holds, by hashes, where the primary does not know |
 //! | `drill` | a restore on trial, isolated, beside all that |
 //! | `home` | the workload's place and addresses |
 //! | `trees` | the files of its declared paths |
@@ -31,11 +32,14 @@ mod handoff;
 mod home;
 mod http;
 mod inbound;
+mod inventory;
 mod links;
 mod orders;
 mod output;
 mod owner;
 mod promotion;
+mod receiving;
+mod rejoin;
 mod roles;
 mod session;
 mod standby;

@@ -1,10 +1,11 @@
-//! What operators order beside handoffs: failover, fence and unfence, pause and resume.
+//! What operators order beside handoffs: failover, fence and unfence, pause and resume; for rejoin see [`super::rejoin`].
 //!
 //! Each is answered when it is done, or will not be; none is safe that cannot be, without `force`.
 
 use super::{
     api::{ApiError, FailoverRequest, WorkloadStatus},
     owner::{Answer, Msg, Owner},
+    rejoin::Rejoin,
 };
 use crate::{
     arbiter::{Report, Wanted},
@@ -18,6 +19,7 @@ pub(super) enum Order {
     Fence(Answer<WorkloadStatus>),
     Unfence(Answer<WorkloadStatus>),
     Pause(Answer<WorkloadStatus>),
+    Rejoin(Rejoin),
 }
 
 impl Order {
@@ -26,6 +28,7 @@ impl Order {
             Self::Failover(answer) | Self::Fence(answer) | Self::Unfence(answer) | Self::Pause(answer) => {
                 answer
             }
+            Self::Rejoin(rejoin) => rejoin.answer,
         }
     }
 }
@@ -161,6 +164,7 @@ impl Owner {
             },
             Some(Order::Fence(_)) => kept.then_some(Ok(())),
             Some(Order::Unfence(_)) => (!kept).then_some(Ok(())),
+            Some(Order::Rejoin(_)) => return self.look_at_rejoin(),
             Some(Order::Pause(_)) | None => None,
         };
         match outcome {

@@ -33,8 +33,9 @@ use super::{
     handoff::Handoff,
     home::Home,
     orders,
+    receiving::Received,
     session::{HandoffDone, Order, Permit, SessionError},
-    standby::{Received, Standby},
+    standby::Standby,
     verifying::Verified,
 };
 use crate::{
@@ -85,6 +86,9 @@ pub(super) enum Msg {
         answer: Answer<WorkloadStatus>,
     },
     Unfence {
+        answer: Answer<WorkloadStatus>,
+    },
+    Rejoin {
         answer: Answer<WorkloadStatus>,
     },
     Pause {
@@ -147,8 +151,9 @@ pub(super) enum Msg {
         received: Box<Received>,
         answer: oneshot::Sender<EpochAnswer>,
     },
-    /// The standby for an epoch that begins to arrive.
+    /// The standby for an epoch of this peer's that begins to arrive.
     StandbyOf {
+        peer: String,
         answer: oneshot::Sender<Option<Arc<Standby>>>,
     },
     Persisted(Ticket),
@@ -375,6 +380,7 @@ impl Owner {
             Msg::Failover { request, answer } => self.failover(request, answer),
             Msg::Fence { answer } => self.fence_by_order(answer),
             Msg::Unfence { answer } => self.unfence_by_order(answer),
+            Msg::Rejoin { answer } => self.rejoin(answer),
             Msg::Pause { answer } => self.pause(answer),
             Msg::Resume { answer } => {
                 let _ = answer.send(self.resume_protection());
@@ -412,6 +418,7 @@ impl Owner {
                 if let Message::TakeOver { epoch, .. } = message {
                     self.taken_over = Some(epoch);
                 }
+                self.heard_for_rejoin(&message);
                 self.via = Some(via);
                 if self.core.is_some() {
                     self.feed(Input::Message(message));
@@ -421,9 +428,10 @@ impl Owner {
                 }
             }
             Msg::Offer(offer) => self.answer_offer(*offer),
-            Msg::StandbyOf { answer } => {
-                let standing = self.standing();
-                let standby = self.standby.clone().filter(|_| standing == Some(Standing::Standby));
+            Msg::StandbyOf { peer, answer } => {
+                let is_ours =
+                    self.standing() == Some(Standing::Standby) && self.durable.peer.as_deref() == Some(&peer);
+                let standby = self.standby.clone().filter(|_| is_ours);
                 let _ = answer.send(standby);
             }
             Msg::Received { received, answer } => {
@@ -555,7 +563,7 @@ impl Owner {
         });
     }
 
-    fn tell(&mut self, message: Message) {
+    pub(super) fn tell(&mut self, message: Message) {
         let heartbeat = matches!(message, Message::Heartbeat { .. } | Message::Ack { .. });
         let lease = self.link().and_then(|link| link.lease());
         // An ack goes back the way its heartbeat came; everything else prefers the connection that we dialled.
@@ -607,6 +615,9 @@ impl Owner {
     fn epoch_committed(&mut self, figures: EpochFigures) {
         if self.last_committed.is_none() || figures.full {
             self.event("protected", "the standby holds a whole epoch", Some(figures.id));
+        }
+        if let Some(resync) = figures.resync {
+            self.event("resynced", &resync.to_string(), Some(figures.id));
         }
         self.history.add_epoch(figures.clone());
         self.last_committed = Some((figures, Instant::now()));

@@ -173,7 +173,7 @@ impl Owner {
         self.announced = Some((since, round + 1));
     }
 
-    /// The restored tree has all its memory: the image is not needed any more.
+    /// The restored tree has all its memory: the image is not needed for it any more.
     pub(super) fn pages_served(&mut self) {
         self.lazy_pages = false;
         // An image cannot be removed while it is read: a drill's end comes here again.
@@ -181,7 +181,7 @@ impl Owner {
             && self.drill.is_none()
             && let Some(standby) = self.standby.take()
         {
-            block_in_place(|| standby.remove());
+            block_in_place(|| standby.retire(self.agent.config.store));
         }
     }
 

@@ -322,7 +322,7 @@ impl Owner {
     }
 
     /// The term that is on disk here.
-    fn term(&self) -> Term {
+    pub(super) fn term(&self) -> Term {
         self.core.as_ref().map_or(Term(0), |core| core.record().term)
     }
 
@@ -411,7 +411,7 @@ impl Owner {
         }
     }
 
-    fn open_standby(&mut self) -> anyhow::Result<()> {
+    pub(super) fn open_standby(&mut self) -> anyhow::Result<()> {
         if self.standby.is_none() {
             self.standby = Some(Arc::new(block_in_place(|| Standby::open(&self.agent, &self.name))?));
         }
@@ -425,7 +425,10 @@ impl Owner {
         }
         self.home = None;
         let (agent, spec) = (Arc::clone(&self.agent), self.durable.spec.clone());
-        let fresh = self.standby.as_ref().is_none_or(|standby| standby.held().is_none());
+        // Files that the workload has changed since the held epoch are not those of it.
+        let ran = Standby::has_run(&self.agent, &self.name);
+        let fresh =
+            self.standby.as_ref().and_then(|standby| standby.held()).is_none_or(|held| ran >= Some(held));
         let mut home = block_in_place(|| {
             Home::destroy(&agent, spec.place.name())?;
             Home::create(&agent, &spec.place, fresh)

@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     api::ErrorCode,
     flight::{self, Capturing, Committed, Failed, Final, Hand, Judged, Shipping},
+    inventory::{self, Wanted},
     links::Link,
     output,
     owner::Msg,
@@ -32,6 +33,7 @@ use crate::{
         converge::{Allowed, Convergence, Step},
         pace::Pace,
     },
+    delta::Offered,
     model::{Epoch, EpochId, Name, Term},
     takeover::hold::Hold,
     transport::{block_in_place, connection::RequestError, epoch::SendEpochError},
@@ -172,6 +174,10 @@ pub(super) struct Progress {
     last_cost: Duration,
     /// The standby has accepted the workload, and nothing has gone wrong since.
     pub(super) offered: bool,
+    /// The base is known by what the standby told of it, and no epoch upon it was committed yet.
+    told: bool,
+    /// That failed: what the standby tells is not asked for again before all memory was sent.
+    tells_wrong: bool,
     pub(super) pace: Pace,
     /// What the pace is of.
     pub(super) commit: Commit,
@@ -199,6 +205,8 @@ impl Session {
             shipping: None,
             last_cost: Duration::ZERO,
             offered: false,
+            told: false,
+            tells_wrong: false,
             pace: output::pace(&self.spec, commit),
             commit,
             slowed: false,
@@ -275,30 +283,59 @@ impl Session {
         }
         let resident = block_in_place(|| capturer.resident_bytes());
         let held = match resident {
-            Ok(resident_bytes) => self.ask_standby(resident_bytes).await,
+            Ok(bytes) => self.ask_standby(bytes).await.map(|held| (held, bytes)),
             Err(error) => Err(error.into()),
         };
-        let held = match held {
+        let (held, resident_bytes) = match held {
             Ok(held) => held,
             Err(error) => return Some(Err(error)),
         };
         if let Some(unsettled) = at.unsettled.take() {
             if held == Some(unsettled) {
                 capturer.committed();
-                at.base = held;
+                (at.base, at.told) = (held, false);
                 output::release(self.hold.as_ref(), unsettled);
             } else {
                 at.failed = true;
             }
         }
-        if at.base != held {
+        if at.base != held || std::mem::take(&mut at.told) {
             at.base = None;
+        }
+        if at.base.is_none() && !at.tells_wrong {
+            self.resync(at, held, resident_bytes).await?;
         }
         if let Some(held) = held.filter(|held| held.term == self.term) {
             at.next = at.next.max(Epoch(held.epoch.0 + 1));
         }
         at.offered = true;
         Some(Ok(()))
+    }
+
+    /// Asks the standby what it holds, of which nothing is known here. If it does not say, all is sent.
+    async fn resync(&self, at: &mut Progress, held: Option<EpochId>, resident_bytes: u64) -> Option<()> {
+        let capturer = at.hand.get().await?;
+        if std::mem::take(&mut at.failed) {
+            capturer.failed();
+        }
+        let files = capturer.has_files();
+        if capturer.needs_full() || (held.is_none() && !files) {
+            return Some(());
+        }
+        match inventory::ask(&self.link, &self.name, &Wanted { held, resident_bytes, files }).await {
+            Ok(told) if told.pages.is_none() && told.files.is_empty() => {}
+            Ok(told) => {
+                let (pages, bytes) = (told.pages.as_ref().map(Offered::pages), told.bytes);
+                tracing::info!(name = %self.name, ?held, pages, bytes, "the standby tells what it holds");
+                at.base = held.filter(|_| pages.is_some());
+                at.told = true;
+                capturer.resync(told);
+            }
+            Err(error) => {
+                tracing::warn!(name = %self.name, ?held, %error, "what the standby holds is not known: all is sent");
+            }
+        }
+        Some(())
     }
 
     /// Offers it; what the standby holds.
@@ -380,7 +417,7 @@ impl Session {
             hold: self.hold.clone(),
             epoch: id,
             // The first epoch takes as long as all memory does; what a takeover needs of it is there with the second.
-            holds: at.commit == Commit::Output && follows,
+            holds: at.commit == Commit::Output && follows && !at.told,
         };
         let how = flight::How { freeze_after, judged, around };
         let (hand, capturing) =
@@ -507,6 +544,7 @@ impl Progress {
     fn commit(&mut self, id: EpochId, cost: Duration) {
         self.commits += 1;
         self.base = Some(id);
+        (self.told, self.tells_wrong) = (false, false);
         self.last_cost = cost;
     }
 
@@ -518,6 +556,7 @@ impl Progress {
             SessionError::NeedFull(_) => {
                 self.failed = true;
                 self.base = None;
+                self.tells_wrong |= std::mem::take(&mut self.told);
             }
             SessionError::Send(_) | SessionError::NoConnection => self.unsettled = Some(id),
             _ => self.failed = true,

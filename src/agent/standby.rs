@@ -1,12 +1,10 @@
-//! The standby's side: epochs come in, are committed, folded and made ready; the newest is restored on demand.
+//! The standby's side: what was received is folded and made ready; the newest epoch is restored on demand.
 //!
 //! ```text
-//!  receive (a stream) ──► Received ──owner: accepts_epoch──► commit ──► ack
-//!                                                             └─► fold ──► materialise (in the background)
+//!  receiving ──► commit ──► fold ──► materialise (in the background) ──► restore
 //! ```
 //!
-//! Invariants: commits go through the workload's owner one at a time, so that an epoch is never committed behind a
-//! promotion's back; a restore works on a frozen view of the store; until a lazy restore has every page, a mark on disk
+//! Invariants: a restore works on a frozen view of the store; until a lazy restore has every page, a mark on disk
 //! says so, and an agent that finds it waits for whoever serves the pages, or restores anew if nobody does
 //! ([`Standby::marked`]); before the tree of a workload with files is let run, another says that ([`Standby::has_run`]).
 
@@ -15,11 +13,11 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use anyhow::Context;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use super::{Agent, durable, home::Home, owner::Msg, trees};
 use crate::{
@@ -30,24 +28,21 @@ use crate::{
         images,
         lazy::{Mark, Pager, PagerHandle},
     },
-    model::{EpochId, Extent, Name, Space, Term},
+    model::{EpochId, Extent, Name, Space},
     observe::unix_ms,
     restore::{self, Ahead, Mode, Recency, Step},
-    store::{
-        BeginError, CommitError, Durability, FileChanges, FoldError, FreezeError, StageError, Staging, Store,
-        VerifyError, View,
+    store::{Durability, FileChanges, FoldError, FreezeError, Store, VerifyError, View},
+    wire::{
+        inventory::{Ask, Held},
+        message::FileRecord,
     },
-    transport::EpochReceiver,
-    wire::message::{EpochAnswer, FrameHead},
 };
-
-/// Frames between the network and the store.
-const FRAMES_MAX: usize = 8;
 
 /// The warm image of one workload, and what is made of it.
 pub(super) struct Standby {
-    store: Store,
+    pub(super) store: Store,
     ready_root: PathBuf,
+    place: durable::Place,
     mark: PathBuf,
     run_mark: PathBuf,
     newest: Mutex<Option<(EpochId, Note)>>,
@@ -77,16 +72,17 @@ impl Standby {
             StoreKind::Memory => Durability::Memory,
             StoreKind::Disk => Durability::Disk,
         };
-        let root = agent.config.store_dir.join("images");
+        let root = images_dir(agent);
         let place = durable::Place::of(&agent.config.state_dir, name);
         let (mark, run_mark) = (place.lazy_mark(), place.run_mark());
-        let config = agent.config.clone();
+        let (config, kept) = (agent.config.clone(), place.clone());
         let files = Box::new(move |changes: &FileChanges<'_>| trees::apply(&config, &place, changes));
         let store = Store::open(&root, name, durability, files)?;
         let newest = store.view().and_then(|view| Some((view.id(), Note::read(&view.criu_dir()).ok()?)));
         Ok(Self {
             store,
             ready_root: agent.config.store_dir.join("ready").join(name.as_str()),
+            place: kept,
             mark,
             run_mark,
             newest: Mutex::new(newest),
@@ -104,6 +100,30 @@ impl Standby {
         let mut bytes = 0;
         view.for_each_extent(|_, extent| bytes += extent.bytes());
         Some((view.id(), view.verify().map(|()| bytes)))
+    }
+
+    /// Tells what the newest epoch is, hashes of its pages and of the files, all read again, until told to stop.
+    pub(super) fn inventory(
+        &self,
+        agent: &Agent,
+        ask: &Ask,
+        tell: &mut dyn FnMut(Held, Vec<u8>) -> bool,
+    ) -> anyhow::Result<()> {
+        // With its files as they will be when the next epoch's changes are made.
+        let view = self.held().map(|_| self.store.view_with_files()).transpose()?;
+        if let Some(view) = view.as_ref().filter(|view| tell(Held::Epoch(view.id()), Vec::new())) {
+            view.hash_pages(&ask.key, |space, start, sums| tell(Held::Pages { space, start }, sums))?;
+        }
+        if ask.blocks_max > 0 {
+            trees::hashes(&agent.config, &self.place, &ask.key, tell)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the blocks of a file are there that an epoch is to keep.
+    pub(super) fn has_blocks(&self, agent: &Agent, record: &FileRecord) -> anyhow::Result<bool> {
+        let _as_they_will_be = self.held().map(|_| self.store.view_with_files()).transpose()?;
+        Ok(trees::has_blocks(&agent.config, &self.place, record)?)
     }
 
     /// The newest committed epoch.
@@ -210,7 +230,7 @@ impl Standby {
     }
 
     /// Tries again what failed.
-    fn mend(&self) -> Result<(), String> {
+    pub(super) fn mend(&self) -> Result<(), String> {
         let mut trouble = lock(&self.folding);
         if trouble.is_some() {
             *trouble = self.store.fold().err().map(|error| error.to_string());
@@ -266,6 +286,28 @@ impl Standby {
         });
     }
 
+    /// Whether there is an image of it here, of whatever epoch.
+    pub(super) fn is_kept(agent: &Agent, name: &Name) -> bool {
+        images_dir(agent).join(name.as_str()).exists()
+    }
+
+    /// The workload runs here and has all its pages. On a disk the image stays, so that this host needs no full copy should
+    /// it become the standby again; in RAM it would take the workload's memory twice.
+    pub(super) fn retire(&self, kind: StoreKind) {
+        if kind == StoreKind::Memory {
+            self.remove();
+            return;
+        }
+        lock(&self.ahead).criu = None;
+        self.clear_ready();
+    }
+
+    /// Removes what was made of the image.
+    fn clear_ready(&self) {
+        let _ = fs::remove_dir_all(&self.ready_root);
+        let _ = fs::remove_file(&self.mark);
+    }
+
     /// Removes the image; whether that was done. It cannot be while it is read.
     pub(super) fn remove(&self) -> bool {
         lock(&self.ahead).criu = None;
@@ -273,10 +315,13 @@ impl Standby {
         if let Err(error) = &removed {
             tracing::warn!(%error, "the image could not be removed");
         }
-        let _ = fs::remove_dir_all(&self.ready_root);
-        let _ = fs::remove_file(&self.mark);
+        self.clear_ready();
         removed.is_ok()
     }
+}
+
+fn images_dir(agent: &Agent) -> PathBuf {
+    agent.config.store_dir.join("images")
 }
 
 /// Addresses of a task's memory that may be filled after it runs.
@@ -297,148 +342,6 @@ pub(super) fn lazy_extents(dir: &Path, space: Space) -> anyhow::Result<Vec<Exten
 pub(super) fn pids(dir: &Path) -> anyhow::Result<Vec<u32>> {
     let tasks = images::pstree(&images::read(dir, images::PSTREE_FILE)?)?;
     Ok(tasks.iter().flat_map(|task| task.threads.iter().copied().chain([task.pid])).collect())
-}
-
-// Receiving.
-
-/// A whole epoch, verified, not committed.
-pub(super) struct Received {
-    staging: Staging,
-    note: Note,
-}
-
-impl Received {
-    pub(super) fn id(&self) -> EpochId {
-        self.staging.id()
-    }
-
-    /// The atomic step; the answer to the primary if it fails.
-    pub(super) fn commit(self) -> Result<Note, EpochAnswer> {
-        match self.staging.commit() {
-            Ok(_) => Ok(self.note),
-            Err(error) => Err(commit_refusal(&error)),
-        }
-    }
-}
-
-fn commit_refusal(error: &CommitError) -> EpochAnswer {
-    let reason = error.to_string();
-    if error.needs_full() { EpochAnswer::NeedFull { held: None, reason } } else { refused(reason) }
-}
-
-fn stage_refusal(error: &StageError) -> EpochAnswer {
-    let reason = error.to_string();
-    if !error.needs_full() {
-        return refused(reason);
-    }
-    // The primary tells its operator too; but it is here that an image or a memory may be damaged.
-    tracing::error!(%error, "an epoch does not fit what is held");
-    EpochAnswer::NeedFull { held: None, reason }
-}
-
-fn refused(reason: String) -> EpochAnswer {
-    EpochAnswer::Refused { term: Term(0), reason }
-}
-
-/// Takes one epoch in and answers it.
-pub(super) async fn receive(agent: &Arc<Agent>, mut receiver: EpochReceiver) -> anyhow::Result<()> {
-    let Some((FrameHead::Begin { name, id, base }, _)) = receiver.next_frame().await? else {
-        anyhow::bail!("an epoch that does not begin");
-    };
-    let owner = agent.owner_for(&name, receiver.peer()).context("an epoch of an unknown workload")?;
-    let (ask, standby) = oneshot::channel();
-    owner.send(Msg::StandbyOf { answer: ask }).await?;
-    let Some(standby) = standby.await? else {
-        receiver.answer(&refused(format!("{name} has no standby here now"))).await?;
-        return Ok(());
-    };
-    let mut waited = Duration::ZERO;
-    let mut answer = match stage(&standby, id, base, &mut receiver, &mut waited).await? {
-        Ok(received) => {
-            let (answer, answered) = oneshot::channel();
-            let asked = Instant::now();
-            owner.send(Msg::Received { received: Box::new(received), answer }).await?;
-            let answer = answered.await?;
-            waited += asked.elapsed();
-            answer
-        }
-        Err(answer) => answer,
-    };
-    if let EpochAnswer::Committed { busy_us, .. } = &mut answer {
-        *busy_us = waited.as_micros() as u64;
-    }
-    receiver.answer(&answer).await?;
-    Ok(())
-}
-
-/// Feeds the frames to the store on a thread of its own; an epoch that ends early leaves nothing. Adds to `waited` how
-/// long the network waited for the store.
-async fn stage(
-    standby: &Arc<Standby>,
-    id: EpochId,
-    base: Option<EpochId>,
-    receiver: &mut EpochReceiver,
-    waited: &mut Duration,
-) -> anyhow::Result<Result<Received, EpochAnswer>> {
-    let (frames_tx, frames) = mpsc::channel::<(FrameHead, Vec<u8>)>(FRAMES_MAX);
-    let store = standby.store.clone();
-    let warm = Arc::clone(standby);
-    let staging = tokio::task::spawn_blocking(move || {
-        warm.mend().map_err(refused)?;
-        stage_frames(&store, id, base, frames)
-    });
-    let mut whole = Ok(());
-    loop {
-        match receiver.next_frame().await {
-            // A store that refuses stops taking frames: its answer is the one that counts.
-            Ok(Some(frame)) => {
-                let handed = Instant::now();
-                if frames_tx.send(frame).await.is_err() {
-                    break;
-                }
-                *waited += handed.elapsed();
-            }
-            Ok(None) => break,
-            Err(error) => {
-                whole = Err(error);
-                break;
-            }
-        }
-    }
-    drop(frames_tx);
-    let ended = Instant::now();
-    let staged = staging.await?;
-    *waited += ended.elapsed();
-    whole?;
-    if staged.is_ok() && !receiver.is_whole() {
-        anyhow::bail!("epoch {id} is not whole");
-    }
-    Ok(staged)
-}
-
-fn stage_frames(
-    store: &Store,
-    id: EpochId,
-    base: Option<EpochId>,
-    mut frames: mpsc::Receiver<(FrameHead, Vec<u8>)>,
-) -> Result<Received, EpochAnswer> {
-    let mut staging = store.begin(id, base).map_err(|error| match error {
-        error @ BeginError::NeedFull { held, .. } => {
-            EpochAnswer::NeedFull { held, reason: error.to_string() }
-        }
-        error => refused(error.to_string()),
-    })?;
-    let mut note = None;
-    while let Some((head, body)) = frames.blocking_recv() {
-        if let FrameHead::Image { name, .. } = &head
-            && name == crate::capture::NOTE
-        {
-            note = serde_json::from_slice(&body).ok();
-        }
-        staging.frame(head, &body).map_err(|error| stage_refusal(&error))?;
-    }
-    let note = note.ok_or_else(|| refused("the epoch has no note".into()))?;
-    Ok(Received { staging, note })
 }
 
 // Restoring.

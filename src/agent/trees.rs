@@ -24,10 +24,11 @@ use std::{
 use super::durable::Place;
 use crate::{
     config::Config,
-    files::{InUse, Phase, Receiver, Scanner, Source, Target},
+    delta::KEY_LEN,
+    files::{self, InUse, Phase, Receiver, Scanner, Source, Target},
     model::Name,
     store::FileChanges,
-    wire::check::TREES_MAX,
+    wire::{check::TREES_MAX, inventory::Held, message::FileRecord},
     workload::{
         container::{Container, ContainerError, TreeAt, whole::Whole},
         spec::{ContainerSpec, ContainerTreeKind, PlaceSpec, SandboxSpec, Way},
@@ -176,6 +177,29 @@ pub(super) fn apply(config: &Config, place: &Place, changes: &FileChanges<'_>) -
     let mut receiver = Receiver::open(&targets).map_err(io::Error::other)?;
     changes.for_each(|record, body| receiver.apply(record, body).map_err(io::Error::other))?;
     receiver.finish().map_err(io::Error::other)
+}
+
+/// Tells hashes of the files that are here: of a standby's copies, or what a workload has left.
+pub(super) fn hashes(
+    config: &Config,
+    place: &Place,
+    key: &[u8; KEY_LEN],
+    tell: &mut dyn FnMut(Held, Vec<u8>) -> bool,
+) -> io::Result<()> {
+    for (tree, target) in of_standby(config, place, &place.read()?.spec.place)?.iter().enumerate() {
+        let tree = tree as u32;
+        files::hashes(target, key, &mut |path, first, sums| {
+            tell(Held::File { tree, path: path.to_vec(), first }, sums)
+        })?;
+    }
+    Ok(())
+}
+
+/// Whether the blocks are here that a record wants kept.
+pub(super) fn has_blocks(config: &Config, place: &Place, record: &FileRecord) -> io::Result<bool> {
+    let FileRecord::Keep { tree, path, runs, digest } = record else { return Ok(true) };
+    let targets = of_standby(config, place, &place.read()?.spec.place)?;
+    targets.get(*tree as usize).map_or(Ok(false), |target| files::has_blocks(target, path, runs, digest))
 }
 
 /// Declared paths of which no workload has left files here, to be seeded once their sandbox is there.

@@ -9,7 +9,7 @@ use std::{
 
 use super::engine::{CaptureError, Emit};
 use crate::{
-    files::{Cloning, FROZEN_BYTES_MAX, FileId, InUse, Phase, ScanError, Scanner, Source},
+    files::{Cloning, FROZEN_BYTES_MAX, FileId, HeldFiles, InUse, Phase, ScanError, Scanner, Source},
     memory::{self, TreeError},
     wire::message::{FileRecord, FrameHead},
 };
@@ -83,9 +83,15 @@ impl Files {
         self.frozen = None;
     }
 
-    /// Sends what has changed, while the tree runs: what is left for the freeze is little.
-    pub(super) fn send_ahead(&mut self, emit: &mut Emit<'_>) -> Result<(), CaptureError> {
-        let mut before = u64::MAX;
+    /// After [`Self::reset`]: the standby has this, as it says.
+    pub(super) fn offer(&mut self, held: HeldFiles) {
+        self.scanner.offer(held);
+    }
+
+    /// Sends what has changed, while the tree runs: what is left for the freeze is little. Gives the bytes that were not sent
+    /// because the standby has them as it says.
+    pub(super) fn send_ahead(&mut self, emit: &mut Emit<'_>) -> Result<u64, CaptureError> {
+        let (mut before, mut kept) = (u64::MAX, 0);
         for _ in 0..ROUNDS_MAX {
             let in_use = self.look_at_tasks()?;
             let mut sent = Ok(());
@@ -95,14 +101,16 @@ impl Files {
                 }
             });
             sent?;
-            let changed = scanned.map_err(FilesError::from)?.data_bytes;
+            let stats = scanned.map_err(FilesError::from)?;
+            kept += stats.kept_bytes;
+            let changed = stats.data_bytes;
             // Not worth a round, or rounds do not help any more.
             if changed < ROUND_BYTES_MIN || changed > before / 2 {
                 break;
             }
             before = changed;
         }
-        Ok(())
+        Ok(kept)
     }
 
     /// Right before the freeze. `follows`: what the freeze took in is sent after the thaw.
@@ -183,9 +191,10 @@ impl Files {
 
 fn path_of(record: &FileRecord) -> &[u8] {
     match record {
-        FileRecord::Entry { path, .. } | FileRecord::Data { path, .. } | FileRecord::Remove { path, .. } => {
-            path
-        }
+        FileRecord::Entry { path, .. }
+        | FileRecord::Data { path, .. }
+        | FileRecord::Keep { path, .. }
+        | FileRecord::Remove { path, .. } => path,
     }
 }
 

@@ -38,7 +38,7 @@ mod sockets;
 mod sys;
 mod tracking;
 
-pub use engine::{CaptureError, Captured, Capturer, Emit, Finish, OnStages, Source, Stage, Whole};
+pub use engine::{CaptureError, Captured, Capturer, Emit, Finish, OnStages, Source, Stage, Told, Whole};
 pub use files::FilesError;
 pub use frozen::FreezeParts;
 pub use images::{NOTE, Note, Outside};

@@ -12,6 +12,7 @@ mod history;
 mod orders;
 mod pair;
 mod protect;
+mod rejoin;
 mod run;
 mod status;
 mod wrap;
@@ -70,6 +71,8 @@ enum Verb {
     Unfence(orders::OrderArgs),
     /// Change when what a workload sends leaves: at once, or when the standby has what it depends on
     Commit(orders::CommitArgs),
+    /// Drop an old copy here and become the standby of the host that runs the workload
+    Rejoin(rejoin::Args),
     /// Pause the protection of a workload: it runs on, no epochs are taken, nobody takes over
     Pause(orders::OrderArgs),
     /// Go on with a protection that was paused
@@ -121,6 +124,7 @@ pub fn main() -> ExitCode {
         Verb::Fence(args) => orders::fence(&cli.socket, &args),
         Verb::Unfence(args) => orders::unfence(&cli.socket, &args),
         Verb::Commit(args) => orders::commit(&cli.socket, &args),
+        Verb::Rejoin(args) => rejoin::main(&cli.socket, &args),
         Verb::Pause(args) => orders::pause(&cli.socket, &args),
         Verb::Resume(args) => orders::resume(&cli.socket, &args),
         Verb::Drill(args) => drill::main(&cli.socket, &args),

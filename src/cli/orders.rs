@@ -94,6 +94,11 @@ fn confirm(status: &WorkloadStatus) -> Outcome {
                                thrown away with all that it took in.\n  \
          Before you go on:     see that {peer} is off (power, console, hypervisor), and stays off or cut off.\n"
     );
+    ask_for_name(name)
+}
+
+/// Nothing is done before a person has typed the workload's name.
+pub(super) fn ask_for_name(name: &Name) -> Outcome {
     if !io::stdin().is_terminal() {
         return Err(Failure::new(ErrorCode::Invalid, "nobody can be asked here: add --yes"));
     }
@@ -156,7 +161,7 @@ fn order(socket: &Path, args: &OrderArgs, verb: &str) -> Result<WorkloadStatus, 
     client::post(socket, &format!("/v1/workloads/{}/{verb}", args.name), &serde_json::json!({}))
 }
 
-fn told(status: &WorkloadStatus, json: bool, text: &str) -> Outcome {
+pub(super) fn told(status: &WorkloadStatus, json: bool, text: &str) -> Outcome {
     if json {
         return print_json(status);
     }

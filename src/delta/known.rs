@@ -12,7 +12,8 @@
 //!   fingerprint is kept, and no pass has reported the page since that content was read.
 //! - *stale*: a pass has reported it. The fingerprint still tells what the standby holds, so that a page that
 //!   was written with what it held before is not sent again.
-//! - *unknown*: what the standby holds is uncertain, or nothing.
+//! - *unknown*: what the standby holds is uncertain, or nothing; or only the standby's word for it is there
+//!   ([`Known::offer`]), which makes a page stale when it is judged first.
 //!
 //! Invariants:
 //! - A page becomes known only through content that was read after the last pass that reported it. The
@@ -28,6 +29,7 @@ use std::{
 };
 
 use super::{
+    offered::{self, KEY_LEN, Offered, SUM_LEN},
     patch::{self, Page},
     reference::{References, Slot},
 };
@@ -42,7 +44,7 @@ const LEAF_PAGES: u64 = 512;
 /// Memory for copies of pages, unless said otherwise.
 pub const REFERENCE_BYTES_MAX: u64 = 256 << 20;
 
-/// The first 16 bytes of a page's BLAKE3, or one of three special values.
+/// The first 16 bytes of a page's keyed BLAKE3, or one of three special values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Fingerprint(u128);
 
@@ -54,11 +56,18 @@ impl Fingerprint {
     /// Of a page with a copy, which is compared itself.
     const COPIED: Self = Self(2);
 
-    fn of(page: &Page) -> Self {
-        let hash = blake3::hash(page);
-        let first = hash.as_bytes().first_chunk().expect("a BLAKE3 hash has 32 bytes");
-        // Never one of the special values.
-        Self(u128::from_le_bytes(*first).max(3))
+    fn of(key: &[u8; KEY_LEN], page: &Page) -> Self {
+        Self::from_hash(offered::hash_of(key, page))
+    }
+
+    /// Never one of the special values.
+    fn from_hash(hash: [u8; SUM_LEN]) -> Self {
+        Self(u128::from_le_bytes(hash).max(3))
+    }
+
+    /// What a standby says of a page.
+    fn offered(sum: [u8; SUM_LEN]) -> Self {
+        if sum == [0; SUM_LEN] { Self::ZERO } else { Self::from_hash(sum) }
     }
 }
 
@@ -160,6 +169,12 @@ pub struct Known {
     floor: u64,
     /// What was sent in each epoch that is neither committed nor failed, oldest first.
     in_flight: VecDeque<Flight>,
+    /// Of the fingerprints.
+    key: [u8; KEY_LEN],
+    /// What the standby says it holds, until the end of the first epoch upon it.
+    offered: Option<Offered>,
+    /// Pages that were found to be what it says, zero pages not counted.
+    offered_same: u64,
 }
 
 impl Default for Known {
@@ -189,6 +204,9 @@ impl Known {
             marked_since_stamp: false,
             floor: 0,
             in_flight: VecDeque::new(),
+            key: [0; KEY_LEN],
+            offered: None,
+            offered_same: 0,
         }
     }
 
@@ -257,10 +275,26 @@ impl Known {
                 retain_pages(table, &map.extents, self.floor, &mut self.references);
             }
         }
+        // What of it the image holds was judged; the rest goes.
+        self.offered = None;
+    }
+
+    /// Forgets everything but what the standby says it holds, which the next epoch is to be based upon: it sends what
+    /// differs from that.
+    pub fn offer(&mut self, offered: Offered) {
+        self.clear();
+        self.key = offered.key;
+        self.offered = Some(offered);
+    }
+
+    /// Bytes of memory that were not sent since the last offer, because the standby holds them as it says.
+    pub fn offered_same_bytes(&self) -> u64 {
+        self.offered_same * PAGE_SIZE
     }
 
     /// Forgets everything: the next epoch sends all memory.
     pub fn clear(&mut self) {
+        (self.offered, self.offered_same) = (None, 0);
         self.spaces.clear();
         self.references.clear();
         self.in_flight.clear();
@@ -308,7 +342,10 @@ impl Known {
         leaf.set_fresh(slot..slot + 1, true);
         let flight =
             self.in_flight.back_mut().expect("pages are encoded between begin_epoch and its outcome");
-        let held = leaf.fingerprints[slot];
+        let word = self.offered.as_ref().filter(|_| leaf.fingerprints[slot] == Fingerprint::UNKNOWN);
+        let word = word.and_then(|offered| offered.get(space, page)).map(Fingerprint::offered);
+        let held = word.unwrap_or(leaf.fingerprints[slot]);
+        leaf.fingerprints[slot] = held;
         if is_zero(content) {
             if held == Fingerprint::ZERO {
                 return Verdict::Unchanged;
@@ -322,9 +359,10 @@ impl Known {
         if copied == Slot::NONE {
             let fingerprint = match held {
                 Fingerprint::UNKNOWN | Fingerprint::ZERO => None,
-                _ => Some(Fingerprint::of(content)),
+                _ => Some(Fingerprint::of(&self.key, content)),
             };
             if fingerprint == Some(held) {
+                self.offered_same += u64::from(word.is_some());
                 return Verdict::Unchanged;
             }
             flight.sends(space, page);
@@ -349,20 +387,21 @@ impl Known {
     /// Keeps what the standby will hold of a page: a copy, or if there is no room the fingerprint.
     fn remember(&mut self, space: Space, page: u64, content: &Page, fingerprint: Option<Fingerprint>) {
         if let Some((space, page, mut copied)) = self.references.make_room(self.epochs) {
-            let fingerprint = Fingerprint::of(self.references.copy(copied));
+            let fingerprint = Fingerprint::of(&self.key, self.references.copy(copied));
             self.references.release(&mut copied);
             let (leaf, slot) = self.leaf_of(space, page);
             leaf.fingerprints[slot] = fingerprint;
             leaf.copies[slot] = Slot::NONE;
         }
         let copy = self.references.keep(space, page, content, self.epochs);
-        let (leaf, slot) = self.leaf_of(space, page);
-        leaf.copies[slot] = copy;
-        leaf.fingerprints[slot] = match fingerprint {
+        let fingerprint = match fingerprint {
             _ if copy != Slot::NONE => Fingerprint::COPIED,
             Some(fingerprint) => fingerprint,
-            None => Fingerprint::of(content),
+            None => Fingerprint::of(&self.key, content),
         };
+        let (leaf, slot) = self.leaf_of(space, page);
+        leaf.copies[slot] = copy;
+        leaf.fingerprints[slot] = fingerprint;
     }
 
     /// The leaf of a page that has one, and its place in it.
@@ -382,7 +421,7 @@ impl Flight {
     }
 }
 
-fn is_zero(page: &Page) -> bool {
+pub(super) fn is_zero(page: &Page) -> bool {
     const ZERO: Page = [0; PAGE_SIZE as usize];
     // A comparison by memcmp, which ends at the first word of nearly every page that is not zero.
     *page == ZERO

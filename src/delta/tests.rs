@@ -87,6 +87,9 @@ enum Step {
     /// The standby may have folded the oldest epoch in or not.
     Failed(bool),
     Clear,
+    /// A page of the standby's image is another one now, if it has it; the primary forgets all, and is told by hashes of so
+    /// many pages what is there.
+    Offer(u64, u8, usize),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -101,6 +104,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Committed),
         1 => any::<bool>().prop_map(Step::Failed),
         1 => Just(Step::Clear),
+        1 => (0..PAGES, 0u8..6, 0..PAGES as usize).prop_map(|(page, value, told)| Step::Offer(page, value, told)),
     ]
 }
 
@@ -240,9 +244,51 @@ impl World {
                 self.batches.clear();
                 self.known.begin_epoch(false);
             }
+            Step::Offer(page, value, told) => {
+                self.flying.clear();
+                self.batches.clear();
+                if let Some(page) = self.standby.get_mut(&(BASE + page * PAGE_SIZE)) {
+                    *page = page_of(value);
+                }
+                self.known.offer(offered(&self.standby, told));
+                self.known.begin_epoch(true);
+            }
             Step::Committed | Step::Failed(_) => {}
         }
     }
+}
+
+/// What a standby tells of the first pages that it has.
+fn offered(standby: &Memory, told: usize) -> Offered {
+    let key = [told as u8; KEY_LEN];
+    let mut offered = Offered::new(key, PAGES);
+    for (page, content) in standby.iter().take(told) {
+        let mut sums = Vec::new();
+        sums_of(&key, content, &mut sums);
+        offered.add(SPACE, *page, &sums).unwrap();
+    }
+    offered
+}
+
+#[test]
+fn of_an_image_that_is_told_of_only_what_differs_is_sent() {
+    let mut world = World::new(PAGES);
+    for page in 0..PAGES {
+        world.step(&Step::Write(page, page as u8));
+    }
+    world.finish();
+    world.step(&Step::Committed);
+    // Another agent, which knows nothing.
+    world.known = Known::default();
+    world.step(&Step::Write(3, 77));
+    world.known.offer(offered(&world.standby, PAGES as usize));
+    world.known.begin_epoch(true);
+    world.finish();
+    let sent: Vec<_> = world.flying[0].0.iter().flat_map(|(head, _)| head.runs.clone()).collect();
+    assert_eq!(sent, [PageRun { start: BASE + 3 * PAGE_SIZE, pages: 1, zero: false }]);
+    // Page 0 is of zeros, which cost nothing in a full copy either.
+    assert_eq!(world.known.offered_same_bytes(), (PAGES - 2) * PAGE_SIZE);
+    world.step(&Step::Committed);
 }
 
 proptest! {

@@ -2,31 +2,29 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    ffi::{CStr, CString, OsStr},
+    ffi::{CStr, CString},
     fs::File,
     io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::{ffi::OsStrExt, fs::FileExt},
+        unix::fs::FileExt,
     },
     path::PathBuf,
 };
 
 use nix::{
-    fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, open, readlinkat},
-    sys::stat::{Mode, SFlag, mkdirat, mknodat},
-    unistd::{
-        Gid, LinkatFlags, Uid, UnlinkatFlags, fchownat, ftruncate, linkat, symlinkat, syncfs, unlinkat,
-    },
+    fcntl::{AtFlags, FallocateFlags, OFlag, fallocate, open},
+    sys::stat::Mode,
+    unistd::{Gid, Uid, fchownat, syncfs},
 };
 
 use super::{
-    BLOCK_SIZE, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX,
-    look::{is_zero, xattrs_of},
+    BLOCK_SIZE, Blocks, DEPTH_MAX, PATH_LEN_MAX, XATTR_LEN_MAX, XATTRS_MAX,
+    look::is_zero,
+    make::{Place, is_absent, make, make_as_new, make_link, prune, remove_all, set_xattrs},
     scan::{ENTRIES_MAX, InUse, Phase, ScanError, Scanner, open_in},
     sys,
-    tree::{Source, Target, hides_lower},
-    walk::names_of,
+    tree::{Source, Target},
 };
 use crate::wire::message::{FileKind, FileMeta, FileRecord};
 
@@ -34,6 +32,8 @@ use crate::wire::message::{FileKind, FileMeta, FileRecord};
 const NAME_LEN_MAX: usize = 255;
 /// The longest name of an extended attribute.
 const XATTR_NAME_LEN_MAX: usize = 255;
+/// Most runs of blocks that one epoch keeps: each of 256 GiB in blocks, at worst.
+pub(super) const KEPT_RUNS_MAX: usize = 1 << 22;
 /// The longest text of a symbolic link.
 const TARGET_LEN_MAX: usize = 4095;
 /// Where overlayfs notes of a file which one of a lower layer it was copied from.
@@ -117,6 +117,9 @@ pub struct Receiver {
     /// Files that are new in an overlay and were removed, emptied so far: most are made again by the next record, and stay the
     /// same object, for the reason above.
     emptied: BTreeSet<(u32, Vec<u8>)>,
+    /// What stays of files of trees that are sent whole, until their entries come.
+    kept: BTreeMap<(u32, Vec<u8>), Vec<Blocks>>,
+    kept_runs: usize,
 }
 
 /// A tree's copy, open.
@@ -125,12 +128,6 @@ struct Root {
     dir: OwnedFd,
     /// Of an overlay: its upper directory, to be read only.
     upper: Option<OwnedFd>,
-}
-
-/// Where an entry is: its directory, and its name there.
-struct Place {
-    dir: OwnedFd,
-    name: CString,
 }
 
 impl Receiver {
@@ -146,8 +143,15 @@ impl Receiver {
             Ok(Root { dir: open(&target.path)?, upper: target.upper.as_ref().map(open).transpose()? })
         };
         let roots = trees.iter().map(open_one).collect::<Result<_, _>>()?;
-        let (properties, whole) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { roots, properties, whole, skipped: BTreeSet::new(), emptied: BTreeSet::new() })
+        Ok(Self {
+            roots,
+            properties: BTreeMap::new(),
+            whole: BTreeMap::new(),
+            skipped: BTreeSet::new(),
+            emptied: BTreeSet::new(),
+            kept: BTreeMap::new(),
+            kept_runs: 0,
+        })
     }
 
     /// Applies a record with its body. The records of an epoch may be applied again, from the first on.
@@ -167,6 +171,10 @@ impl Receiver {
                     return Ok(());
                 }
                 self.data(*tree, path, *offset, body)
+            }
+            FileRecord::Keep { tree, path, runs, .. } => {
+                check_path(path)?;
+                self.keep(*tree, path, runs)
             }
             FileRecord::Remove { tree, path } => {
                 check_path(path)?;
@@ -233,11 +241,12 @@ impl Receiver {
             }
         } else {
             let is_new = self.name(tree, path)?;
+            let kept = self.kept.remove(&(tree, path.to_vec())).unwrap_or_default();
             let made = match &meta.kind {
                 FileKind::HardLink { to } => self.link(tree, path, to),
                 kind => self.place(tree, path).and_then(|place| {
                     if is_new {
-                        make_as_new(&place).map_err(io_error("empty", tree, path))?;
+                        make_as_new(&place, &kept).map_err(io_error("empty", tree, path))?;
                     }
                     make(&place, kind).map_err(io_error("create", tree, path))
                 }),
@@ -259,6 +268,26 @@ impl Receiver {
             return Err(refused(path, MORE_ENTRIES));
         }
         self.properties.insert(key, meta.clone());
+        Ok(())
+    }
+
+    /// What the next entry of that path, the first in a tree that is sent whole, does not empty.
+    fn keep(&mut self, tree: u32, path: &[u8], runs: &[Blocks]) -> Result<(), ApplyError> {
+        let is_first = self.whole.get(&tree).is_some_and(|named| !named.contains(path));
+        let is_plain = self.roots.get(tree as usize).is_some_and(|root| root.upper.is_none());
+        if path.is_empty() || !is_first || !is_plain {
+            return Err(refused(path, "blocks of it are to be kept where nothing is"));
+        }
+        self.kept_runs += runs.len();
+        if self.kept_runs > KEPT_RUNS_MAX {
+            return Err(refused(path, "more to be kept in one epoch than a scanner names"));
+        }
+        let kept = self.kept.entry((tree, path.to_vec())).or_default();
+        let end = kept.last().map_or(0, |(first, count)| first.saturating_add(*count));
+        if runs.first().is_some_and(|(first, _)| *first < end) {
+            return Err(refused(path, "blocks to be kept are out of order"));
+        }
+        kept.extend_from_slice(runs);
         Ok(())
     }
 
@@ -308,6 +337,7 @@ impl Receiver {
             self.properties.retain(|key, _| key.0 != tree);
             self.skipped.retain(|key| key.0 != tree);
             self.emptied.retain(|key| key.0 != tree);
+            self.kept.retain(|key, _| key.0 != tree);
             self.whole.insert(tree, BTreeSet::new());
             return Ok(());
         }
@@ -335,7 +365,7 @@ impl Receiver {
             && matches!(sys::get_xattr(own.as_fd(), ORIGIN), Ok(None));
         let is_shown =
             sys::stat_at(place.dir.as_fd(), &place.name).is_ok_and(|it| it.format() == libc::S_IFREG);
-        is_own && is_shown && make_as_new(place).is_ok()
+        is_own && is_shown && make_as_new(place, &[]).is_ok()
     }
 
     /// Nothing is known of a path any more, nor of what is below it. A whole tree may come with a removal for each file.
@@ -395,10 +425,6 @@ fn io_error(what: &'static str, tree: u32, path: &[u8]) -> impl FnOnce(io::Error
     move |source| ApplyError::Io { what, tree, path, source }
 }
 
-fn is_absent(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR))
-}
-
 /// What leads there is not there, or is no directory.
 fn is_in_the_way(error: &io::Error) -> bool {
     is_absent(error) || error.raw_os_error() == Some(libc::ELOOP)
@@ -444,155 +470,4 @@ fn check_meta(path: &[u8], meta: &FileMeta) -> Result<(), ApplyError> {
     } else {
         Err(refused(path, "properties that no file has"))
     }
-}
-
-/// Makes the entry what `kind` says, keeping what is there if it is that already.
-fn make(place: &Place, kind: &FileKind) -> io::Result<()> {
-    let (dir, name) = (place.dir.as_fd(), place.name.as_c_str());
-    let there = match sys::stat_at(dir, name) {
-        Ok(stat) => Some(stat),
-        Err(error) if is_absent(&error) => None,
-        Err(error) => return Err(error),
-    };
-    let keep = there.as_ref().is_some_and(|stat| match kind {
-        FileKind::Regular { .. } => stat.format() == libc::S_IFREG,
-        FileKind::Directory => stat.format() == libc::S_IFDIR,
-        FileKind::Symlink { target } => {
-            let is_link = stat.format() == libc::S_IFLNK;
-            is_link && readlinkat(dir, name).is_ok_and(|text| text.as_bytes() == target)
-        }
-        FileKind::Fifo => stat.format() == libc::S_IFIFO,
-        FileKind::Device { block, rdev } => {
-            let format = if *block { libc::S_IFBLK } else { libc::S_IFCHR };
-            stat.format() == format && stat.rdev == *rdev
-        }
-        FileKind::HardLink { .. } => false,
-    });
-    if there.is_some() && !keep {
-        remove_all(dir, name, 0)?;
-    }
-    let private = Mode::S_IRUSR | Mode::S_IWUSR;
-    match kind {
-        FileKind::Regular { size } => {
-            let flags =
-                OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-            let file = nix::fcntl::openat(dir, name, flags, private)?;
-            ftruncate(&file, *size as i64)?;
-        }
-        _ if keep => {}
-        FileKind::Directory => mkdirat(dir, name, Mode::S_IRWXU)?,
-        FileKind::Symlink { target } => symlinkat(OsStr::from_bytes(target), dir, name)?,
-        FileKind::Fifo => mknodat(dir, name, SFlag::S_IFIFO, private, 0)?,
-        FileKind::Device { block, rdev } => {
-            let format = if *block { SFlag::S_IFBLK } else { SFlag::S_IFCHR };
-            mknodat(dir, name, format, private, *rdev)?;
-        }
-        FileKind::HardLink { .. } => {}
-    }
-    Ok(())
-}
-
-fn make_link(place: &Place, first: &Place) -> io::Result<()> {
-    let target = sys::stat_at(first.dir.as_fd(), &first.name)?;
-    if target.format() == libc::S_IFDIR {
-        return Err(io::Error::from_raw_os_error(libc::ENOTDIR));
-    }
-    match sys::stat_at(place.dir.as_fd(), &place.name) {
-        Ok(there) if (there.dev, there.ino) == (target.dev, target.ino) => return Ok(()),
-        Ok(_) => remove_all(place.dir.as_fd(), &place.name, 0)?,
-        Err(error) if is_absent(&error) => {}
-        Err(error) => return Err(error),
-    }
-    let none = LinkatFlags::empty();
-    Ok(linkat(&first.dir, first.name.as_c_str(), &place.dir, place.name.as_c_str(), none)?)
-}
-
-/// Removes an entry and everything below it; one that is not there is fine.
-fn remove_all(dir: BorrowedFd<'_>, name: &std::ffi::CStr, depth: usize) -> io::Result<()> {
-    let stat = match sys::stat_at(dir, name) {
-        Ok(stat) => stat,
-        Err(error) if is_absent(&error) => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    if stat.format() != libc::S_IFDIR {
-        return Ok(unlinkat(dir, name, UnlinkatFlags::NoRemoveDir)?);
-    }
-    let inner = open_in(dir, name.to_bytes(), OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-    clear(inner.as_fd(), depth + 1)?;
-    Ok(unlinkat(dir, name, UnlinkatFlags::RemoveDir)?)
-}
-
-/// What is sent whole is made of nothing: content that is there is not what the records add to, and other names of it are not
-/// written through.
-fn make_as_new(place: &Place) -> io::Result<()> {
-    let (dir, name) = (place.dir.as_fd(), place.name.as_c_str());
-    let stat = match sys::stat_at(dir, name) {
-        Ok(stat) if stat.format() == libc::S_IFREG => stat,
-        Ok(_) => return Ok(()),
-        Err(error) if is_absent(&error) => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    if stat.nlink > 1 {
-        return Ok(unlinkat(dir, name, UnlinkatFlags::NoRemoveDir)?);
-    }
-    let file = open_in(dir, name.to_bytes(), OFlag::O_WRONLY | OFlag::O_NONBLOCK)?;
-    Ok(ftruncate(&file, 0)?)
-}
-
-/// Removes what is not named from the directory at `path` of a tree, where `listed` has it; a whiteout there is nothing.
-fn prune(
-    dir: BorrowedFd<'_>,
-    listed: BorrowedFd<'_>,
-    path: &mut Vec<u8>,
-    named: &BTreeSet<Vec<u8>>,
-    depth: usize,
-) -> io::Result<()> {
-    if depth > DEPTH_MAX + 1 {
-        return Err(io::Error::other("directories nest too deep"));
-    }
-    for name in names_of(listed)? {
-        let end = path.len();
-        if !path.is_empty() {
-            path.push(b'/');
-        }
-        path.extend_from_slice(name.to_bytes());
-        let stat = sys::stat_at(listed, &name)?;
-        if !named.contains(path.as_slice()) {
-            if !hides_lower(&stat) {
-                remove_all(dir, &name, depth)?;
-            }
-        } else if stat.format() == libc::S_IFDIR {
-            let open = |dir| open_in(dir, name.to_bytes(), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
-            let (inner, inner_listed) = (open(dir)?, open(listed)?);
-            prune(inner.as_fd(), inner_listed.as_fd(), path, named, depth + 1)?;
-        }
-        path.truncate(end);
-    }
-    Ok(())
-}
-
-/// Removes everything in a directory.
-fn clear(dir: BorrowedFd<'_>, depth: usize) -> io::Result<()> {
-    if depth > DEPTH_MAX + 1 {
-        return Err(io::Error::other("directories nest too deep"));
-    }
-    for name in names_of(dir)? {
-        remove_all(dir, &name, depth)?;
-    }
-    Ok(())
-}
-
-fn set_xattrs(handle: BorrowedFd<'_>, wanted: &[(Vec<u8>, Vec<u8>)]) -> io::Result<()> {
-    for (name, _) in xattrs_of(handle)? {
-        if !wanted.iter().any(|(wanted, _)| *wanted == name) {
-            sys::remove_xattr(handle, &CString::new(name)?)?;
-        }
-    }
-    for (name, value) in wanted {
-        let name = CString::new(name.as_slice())?;
-        if sys::get_xattr(handle, &name)?.as_ref() != Some(value) {
-            sys::set_xattr(handle, &name, value)?;
-        }
-    }
-    Ok(())
 }

@@ -9,15 +9,19 @@ use std::{
 };
 
 use super::{
-    BLOCK_SIZE,
+    BLOCK_SIZE, Blocks,
     clone::Clones,
+    held::HeldTree,
     later::{Content, Later},
-    look::{View, blocks_in, read_block, tag_of},
+    look::{View, blocks_in, is_zero, read_block, tag_of},
     scan::{Emit, FilesStats, Phase, ScanError, failed, open_content, raced},
     state::{Key, Node, State, Tag, UNKNOWN, ZEROS, is_at_or_below, key_of, parent_of, path_of},
     tree::Mark,
 };
-use crate::wire::message::{FileKind, FileMeta, FileRecord};
+use crate::wire::{
+    check::KEPT_RUNS_MAX,
+    message::{FileKind, FileMeta, FileRecord},
+};
 
 type Changes = BTreeMap<Key, Option<Node>>;
 
@@ -34,6 +38,8 @@ pub(super) struct Ahead {
 pub(super) struct Diff<'a> {
     pub(super) tree: u32,
     pub(super) view: View<'a>,
+    /// What the copy is said to hold; only of a tree that is sent whole.
+    pub(super) held: Option<HeldTree<'a>>,
     pub(super) emit: Emit<'a>,
     pub(super) stats: &'a mut FilesStats,
     pub(super) ahead: &'a mut Ahead,
@@ -186,8 +192,9 @@ impl Diff<'_> {
                     clone,
                 });
             } else if !same_meta || blocks != now.blocks.as_slice() {
+                let kept = self.keep(key, now)?;
                 self.entry(key, &now.meta);
-                self.content(key, now, blocks)?;
+                self.content(key, now, kept.as_deref().unwrap_or(blocks))?;
             }
         }
         unchanged.for_each(|directory| self.directory(directory));
@@ -217,6 +224,58 @@ impl Diff<'_> {
     pub(super) fn remove(&mut self, key: &[u8]) {
         (self.emit)(FileRecord::Remove { tree: self.tree, path: path_of(key) }, &[]);
         self.stats.removed += 1;
+    }
+
+    /// Has the copy keep the blocks of a file that are the same there; gives what it has then. A block may have changed since
+    /// it was looked at: what was compared is remembered.
+    fn keep(&mut self, key: &Key, node: &mut Node) -> Result<Option<Vec<Tag>>, ScanError> {
+        let path = path_of(key);
+        let (Some(held), FileKind::Regular { size }) = (self.held, &node.meta.kind) else { return Ok(None) };
+        let (Some(sums), size) = (held.file(&path).filter(|_| node.stat.nlink == 1), *size) else {
+            return Ok(None);
+        };
+        let file = match open_content(self.view.root, &path, &node.stat) {
+            Ok(file) => file,
+            // It is found again when its content is to be sent.
+            Err(error) if raced(self.view.phase, &error) => return Ok(None),
+            Err(error) => return Err(failed("open", self.view.base, &path)(error)),
+        };
+        let mut kept = vec![ZEROS; node.blocks.len()];
+        let mut buf = vec![0; BLOCK_SIZE.min(size as usize)];
+        let (mut runs, mut hasher): (Vec<Blocks>, _) = (Vec::new(), blake3::Hasher::new());
+        for (block, (tag, sum)) in node.blocks.iter_mut().zip(sums).enumerate() {
+            if *tag == ZEROS {
+                continue;
+            }
+            let read = |error: io::Error| failed("read", self.view.base, &path)(error);
+            let len = read_block(&file, block, size, &mut buf).map_err(read)?;
+            let (found, want) =
+                (&buf[..len], (size - block as u64 * BLOCK_SIZE as u64).min(BLOCK_SIZE as u64));
+            if (len as u64) < want || is_zero(found) || held.sum_of(found) != *sum {
+                continue;
+            }
+            (*tag, kept[block]) = (tag_of(found), tag_of(found));
+            let block = block as u64;
+            let follows = runs.last().is_some_and(|(first, count)| first + count == block);
+            if !follows && runs.len() == KEPT_RUNS_MAX {
+                self.kept(&path, std::mem::take(&mut runs), &std::mem::take(&mut hasher));
+            }
+            match runs.last_mut().filter(|_| follows) {
+                Some((_, count)) => *count += 1,
+                None => runs.push((block, 1)),
+            }
+            hasher.update(found);
+            self.stats.kept_bytes += len as u64;
+        }
+        if !runs.is_empty() {
+            self.kept(&path, runs, &hasher);
+        }
+        Ok(Some(kept))
+    }
+
+    fn kept(&mut self, path: &[u8], runs: Vec<Blocks>, hasher: &blake3::Hasher) {
+        let (path, digest) = (path.to_vec(), *hasher.finalize().as_bytes());
+        (self.emit)(FileRecord::Keep { tree: self.tree, path, runs, digest }, &[]);
     }
 
     /// Emits the blocks that differ, and remembers what was really emitted: a running workload may have

@@ -152,7 +152,7 @@ impl Content {
 }
 
 /// The first block from `from` on that is not all in a hole.
-fn next_block(file: &File, from: usize) -> io::Result<Option<usize>> {
+pub(super) fn next_block(file: &File, from: usize) -> io::Result<Option<usize>> {
     let data = next_data(file, (from * BLOCK_SIZE) as u64)?;
     Ok(data.map(|offset| (offset / BLOCK_SIZE as u64) as usize))
 }

@@ -11,6 +11,9 @@
 //!   the epoch was not committed ── reset() ──► the next scan sends everything
 //! ```
 //!
+//! Where nothing is known of a copy that holds something, it is asked ([`hashes`], [`Scanner::offer`]): the blocks that are the
+//! same there are kept and not sent.
+//!
 //! Invariants:
 //! - What the scanner remembers is what the records emitted so far make of a copy. A scan of the running
 //!   workload may thus see a torn state: the scan in the freeze, relative to it, puts it right. Only the
@@ -43,8 +46,10 @@
 mod apply;
 mod clone;
 mod diff;
+mod held;
 mod later;
 mod look;
+mod make;
 mod scan;
 mod state;
 mod sys;
@@ -54,6 +59,7 @@ mod watch;
 
 pub use apply::{ApplyError, Receiver, VerifyError, verify};
 pub use clone::Cloning;
+pub use held::{Blocks, EachFile, HeldFiles, OutOfOrder, has_blocks, hashes};
 pub use scan::{FilesStats, InUse, Phase, ScanError, Scanner};
 pub use state::FileId;
 pub use tree::{Source, Target};

@@ -21,6 +21,7 @@ use super::{
     DEPTH_MAX,
     clone::{Clones, Cloning},
     diff::{Ahead, Diff},
+    held::HeldFiles,
     later::Later,
     look::{Look, View},
     state::{FileId, Key, State},
@@ -68,6 +69,8 @@ pub struct FilesStats {
     pub compared_bytes: u64,
     /// Content emitted.
     pub data_bytes: u64,
+    /// Content that was not, because the copy holds it as it says.
+    pub kept_bytes: u64,
     /// Files of which a clone was taken, to be read by [`Scanner::settle`].
     pub cloned: u64,
 }
@@ -149,6 +152,8 @@ pub struct Scanner {
     mounts: Option<Mounts>,
     cloning: Option<Cloning>,
     later: Later,
+    /// What the copies are said to hold, for the next scan of all.
+    held: Option<HeldFiles>,
 }
 
 pub(super) type Emit<'a> = &'a mut dyn FnMut(FileRecord, &[u8]);
@@ -177,15 +182,22 @@ impl Scanner {
             mounts: None,
             cloning: None,
             later: Later::default(),
+            held: None,
         }
     }
 
     /// The next scan sends everything: what was emitted last did not become a commit, or a scan failed.
     pub fn reset(&mut self) {
         self.later = Later::default();
+        self.held = None;
         for tree in &mut self.trees {
             (tree.sent, tree.ahead) = (None, Ahead::default());
         }
+    }
+
+    /// The next scan sends everything but the blocks that the copies hold as they say. After [`Self::reset`].
+    pub fn offer(&mut self, held: HeldFiles) {
+        self.held = Some(held);
     }
 
     /// Whether the next scan looks only at what the kernel tells of.
@@ -234,6 +246,7 @@ impl Scanner {
         for index in 0..self.trees.len() {
             self.scan_tree(index, phase, in_use, emit, &mut stats)?;
         }
+        self.held = None;
         if phase == Phase::Frozen {
             self.cloning = None;
         }
@@ -298,7 +311,10 @@ impl Scanner {
             None => look.at_all()?,
         }
         let Look { mut changes, mut again, unwatchable, cloned, .. } = look;
+        // In a freeze nothing is read twice.
+        let is_plain = whole && phase == Phase::Running && merged.is_none();
         let mut diff = Diff {
+            held: self.held.as_ref().filter(|_| is_plain).and_then(|held| held.tree(index as u32)),
             tree: index as u32,
             view,
             emit,

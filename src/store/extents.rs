@@ -42,6 +42,14 @@ pub(super) fn covers(extents: &[Extent], wanted: Extent) -> bool {
     from >= wanted.end()
 }
 
+/// A run in pieces of at most so many pages.
+pub(super) fn parts(extent: Extent, pages_max: u64) -> impl Iterator<Item = Extent> {
+    (0..extent.pages).step_by(pages_max as usize).map(move |from| Extent {
+        start: extent.start + from * PAGE_SIZE,
+        pages: pages_max.min(extent.pages - from),
+    })
+}
+
 fn between(start: u64, end: u64) -> Extent {
     Extent { start, pages: (end - start) / PAGE_SIZE }
 }

@@ -348,14 +348,18 @@ impl Staging {
         Ok(())
     }
 
-    /// Stages what a frame brings; its beginning and its end bring nothing, and pieces are of no epoch.
+    /// Stages what a frame brings; its beginning and its end bring nothing, and others are of no epoch.
     pub fn frame(&mut self, head: FrameHead, body: &[u8]) -> Result<(), StageError> {
         match head {
             FrameHead::Pages(head) => self.batch(&head, body),
             FrameHead::Image { name, .. } => self.image_file(&name, body),
             FrameHead::File(record) => self.file_record(&record, body),
             FrameHead::Manifest(manifest) => self.manifest(manifest),
-            FrameHead::Begin { .. } | FrameHead::End { .. } | FrameHead::Piece => Ok(()),
+            FrameHead::Begin { .. }
+            | FrameHead::End { .. }
+            | FrameHead::Piece
+            | FrameHead::Ask(_)
+            | FrameHead::Held(_) => Ok(()),
         }
     }
 

@@ -14,6 +14,7 @@ use super::{
     Store, VerifyError, View, fault, staging::space_order,
 };
 use crate::{
+    delta::{KEY_LEN, SUM_LEN, sums_of},
     model::{Epoch, EpochId, Extent, Name, PAGE_SIZE, Space, Term},
     wire::message::{FileRecord, Manifest, SpaceMap},
 };
@@ -167,6 +168,7 @@ fn assert_is(store: &Store, step: &Step) {
         }
     });
     assert_lies_where_it_says(&view, &step.after);
+    assert_tells(&view, &step.after);
     view.verify().expect("the image is what was received");
     let label = fs::read_to_string(view.criu_dir().join("core-2.img")).expect("the small image");
     assert_eq!(label, step.id.to_string());
@@ -190,6 +192,29 @@ fn assert_lies_where_it_says(view: &View, pages: &Pages) {
     };
     view.for_each_place(each).expect("the files can be examined");
     assert_eq!(told, pages.len() as u64);
+}
+
+/// What it tells of its pages are the hashes of what they hold, of each once.
+fn assert_tells(view: &View, pages: &Pages) {
+    let (key, mut told) = ([3; KEY_LEN], 0);
+    let each = |space, start: u64, sums: Vec<u8>| {
+        let first = start / PAGE_SIZE;
+        let count = (sums.len() / SUM_LEN) as u64;
+        let content = (first..first + count).flat_map(|at| page_of(pages[&(space_order(space), at)]));
+        let mut expected = Vec::new();
+        sums_of(&key, &content.collect::<Vec<u8>>(), &mut expected);
+        assert!(sums == expected, "{count} pages from {start:#x} of {space:?}");
+        told += count;
+        true
+    };
+    view.hash_pages(&key, each).expect("the image can be read");
+    assert_eq!(told, pages.len() as u64);
+    let mut calls = 0;
+    let stopped = view.hash_pages(&key, |_, _, _| {
+        calls += 1;
+        false
+    });
+    assert!(stopped.is_ok() && calls <= 1);
 }
 
 pub(super) fn root() -> TempDir {

@@ -16,12 +16,15 @@ use super::{
     sum::{self, Sum, ZERO_PAGE},
 };
 use crate::{
+    delta::{KEY_LEN, SUM_LEN, sums_of},
     model::{EpochId, Extent, PAGE_SIZE, Space},
     wire::message::Manifest,
 };
 
 /// Pages that are verified at once (1 MiB).
 const PIECE_PAGES: u64 = 256;
+/// Pages whose hashes are told at once (32 MiB, half a MiB of hashes).
+const HASHED_PAGES: u64 = 8192;
 
 /// Why pages were not read.
 #[derive(Debug, thiserror::Error)]
@@ -202,11 +205,35 @@ impl View {
         let mut sums = vec![ZERO_PAGE; PIECE_PAGES as usize];
         for map in &self.held.manifest.spaces {
             for extent in &map.extents {
-                for from in (0..extent.pages).step_by(PIECE_PAGES as usize) {
-                    let pages = PIECE_PAGES.min(extent.pages - from);
-                    let piece = Extent { start: extent.start + from * PAGE_SIZE, pages };
+                for piece in extents::parts(*extent, PIECE_PAGES) {
                     let buf = &mut buf[..piece.bytes() as usize];
-                    self.verify_piece(map.space, piece, buf, &mut sums[..pages as usize])?;
+                    self.verify_piece(map.space, piece, buf, &mut sums[..piece.pages as usize])?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads every page again and calls `each` with the hashes under a key of those that lie together, in order, until it
+    /// says false; see [`sums_of`].
+    pub fn hash_pages(
+        &self,
+        key: &[u8; KEY_LEN],
+        mut each: impl FnMut(Space, u64, Vec<u8>) -> bool,
+    ) -> Result<(), ReadError> {
+        let mut buf = vec![0; (PIECE_PAGES * PAGE_SIZE) as usize];
+        for map in &self.held.manifest.spaces {
+            for extent in &map.extents {
+                for part in extents::parts(*extent, HASHED_PAGES) {
+                    let mut sums = Vec::with_capacity(part.pages as usize * SUM_LEN);
+                    for piece in extents::parts(part, PIECE_PAGES) {
+                        let buf = &mut buf[..piece.bytes() as usize];
+                        read(&self.image, &self.layers, map.space, piece, buf)?;
+                        sums_of(key, buf, &mut sums);
+                    }
+                    if !each(map.space, part.start, sums) {
+                        return Ok(());
+                    }
                 }
             }
         }

@@ -299,6 +299,18 @@ impl EpochReceiver {
         // The stream's reading half stops the sender when it is dropped before its end.
     }
 
+    /// The stream that the answer goes out on.
+    pub(super) fn answer_stream(&mut self) -> &mut SendStream {
+        &mut self.send
+    }
+
+    /// The answer was written to that stream.
+    pub(super) fn end_answer(&mut self) -> Result<(), WriteError> {
+        self.send.finish().map_err(|_| WriteError::ClosedStream)?;
+        self.answered = true;
+        Ok(())
+    }
+
     async fn read_exact(&mut self, bytes: &mut [u8]) -> Result<(), RecvEpochError> {
         let peer = || self.peer.clone();
         self.recv.read_exact(bytes).await.map_err(|e| match e {

@@ -3,7 +3,7 @@
 //! ```text
 //!   agent A                                                      agent B
 //!   Endpoint ── standin-lease/2 ── requests, heartbeat datagrams ── Endpoint     one UDP port each
-//!       │    ── standin-bulk/2  ── one stream an epoch ───────────    │
+//!       │    ── standin-bulk/3  ── one stream an epoch, or question ─    │
 //!       │    ── standin-supply/1 ── one stream a thing ────────    │
 //!       └─    ── standin-pair/1  ── only while a code is open ──────  ─┘
 //! ```
@@ -13,6 +13,7 @@
 //! - [`endpoint`]: the UDP port; connects and accepts.
 //! - [`connection`]: requests, replies and datagrams of a channel.
 //! - [`epoch`]: an epoch as a stream.
+//! - [`inventory`]: what a standby holds, as a stream.
 //! - [`supply`]: an image or a directory as a stream.
 //! - [`pairing`]: how two hosts come to trust each other by a code that a person types.
 //!
@@ -39,6 +40,7 @@ pub mod connection;
 pub mod endpoint;
 pub mod epoch;
 pub mod identity;
+pub mod inventory;
 pub mod pairing;
 pub mod peers;
 pub mod supply;
@@ -47,6 +49,7 @@ pub use connection::{Connection, Responder};
 pub use endpoint::Endpoint;
 pub use epoch::{EpochReceiver, EpochSender};
 pub use identity::{Fingerprint, Identity};
+pub use inventory::{InventoryReceiver, InventorySender};
 pub use lane::{block_in_place, prompt_runtime};
 pub use peers::{Peer, PeerName, Peers};
 pub use private_file::PrivateFileError;
@@ -73,7 +76,7 @@ impl Channel {
     fn alpn(self) -> &'static [u8] {
         match self {
             Self::Lease => b"standin-lease/2",
-            Self::Bulk => b"standin-bulk/2",
+            Self::Bulk => b"standin-bulk/3",
             Self::Supply => b"standin-supply/1",
         }
     }

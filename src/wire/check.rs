@@ -5,10 +5,12 @@ use std::path::{Component, Path};
 
 use super::{
     frame::BODY_LEN_MAX,
+    inventory,
     message::{Datagram, FileKind, FileMeta, FileRecord, FrameHead, Manifest, Request},
 };
 use crate::{
     delta::{BATCH_PAGES_MAX, BATCH_RUNS_MAX, BatchHead, Form, PATCH_LEN_MAX, Packing},
+    files::BLOCK_SIZE,
     ha::Message,
     model::{PAGE_SIZE, Space},
     workload::spec::{ContainerSpec, Engine, Lent, Net, PlaceSpec, SandboxSpec, WorkloadSpec},
@@ -32,6 +34,8 @@ pub const PATH_LEN_MAX: usize = 4096;
 pub const PATH_PART_LEN_MAX: usize = 255;
 /// Most replicated trees of a workload.
 pub const TREES_MAX: usize = 64;
+/// Most runs of blocks in a record of what is kept of a file.
+pub const KEPT_RUNS_MAX: usize = 4096;
 /// Most extended attributes of a file.
 pub const XATTRS_MAX: usize = 128;
 /// Most bytes of an extended attribute's value (`XATTR_SIZE_MAX`).
@@ -190,17 +194,19 @@ pub(super) fn frame(head: &FrameHead, body_len: usize) -> Result<(), Illegal> {
         FrameHead::Manifest(list) => manifest(list),
         FrameHead::End { .. } => Ok(()),
         FrameHead::Piece => require(body_len > 0, || "an empty piece".into()),
+        FrameHead::Ask(ask) => inventory::check_ask(ask),
+        FrameHead::Held(held) => inventory::check_held(held, body_len),
     }
 }
 
-fn space(space: Space) -> Result<(), Illegal> {
+pub(super) fn space(space: Space) -> Result<(), Illegal> {
     match space {
         Space::Task(pid) => require((1..PID_MAX).contains(&pid), || format!("{pid} is no pid")),
         Space::Shared(_) => Ok(()),
     }
 }
 
-fn run(start: u64, pages: u64) -> Result<u64, Illegal> {
+pub(super) fn run(start: u64, pages: u64) -> Result<u64, Illegal> {
     require(start.is_multiple_of(PAGE_SIZE), || format!("{start:#x} is not the start of a page"))?;
     let end = pages.checked_mul(PAGE_SIZE).and_then(|len| start.checked_add(len));
     let end = end.filter(|end| pages > 0 && *end <= ADDRESS_END);
@@ -258,7 +264,7 @@ fn path(path: &[u8]) -> Result<(), Illegal> {
     require(path.is_empty() || fits, || format!("{:?} is no path in a tree", path.escape_ascii().to_string()))
 }
 
-fn path_below_root(bytes: &[u8]) -> Result<(), Illegal> {
+pub(super) fn path_below_root(bytes: &[u8]) -> Result<(), Illegal> {
     require(!bytes.is_empty(), || "the root of a tree cannot be linked or written".into())?;
     path(bytes)
 }
@@ -278,6 +284,20 @@ fn file(record: &FileRecord, body_len: usize) -> Result<(), Illegal> {
             let fits = end.is_some_and(|end| i64::try_from(end).is_ok());
             require(fits, || format!("data at offset {offset} of a file"))?;
             (*tree, true)
+        }
+        FileRecord::Keep { tree, path, runs, .. } => {
+            path_below_root(path)?;
+            let blocks_max = i64::MAX as u64 / BLOCK_SIZE as u64;
+            let mut free_from = 0;
+            for (first, count) in runs {
+                let end = first.checked_add(*count).filter(|end| *count > 0 && *end <= blocks_max);
+                let fits = *first >= free_from && end.is_some();
+                require(fits, || format!("{count} blocks to keep from number {first} on"))?;
+                free_from = end.unwrap_or(u64::MAX);
+            }
+            let fits = (1..=KEPT_RUNS_MAX).contains(&runs.len());
+            require(fits, || format!("{} runs of blocks to keep", runs.len()))?;
+            (*tree, false)
         }
         FileRecord::Remove { tree, path: at } => {
             path(at)?;

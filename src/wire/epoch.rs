@@ -11,6 +11,8 @@
 //!                    Listed ──End (digest right)──► Ended
 //! ```
 //!
+//! Instead of `Begin` an [`Ask`](FrameHead::Ask) may come, which is all then: see [`super::inventory`].
+//!
 //! Invariants:
 //! - Nobody learns that an epoch is whole before `Ended`: an epoch that was cut off anywhere never
 //!   gets there.
@@ -55,6 +57,9 @@ pub enum EpochError {
     /// The bytes are not those that were sent.
     #[error("the digest of the epoch does not match its bytes; it is dropped, and sent again in full")]
     Digest,
+    /// Of an inventory.
+    #[error("hashes of more pages than were asked for")]
+    TooManyHashes,
     /// A frame after an error.
     #[error("an earlier frame of the epoch was refused already")]
     Failed,
@@ -65,9 +70,14 @@ pub enum EpochError {
 enum Stage {
     Start,
     Open,
-    InImage { name: String, next: u64 },
+    InImage {
+        name: String,
+        next: u64,
+    },
     Listed,
     Ended,
+    /// It is no epoch, but a question; nothing follows it.
+    Asked,
     Failed,
 }
 
@@ -104,6 +114,7 @@ impl Order {
             }
             (Stage::Open, FrameHead::Manifest(_)) => Stage::Listed,
             (Stage::Listed, FrameHead::End { .. }) => Stage::Ended,
+            (Stage::Start, FrameHead::Ask(_)) => Stage::Asked,
             (Stage::Failed, _) => return Err(EpochError::Failed),
             (_, head) => return Err(EpochError::Order(Kind::of(head))),
         };

@@ -17,7 +17,7 @@ use super::{
 };
 
 /// Version of the frames, in the upper half of the first byte.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 /// Bytes of a header.
 pub const HEADER_LEN: usize = 9;
 /// Most bytes of a body. Longer files travel in pieces.
@@ -46,6 +46,10 @@ pub enum Kind {
     End = 6,
     /// [`FrameHead::Piece`].
     Piece = 7,
+    /// [`FrameHead::Ask`].
+    Ask = 8,
+    /// [`FrameHead::Held`].
+    Held = 9,
 }
 
 impl Kind {
@@ -59,20 +63,22 @@ impl Kind {
             FrameHead::Manifest(_) => Self::Manifest,
             FrameHead::End { .. } => Self::End,
             FrameHead::Piece => Self::Piece,
+            FrameHead::Ask(_) => Self::Ask,
+            FrameHead::Held(_) => Self::Held,
         }
     }
 
     fn from_number(number: u8) -> Option<Self> {
-        [Self::Begin, Self::Pages, Self::Image, Self::File, Self::Manifest, Self::End, Self::Piece]
-            .into_iter()
-            .find(|kind| *kind as u8 == number)
+        let of_epochs = [Self::Begin, Self::Pages, Self::Image, Self::File, Self::Manifest, Self::End];
+        let others = [Self::Piece, Self::Ask, Self::Held];
+        of_epochs.into_iter().chain(others).find(|kind| *kind as u8 == number)
     }
 
     /// Most bytes of its head.
     pub fn head_len_max(self) -> usize {
         match self {
-            Self::Begin | Self::Image | Self::End | Self::Piece => SMALL_HEAD_LEN_MAX,
-            Self::Pages | Self::File => HEAD_LEN_MAX,
+            Self::Begin | Self::Image | Self::End | Self::Piece | Self::Ask => SMALL_HEAD_LEN_MAX,
+            Self::Pages | Self::File | Self::Held => HEAD_LEN_MAX,
             Self::Manifest => MANIFEST_LEN_MAX,
         }
     }
@@ -80,8 +86,8 @@ impl Kind {
     /// Most bytes of its body.
     pub fn body_len_max(self) -> usize {
         match self {
-            Self::Pages | Self::Image | Self::File | Self::Piece => BODY_LEN_MAX,
-            Self::Begin | Self::Manifest | Self::End => 0,
+            Self::Pages | Self::Image | Self::File | Self::Piece | Self::Held => BODY_LEN_MAX,
+            Self::Begin | Self::Manifest | Self::End | Self::Ask => 0,
         }
     }
 }
@@ -197,8 +203,8 @@ pub fn decode_head(header: &Header, head: &[u8], body_len: usize) -> Result<Fram
     }
     let value: FrameHead = match kind {
         Kind::Manifest => codec::decode::<_, MANIFEST_LEN_MAX>("manifest", head)?,
-        Kind::Pages | Kind::File => codec::decode::<_, HEAD_LEN_MAX>("frame head", head)?,
-        Kind::Begin | Kind::Image | Kind::End | Kind::Piece => {
+        Kind::Pages | Kind::File | Kind::Held => codec::decode::<_, HEAD_LEN_MAX>("frame head", head)?,
+        Kind::Begin | Kind::Image | Kind::End | Kind::Piece | Kind::Ask => {
             codec::decode::<_, SMALL_HEAD_LEN_MAX>("frame head", head)?
         }
     };

@@ -3,8 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::inventory::{Ask, Held};
 use crate::{
     delta::BatchHead,
+    files::Blocks,
     ha::Message,
     model::{EpochId, Extent, Name, Space, Term},
     workload::spec::WorkloadSpec,
@@ -96,6 +98,10 @@ pub enum FrameHead {
     },
     /// Not of an epoch, but of a supply: the next bytes of an engine's archive, the body. See [`super::supply`].
     Piece,
+    /// Instead of an epoch: what does the standby hold? See [`super::inventory`].
+    Ask(Ask),
+    /// Of the answer to that.
+    Held(Held),
 }
 
 /// Which pages an epoch's image holds.
@@ -135,6 +141,17 @@ pub enum FileRecord {
         path: Vec<u8>,
         /// Offset of the body in the file.
         offset: u64,
+    },
+    /// Of a tree that is sent whole, before the file's `Entry`: these blocks of what is there stay, all else of it goes.
+    Keep {
+        /// Which tree.
+        tree: u32,
+        /// Where in it.
+        path: Vec<u8>,
+        /// Blocks of [`crate::files::BLOCK_SIZE`], ascending.
+        runs: Vec<Blocks>,
+        /// BLAKE3 of their content, one after the other.
+        digest: [u8; 32],
     },
     /// The entry, and everything below it, is gone; a tree's root stays, empty.
     Remove {

@@ -9,6 +9,7 @@
 //! - [`epoch`]: the order of an epoch's frames and its digest, for both directions.
 //! - [`check`]: what a decoded value must obey beyond its type.
 //! - [`supply`]: what a standby is sent before it can be one.
+//! - [`inventory`]: what a standby says it holds, by hashes.
 //! - [`pairing`]: what two hosts say before they trust each other.
 //!
 //! Invariants:
@@ -20,6 +21,7 @@ pub mod check;
 pub mod codec;
 pub mod epoch;
 pub mod frame;
+pub mod inventory;
 pub mod message;
 pub mod pairing;
 pub mod supply;

@@ -197,6 +197,7 @@ impl Rules {
             FrameHead::File(
                 FileRecord::Entry { tree, .. }
                 | FileRecord::Data { tree, .. }
+                | FileRecord::Keep { tree, .. }
                 | FileRecord::Remove { tree, .. },
             ) => *tree,
             _ => 0,

@@ -1,6 +1,7 @@
 //! Replicated file trees on real directories: histories of random changes, hostile records, the scanner
 //! beside a running writer.
 
+mod keep;
 mod overlay;
 mod reflink;
 mod sys;

@@ -19,6 +19,7 @@ mod paths;
 mod postgres;
 mod redis;
 mod refusals;
+mod rejoin;
 mod restoring;
 mod shipping;
 mod turns;

@@ -12,7 +12,7 @@ use super::{
 /// Changes files in every way and keeps in memory what they must be.
 const SCRIBE: &str = include_str!("scribe.py");
 /// Where a host keeps the files of the first declared path.
-const REDIS_FILES: &str = "/var/lib/standin/workloads/redis/paths/0";
+pub(crate) const REDIS_FILES: &str = "/var/lib/standin/workloads/redis/paths/0";
 
 /// redis' digest of its memory, and that of a second redis which has read its files.
 pub(crate) fn digests(cluster: &Cluster, host: Host) -> (String, String) {

@@ -3,6 +3,7 @@
 mod channel;
 mod epoch;
 mod hostile;
+mod inventory;
 mod link;
 mod pairing;
 mod supply;

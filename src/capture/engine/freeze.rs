@@ -228,6 +228,9 @@ impl Outlet<'_, '_> {
         }
         files.map_or(Ok(()), |files| files.settle(emit))?;
         images::emit::<io::Error>(&self.dir, &self.note, &mut |head, body| emit(head, body))?;
+        if let Some(resync) = &mut figures.resync {
+            resync.full_bytes += known.offered_same_bytes();
+        }
         known.retain(&manifest);
         let pages = |map: &SpaceMap| extents::pages(&map.extents);
         figures.resident_bytes = manifest.spaces.iter().map(|map| pages(map) * PAGE_SIZE).sum();

@@ -33,10 +33,11 @@ use crate::{
         spawn::{Place, Spawn},
         swrk::{CriuError, Swrk},
     },
-    delta::{Encoder, Known, LinkRate, ReadStamp},
-    extents, files,
+    delta::{Encoder, Known, LinkRate, Offered, ReadStamp},
+    extents,
+    files::{self, HeldFiles},
     memory::{self, AttachError, Guards, Pages, ReadError, Task, TrackError, Tracker, TreeError, Vmas},
-    model::{EpochFigures, Extent, PAGE_SIZE, Space},
+    model::{EpochFigures, Extent, PAGE_SIZE, Resync, Space},
     wire::message::{FrameHead, Manifest},
 };
 
@@ -200,6 +201,8 @@ pub struct Capturer {
     next_dir: u32,
     /// An epoch failed: of pages that were sent in it nothing is known.
     unsure: bool,
+    /// What the standby tells of what it holds, for the next epoch.
+    told: Option<Told>,
     /// Of the tree's root.
     root: OwnedFd,
     /// The tree's IPC namespace is part of the image.
@@ -224,6 +227,17 @@ pub enum Stage {
 /// Told of stages. An error at the first two makes the epoch fail.
 pub type OnStages = dyn FnMut(Stage) -> Result<(), io::Error> + Send;
 
+/// What a standby tells of what it holds, in hashes.
+#[derive(Debug)]
+pub struct Told {
+    /// Of the pages of the epoch that is to be the base of the next one; none, if that is to have none.
+    pub pages: Option<Offered>,
+    /// Of its files.
+    pub files: HeldFiles,
+    /// Bytes that it took.
+    pub bytes: u64,
+}
+
 /// A CRIU that waits, and the directory that it will write to.
 struct Spare {
     swrk: Swrk,
@@ -247,6 +261,7 @@ impl Capturer {
             spare: None,
             next_dir: 0,
             unsure: false,
+            told: None,
             root: memory::pidfd_of(root)?,
             own_ipc: false,
             guards_doubted: 0,
@@ -304,15 +319,24 @@ impl Capturer {
         self.look_at_ipc()?;
         self.spawn_ahead()?;
         self.track()?;
-        if base.is_none() {
+        let told = self.told.take();
+        let mut resync = told.as_ref().map(|told| Resync { resync_bytes: told.bytes, full_bytes: 0 });
+        let full = base.is_none() || told.is_some();
+        if full {
             self.files.iter_mut().for_each(Files::reset);
+        }
+        if let (Some(files), Some(told)) = (&mut self.files, told) {
+            files.offer(told.files);
         }
         self.known.begin_epoch(base.is_some());
         emit(head, Vec::new())?;
-        let mut figures = EpochFigures { id, full: base.is_none(), ..EpochFigures::default() };
         if let Some(files) = &mut self.files {
-            files.send_ahead(emit)?;
+            let kept_bytes = files.send_ahead(emit)?;
+            if let Some(resync) = &mut resync {
+                resync.full_bytes = kept_bytes;
+            }
         }
+        let mut figures = EpochFigures { id, full, resync, ..EpochFigures::default() };
         let pending = self.precopy(&mut figures, emit)?;
         self.precopy_shared(&figures, emit)?;
         if let Some(files) = &mut self.files {
@@ -349,6 +373,22 @@ impl Capturer {
             self.known.clear();
             self.dumped.clear();
         }
+    }
+
+    /// Of what the standby holds nothing is known here but this, which the next epoch is compared with. Of the files nothing is
+    /// known otherwise either; of memory, unless the epoch has a base. Its figures say for now what came, and what was the
+    /// same; who ships it adds the rest.
+    pub fn resync(&mut self, mut told: Told) {
+        match told.pages.take() {
+            Some(pages) => self.known.offer(pages),
+            None => self.known.clear(),
+        }
+        self.told = Some(told);
+    }
+
+    /// Whether files are replicated.
+    pub fn has_files(&self) -> bool {
+        self.files.is_some()
     }
 
     /// Whether the next epoch must send all memory, whatever the standby holds.

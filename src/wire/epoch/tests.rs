@@ -89,11 +89,17 @@ fn any_file() -> impl Strategy<Value = (FrameHead, Vec<u8>)> {
         (any::<bool>(), any::<u64>()).prop_map(|(block, rdev)| FileKind::Device { block, rdev }),
     ];
     let body = prop::collection::vec(any::<u8>(), 1..2000);
-    (path, kind, 0..=0o7777u32, any::<i64>(), body, 0..3).prop_map(|(path, kind, mode, at, body, which)| {
+    (path, kind, 0..=0o7777u32, any::<i64>(), body, 0..4).prop_map(|(path, kind, mode, at, body, which)| {
         let tree = 1;
         match which {
             0 => (FrameHead::File(FileRecord::Data { tree, path, offset: 4096 }), body),
             1 => (FrameHead::File(FileRecord::Remove { tree, path }), Vec::new()),
+            2 => {
+                let runs =
+                    body.iter().enumerate().map(|(at, count)| (at as u64 * 300, u64::from(*count) + 1));
+                let (runs, digest) = (runs.collect(), [mode as u8; 32]);
+                (FrameHead::File(FileRecord::Keep { tree, path, runs, digest }), Vec::new())
+            }
             _ => {
                 let xattrs = vec![(b"user.note".to_vec(), body)];
                 let meta = FileMeta { kind, mode, uid: 1000, gid: 0, mtime: (at, 5), xattrs };

@@ -1,0 +1,201 @@
+//! An inventory as one bidirectional stream of a bulk connection: a question one way, hashes the other way.
+//!
+//! Invariants, as those of [`super::epoch`]: a sender dropped before [`InventorySender::finish`] resets the stream, so that a
+//! part is never taken for the whole; what the receiver does not read is held back by flow control.
+
+use std::time::Duration;
+
+use quinn::{ConnectionError, ReadError, ReadExactError, RecvStream, SendStream, WriteError};
+use tokio::time::timeout;
+
+use super::{CloseCode, Connection, EpochReceiver, PeerName};
+use crate::wire::{
+    epoch::{EpochError, EpochWriter},
+    frame::{HEADER_LEN, Header},
+    inventory::{Ask, Held, InventoryReader, InventoryWriter},
+    message::FrameHead,
+};
+
+/// The longest that the standby may take over a frame: what it reads for one is little, but its disk may be slow, and it makes
+/// its files durable first.
+const FRAME_WITHIN: Duration = Duration::from_secs(60);
+
+/// Why an inventory was not received.
+#[derive(Debug, thiserror::Error)]
+pub enum RecvInventoryError {
+    /// The connection is gone.
+    #[error("the connection to {peer} is lost: {source}")]
+    Lost {
+        /// The peer.
+        peer: PeerName,
+        /// How.
+        source: ConnectionError,
+    },
+    /// The question could not be sent.
+    #[error("asking {peer}: {source}")]
+    Write {
+        /// The peer.
+        peer: PeerName,
+        /// How.
+        source: WriteError,
+    },
+    /// The peer has none, or the connection broke.
+    #[error("{peer} gives none, or broke off: {source}")]
+    Read {
+        /// The peer.
+        peer: PeerName,
+        /// How.
+        source: ReadError,
+    },
+    /// The stream ended before the last frame.
+    #[error("that of {0} ended in the middle")]
+    Cut(PeerName),
+    /// Bytes follow the last frame.
+    #[error("that of {0} goes on behind its end")]
+    Trailing(PeerName),
+    /// The frames are none.
+    #[error("that of {peer} is refused: {source}")]
+    Refused {
+        /// The peer.
+        peer: PeerName,
+        /// Why.
+        source: EpochError,
+    },
+    /// Nothing comes.
+    #[error("{0} was silent for too long")]
+    Silent(PeerName),
+}
+
+impl Connection {
+    /// Asks what the peer holds.
+    pub async fn ask_inventory(&self, ask: &Ask) -> Result<InventoryReceiver, RecvInventoryError> {
+        let peer = self.peer().clone();
+        let refused = |source| RecvInventoryError::Refused { peer: self.peer().clone(), source };
+        let question = EpochWriter::new().frame(&FrameHead::Ask(ask.clone()), &[]).map_err(refused)?;
+        let lost = |source| RecvInventoryError::Lost { peer: self.peer().clone(), source };
+        let (mut send, recv) = self.open_bi().await.map_err(lost)?;
+        let failed = |source| RecvInventoryError::Write { peer: self.peer().clone(), source };
+        send.write_all(&question).await.map_err(failed)?;
+        Ok(InventoryReceiver { peer, send, recv, reader: InventoryReader::new(ask) })
+    }
+}
+
+/// Receives one inventory.
+#[derive(Debug)]
+pub struct InventoryReceiver {
+    peer: PeerName,
+    /// Of the question; its end would be that of the stream.
+    send: SendStream,
+    recv: RecvStream,
+    reader: InventoryReader,
+}
+
+impl InventoryReceiver {
+    /// The next frame, checked; `None` when the inventory is whole and its digest right.
+    pub async fn next(&mut self) -> Result<Option<(Held, Vec<u8>)>, RecvInventoryError> {
+        match timeout(FRAME_WITHIN, self.read()).await {
+            Ok(frame) => frame,
+            Err(_) => Err(RecvInventoryError::Silent(self.peer.clone())),
+        }
+    }
+
+    /// Bytes received so far.
+    pub fn bytes(&self) -> u64 {
+        self.reader.bytes()
+    }
+
+    async fn read(&mut self) -> Result<Option<(Held, Vec<u8>)>, RecvInventoryError> {
+        let mut header = [0; HEADER_LEN];
+        self.read_exact(&mut header).await?;
+        let lens = Header::decode(&header).map_err(|e| self.refused(e.into()))?;
+        let mut head = vec![0; lens.head_len];
+        self.read_exact(&mut head).await?;
+        let mut body = vec![0; lens.body_len];
+        self.read_exact(&mut body).await?;
+        let frame = self.reader.frame(&header, &head, &body);
+        if let Some(held) = frame.map_err(|e| self.refused(e))? {
+            return Ok(Some((held, body)));
+        }
+        let peer = self.peer.clone();
+        match self.recv.read(&mut [0]).await {
+            Ok(None) => Ok(None),
+            Ok(Some(_)) => Err(RecvInventoryError::Trailing(peer)),
+            Err(source) => Err(RecvInventoryError::Read { peer, source }),
+        }
+    }
+
+    async fn read_exact(&mut self, bytes: &mut [u8]) -> Result<(), RecvInventoryError> {
+        let peer = || self.peer.clone();
+        self.recv.read_exact(bytes).await.map_err(|error| match error {
+            ReadExactError::FinishedEarly(_) => RecvInventoryError::Cut(peer()),
+            ReadExactError::ReadError(source) => RecvInventoryError::Read { peer: peer(), source },
+        })
+    }
+
+    fn refused(&self, source: EpochError) -> RecvInventoryError {
+        RecvInventoryError::Refused { peer: self.peer.clone(), source }
+    }
+}
+
+/// Why an inventory was not sent.
+#[derive(Debug, thiserror::Error)]
+pub enum SendInventoryError {
+    /// A frame of ours breaks a rule of the protocol.
+    #[error("it cannot be sent as it is: {0}")]
+    Rules(#[from] EpochError),
+    /// Writing failed.
+    #[error("sending it broke off: {0}")]
+    Write(#[from] WriteError),
+}
+
+impl EpochReceiver {
+    /// Answers what was asked instead of an epoch being sent.
+    pub fn into_inventory(self, ask: &Ask) -> InventorySender {
+        InventorySender { stream: self, writer: InventoryWriter::new(ask) }
+    }
+}
+
+/// Sends one inventory. Its stream is reset with it unless it came to its end.
+#[derive(Debug)]
+pub struct InventorySender {
+    stream: EpochReceiver,
+    writer: InventoryWriter,
+}
+
+impl InventorySender {
+    /// Sends a frame; waits while the receiver is behind by a window.
+    pub async fn frame(&mut self, held: Held, body: &[u8]) -> Result<(), SendInventoryError> {
+        let prefix = self.writer.frame(held, body)?;
+        self.write(&prefix).await?;
+        self.write(body).await
+    }
+
+    /// Whether that may still be sent.
+    pub fn has_room(&self, held: &Held, body_len: usize) -> bool {
+        self.writer.has_room(held, body_len)
+    }
+
+    /// Sends the end.
+    pub async fn finish(mut self) -> Result<(), SendInventoryError> {
+        let end = self.writer.end()?;
+        self.write(&end).await?;
+        Ok(self.stream.end_answer()?)
+    }
+
+    async fn write(&mut self, bytes: &[u8]) -> Result<(), SendInventoryError> {
+        // See `EpochSender::write`.
+        let send = self.stream.answer_stream();
+        let stopped = send.stopped();
+        tokio::select! {
+            written = send.write_all(bytes) => Ok(written?),
+            Ok(Some(code)) = stopped => Err(WriteError::Stopped(code).into()),
+        }
+    }
+}
+
+impl Drop for InventoryReceiver {
+    fn drop(&mut self) {
+        // Ours has nothing more to say. An error means that it is closed already.
+        let _ = self.send.reset(CloseCode::Abandoned.into());
+    }
+}
