@@ -96,6 +96,17 @@ pub struct WrapReply {
     pub init: PathBuf,
 }
 
+/// Compare this host with a paired one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DoctorRequest {
+    /// The peer.
+    pub peer: String,
+    /// Only this workload's needs; of all that run here and have no other standby, unless said.
+    #[serde(default)]
+    pub workload: Option<Name>,
+}
+
 /// A container of an OCI runtime.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

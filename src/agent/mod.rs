@@ -5,6 +5,7 @@
 //! | [`api`], `http`, `calls` | the control API: its shapes, its socket, its answers |
 //! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
 //! | `command` | the fence command |
+//! | `examining` | this host and a peer's compared, for the doctor |
 //! | `verifying` | the warm image, compared again with what was received |
 //! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
 //! | `standby` | the standby's: receive, commit, fold, restore |
@@ -25,6 +26,7 @@ mod command;
 mod drill;
 mod durable;
 mod ending;
+mod examining;
 mod fencing;
 mod flight;
 mod handoff;
@@ -106,6 +108,8 @@ pub struct Agent {
     shipments: Mutex<BTreeMap<Name, Shipment>>,
     /// Places for what arrives from primaries.
     arrivals: Semaphore,
+    /// Peers' questions about this host that are answered at once.
+    examining: Semaphore,
 }
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Workloads run on.
@@ -149,6 +153,7 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
         owners: Mutex::new(BTreeMap::new()),
         shipments: Mutex::new(BTreeMap::new()),
         arrivals: Semaphore::new(arrival::ARRIVALS_MAX),
+        examining: Semaphore::new(examining::EXAMINED_AT_ONCE),
     });
     agent.resume()?;
     tokio::spawn(http::serve(listener, Arc::clone(&agent)));

@@ -6,6 +6,7 @@ mod container_keeps;
 mod containers;
 mod deciding;
 mod docker;
+mod doctor;
 mod drill;
 mod etcd;
 mod failover;
