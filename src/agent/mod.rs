@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`api`], `http`, `calls` | the control API: its shapes, its socket, its answers |
 //! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
-//! | `command` | the fence command |
+//! | `command`, `hooks`, `program` | the fence command; commands for a change of roles; how both are run |
 //! | `examining` | this host and a peer's compared, for the doctor |
 //! | `verifying` | the warm image, compared again with what was received |
 //! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
@@ -31,11 +31,13 @@ mod fencing;
 mod flight;
 mod handoff;
 mod home;
+mod hooks;
 mod http;
 mod inbound;
 mod links;
 mod orders;
 mod owner;
+mod program;
 mod promotion;
 mod roles;
 mod session;
@@ -84,7 +86,7 @@ use crate::{
     workload::spec::WorkloadSpec,
 };
 
-pub use self::command::FenceCommand;
+pub use self::{command::FenceCommand, hooks::HookCommands};
 
 /// How long a stopping agent waits for its peers' word.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);

@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use super::{
     api::{ApiError, ProtectRequest, Source, WorkloadStatus},
     home::Home,
+    hooks::Cause,
     links::Link,
     orders,
     owner::{Answer, Msg, Offer, Owner, Running, boot_now},
@@ -207,6 +208,7 @@ impl Owner {
         block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
         self.durable = durable;
         self.event("protecting", &format!("{} is to be the standby", request.to), None);
+        self.hooks.cause = Some(Cause::Protected);
         self.start_core(Record::primary(term), Copy::Running, None);
         self.speak();
         Ok(())
@@ -471,9 +473,11 @@ impl Owner {
         self.end_session();
         if let Some(verdict) = self.handoff.as_mut().and_then(|handoff| handoff.verdict.take()) {
             // The tree is frozen and silent; CRIU kills it when it hears yes.
+            self.hooks.cause = Some(Cause::HandedOff);
             let _ = verdict.send(true);
             return;
         }
+        self.hooks.cause = Some(Cause::Replaced);
         if self.home.is_some() {
             self.event("destroyed", "the copy on this host is out of date", None);
         }

@@ -12,6 +12,7 @@ mod etcd;
 mod failover;
 mod faults;
 mod handoff;
+mod hooks;
 mod lab;
 mod lab_itself;
 mod pace;
