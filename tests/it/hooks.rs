@@ -69,6 +69,10 @@ fn hooks_follow_the_workload_through_a_handoff_a_takeover_and_its_end() {
     cluster.start_agent(Host::A);
     cluster.wait_state(Host::A, "standby", "ready");
     cluster.wait_state(Host::B, "primary", "protected");
+    cluster.end_agent(Host::B, "TERM");
+    cluster.start_agent(Host::B);
+    cluster.wait_state(Host::B, "primary", "protected");
+    cluster.wait_state(Host::A, "standby", "ready");
     cluster.lab.kill(Host::B);
     has(&await_noted(&cluster, Host::A, 3)[2], &["promote redis", "term=3 role=primary cause=takeover"]);
     // What was promoted when its power was cut is told when it is back.
