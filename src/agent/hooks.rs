@@ -195,9 +195,8 @@ impl Owner {
         };
         let is_last = match (self.hooks.last, event) {
             (Some((HookEvent::Promote, last)), HookEvent::Promote) => last == term,
-            (Some((HookEvent::Promote, _)), HookEvent::Demote) => false,
-            // It was never heard here since.
-            (None | Some((HookEvent::Demote, _)), HookEvent::Demote) => true,
+            // Without a promotion there is nothing to take back.
+            (last, HookEvent::Demote) => last.is_none_or(|(last, _)| last == HookEvent::Demote),
             (None | Some((HookEvent::Demote, _)), HookEvent::Promote) => false,
         };
         let Some(calls) = self.hooks.calls.as_ref().filter(|_| !is_last) else { return };

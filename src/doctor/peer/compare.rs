@@ -1,6 +1,6 @@
 //! Both hosts' facts to checks, pure.
 
-use std::time::Duration;
+use std::{cmp::Ordering, time::Duration};
 
 use super::{ClockSample, Id, Needs, Pair, PeerReport, cpu};
 use crate::{
@@ -153,13 +153,14 @@ fn software(Pair { peer, here, there, .. }: &Pair) -> Vec<Check> {
     };
     let (ours, theirs) = (numbers(&here.kernel), numbers(&there.kernel));
     let both = format!("{} here, {} on {peer}", here.kernel, there.kernel);
-    let kernel = if theirs < ours {
-        let remedy = "boot the same kernel on both: an older one may lack what a process has open or has set";
-        Check::warn(Group::Kernel, "kernel-release", both, remedy)
-    } else if ours == theirs {
-        Check::ok(Group::Kernel, "kernel-release", here.kernel.clone())
-    } else {
-        Check::note(Group::Kernel, "kernel-release", both)
+    let kernel = match theirs.cmp(&ours) {
+        Ordering::Less => {
+            let remedy =
+                "boot the same kernel on both: an older one may lack what a process has open or has set";
+            Check::warn(Group::Kernel, "kernel-release", both, remedy)
+        }
+        Ordering::Equal => Check::ok(Group::Kernel, "kernel-release", here.kernel.clone()),
+        Ordering::Greater => Check::note(Group::Kernel, "kernel-release", both),
     };
     let tracker = match (&here.tracker, &there.tracker) {
         (_, None) => Check::fail(

@@ -179,7 +179,7 @@ mod tests {
         let mine = regular(&program);
         let readelf = std::process::Command::new("readelf").arg("-n").arg(&program).output().unwrap();
         let text = String::from_utf8_lossy(&readelf.stdout).into_owned();
-        let hex: String = mine.build_id.iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex = data_encoding::HEXLOWER.encode(&mine.build_id);
         assert!(!hex.is_empty() && text.contains(&hex), "{hex} in {text}");
         assert_eq!(mine.digest, None);
         assert!(!regular(Path::new("/usr/bin/env")).build_id.is_empty());

@@ -186,7 +186,7 @@ fn a_peer_without_room_fails_and_with_little_is_warned_of() {
 fn clocks_are_judged_by_what_is_sure() {
     let later = |pair: &mut Pair, by: Duration| pair.clocks[1].there.wall += by;
     assert_only("wall-clock-offset", State::Warn, "2000 ms later", |pair| {
-        later(pair, Duration::from_secs(2))
+        later(pair, Duration::from_secs(2));
     });
     assert_eq!(after(|pair| later(pair, Duration::from_millis(100))), []);
     // 3 % fast: more than a lease allows for.
