@@ -2,6 +2,8 @@
 //!
 //! A flag wins over the file, the file over the default. Nothing else in the crate reads either.
 
+mod hooks;
+
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -11,11 +13,13 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    agent::FenceCommand,
+    agent::{FenceCommand, HookCommands},
     arbiter,
     delta::REFERENCE_BYTES_MAX,
     ha::{self, Timing, TimingError},
 };
+
+pub use self::hooks::HookFailure;
 
 /// Where the agent looks for its file when none is named.
 pub const DEFAULT_FILE: &str = "/etc/standin/agent.toml";
@@ -184,6 +188,18 @@ pub struct Settings {
     /// A file with that user's password
     #[arg(long, value_name = "FILE")]
     pub etcd_password_file: Option<PathBuf>,
+    /// A program that is run when a workload is heard from this host, for addresses of a cloud, BGP, DNS [default: none]
+    #[arg(long, value_name = "FILE")]
+    pub on_promote: Option<PathBuf>,
+    /// A program that is run when it is not any more: fenced, handed off, replaced [default: none]
+    #[arg(long, value_name = "FILE")]
+    pub on_demote: Option<PathBuf>,
+    /// How long each of them may take, in milliseconds [default: 30000]
+    #[arg(long, value_name = "MS")]
+    pub hook_timeout_ms: Option<u64>,
+    /// What follows when one fails [default: retry]
+    #[arg(long, value_enum)]
+    pub hook_failure: Option<HookFailure>,
     /// Hold a drill of each workload whose standby this host is so often, as `12h`, `7d`, `30m` [default: never]
     #[arg(long, value_name = "TIME")]
     pub drill_every: Option<String>,
@@ -220,6 +236,8 @@ pub struct Config {
     pub timing: Timing,
     /// Who decides that a standby runs a workload.
     pub arbiter: ArbiterConfig,
+    /// What is run when a workload's role changes.
+    pub hooks: HookCommands,
     /// Time between two drills of a workload.
     pub drill_every: Option<Duration>,
     /// The probe of those drills.
@@ -258,6 +276,9 @@ pub enum ConfigError {
     /// Who decides cannot do so safely.
     #[error("{0}")]
     Arbiter(String),
+    /// A hook cannot be run.
+    #[error("{0}")]
+    Hook(String),
     /// Not a time between drills.
     #[error(
         "`drill_every` cannot be {0:?}: write a number with its unit, as 30m, 12h or 7d; 10s at least, 365d at most"
@@ -311,6 +332,10 @@ impl Settings {
             etcd_key: self.etcd_key.or(other.etcd_key),
             etcd_user: self.etcd_user.or(other.etcd_user),
             etcd_password_file: self.etcd_password_file.or(other.etcd_password_file),
+            on_promote: self.on_promote.or(other.on_promote),
+            on_demote: self.on_demote.or(other.on_demote),
+            hook_timeout_ms: self.hook_timeout_ms.or(other.hook_timeout_ms),
+            hook_failure: self.hook_failure.or(other.hook_failure),
             drill_every: self.drill_every.or(other.drill_every),
             drill_probe: self.drill_probe.or(other.drill_probe),
             log: self.log.or(other.log),
@@ -319,7 +344,7 @@ impl Settings {
 
     /// Fills in the defaults and checks the whole.
     pub fn validate(self) -> Result<Config, ConfigError> {
-        let arbiter = self.arbiter()?;
+        let (arbiter, hooks) = (self.arbiter()?, self.hooks()?);
         let name = self.name.unwrap_or_else(host_name);
         let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
         if !(1..=63).contains(&name.len()) || !name.bytes().all(allowed) || name.starts_with(['-', '.']) {
@@ -363,6 +388,7 @@ impl Settings {
             criu: self.criu,
             timing,
             arbiter,
+            hooks,
             log: self.log.unwrap_or_else(|| "info".into()),
         })
     }

@@ -98,6 +98,17 @@ pub struct WrapReply {
     pub init: PathBuf,
 }
 
+/// Compare this host with a paired one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DoctorRequest {
+    /// The peer.
+    pub peer: String,
+    /// Only this workload's needs; of all that run here and have no other standby, unless said.
+    #[serde(default)]
+    pub workload: Option<Name>,
+}
+
 /// A container of an OCI runtime.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -330,6 +341,9 @@ pub struct WorkloadStatus {
     /// What the last drill on this host found.
     #[serde(default)]
     pub last_drill: Option<Last>,
+    /// The hook that was run last on this host.
+    #[serde(default)]
+    pub hook: Option<HookStatus>,
     /// What went wrong last, if it still matters.
     pub error: Option<String>,
 }
@@ -349,6 +363,49 @@ pub struct ContainerStatus {
     /// Processes of it that the kernel has killed for want of memory since it came to this host or the agent was started.
     #[serde(default)]
     pub oom_kills: u64,
+}
+
+/// A command for a change of roles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HookEvent {
+    /// `on_promote`: the workload is heard from this host.
+    Promote,
+    /// `on_demote`: it is not any more.
+    Demote,
+}
+
+/// How a hook stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HookState {
+    /// It runs.
+    Running,
+    /// It ended with 0.
+    Done,
+    /// It did not, and is tried again.
+    Retrying,
+    /// It did not, and is not tried again.
+    Failed,
+    /// The role changed before it had ended: it was ended.
+    CutOff,
+}
+
+/// A hook that was run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookStatus {
+    /// Which.
+    pub event: HookEvent,
+    /// The term in which the role changed.
+    pub term: Term,
+    /// Why it changed.
+    pub cause: String,
+    /// How it stands.
+    pub state: HookState,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// Why it failed last.
+    pub error: Option<String>,
 }
 
 /// How etcd stands to a workload, as this host sees it.

@@ -8,8 +8,8 @@ use super::{
     Agent,
     api::{
         AgentStatus, ApiError, CommitRequest, DockerContainer, ErrorCode, FailoverRequest, HandoffReport,
-        HandoffRequest, History, OciContainer, PairCode, PairJoinRequest, PeerInfo, ProtectRequest, RunReply,
-        RunRequest, Source, UnprotectRequest, VerifyReport, WorkloadStatus, WrapReply, WrapRequest,
+        HandoffRequest, History, OciContainer, PairCode, PairJoinRequest, PeerInfo, ProtectRequest, Role,
+        RunReply, RunRequest, Source, UnprotectRequest, VerifyReport, WorkloadStatus, WrapReply, WrapRequest,
     },
     durable::{self, Durable},
     home::Home,
@@ -22,6 +22,7 @@ use crate::{
     ha::Arbiter,
     model::Name,
     observe::{HistoryLog, in_full},
+    takeover::check::{VipError, check_vip},
     transport::{
         PeerName,
         pairing::{Card, PairingCode},
@@ -29,7 +30,7 @@ use crate::{
     workload::{
         container::{self, Named, wrap},
         control::{Command, User},
-        spec::{Cidr, Commit, MountRule, Net, PaceSpec, PlaceSpec, SandboxSpec, WorkloadSpec},
+        spec::{Cidr, Commit, MountRule, Net, PaceSpec, PlaceSpec, SandboxSpec, Vip, WorkloadSpec},
     },
 };
 
@@ -37,6 +38,9 @@ use crate::{
 const PAIRING_VALID: Duration = Duration::from_secs(600);
 /// How long the standby may take to agree that protection is paused.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long others may take to say that an address is theirs.
+const PROBE_LIMIT: Duration = Duration::from_millis(600);
 
 /// What the control socket asks for.
 impl Agent {
@@ -245,6 +249,7 @@ impl Agent {
         if request.ship_image && !matches!(request.source, Source::Oci(_) | Source::Docker(_)) {
             return Err(ApiError::invalid("--ship-image is for containers: a sandbox has no image"));
         }
+        self.check_unclaimed(&request).await?;
         match &request.source {
             Source::Run(run) => {
                 self.owner(run).map_err(|_| {
@@ -281,6 +286,26 @@ impl Agent {
             }
         }
         self.ask(&name, |answer| Msg::Protect { request: Box::new(request), shipped, answer }).await?
+    }
+
+    /// An address that somebody else has is not taken: two would answer for it. One of a workload that is protected already is
+    /// its own.
+    async fn check_unclaimed(&self, request: &ProtectRequest) -> Result<(), ApiError> {
+        let known = self.workload_status(&request.name).await;
+        if known.is_ok_and(|status| status.role != Role::Unprotected) {
+            return Ok(());
+        }
+        let ask = |vip: &Vip| {
+            let vip = vip.clone();
+            tokio::task::spawn_blocking(move || check_vip(&vip, Some(PROBE_LIMIT)))
+        };
+        for asked in request.vips.iter().map(ask).collect::<Vec<_>>() {
+            // What else there is to say of an address its owner says.
+            if let Ok(Err(error @ VipError::InUse { .. })) = asked.await {
+                return Err(ApiError::refused(error));
+            }
+        }
+        Ok(())
     }
 
     async fn adopt_container(

@@ -1,29 +1,18 @@
 //! The fence command: what makes sure that a peer's host is off before its workloads are run here.
 //!
 //! Invariants: a host is not switched off twice for two of its workloads; nobody is told that it is off before the command has
-//! said so; a command that hangs is ended with all that it started.
+//! said so.
 
 use std::{
     collections::BTreeMap,
-    os::unix::process::CommandExt as _,
     path::PathBuf,
-    process::{Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use nix::{
-    sys::signal::{Signal, killpg},
-    unistd::Pid,
-};
-use tokio::io::AsyncReadExt as _;
-
+use super::program;
 use crate::model::Name;
 
-/// What is kept of the command's output.
-const OUTPUT_BYTES_MAX: u64 = 4096;
-/// How long its output is waited for when it has ended.
-const OUTPUT_WAIT: Duration = Duration::from_millis(200);
 /// How long it rests before it is tried again.
 const REST: Duration = Duration::from_millis(500);
 
@@ -98,47 +87,14 @@ impl Fencer {
 
 /// Runs it once. Its output, or why it did not do.
 async fn run(command: &FenceCommand, peer: &str, workload: &Name) -> Result<String, String> {
-    let mut program = Command::new(&command.program);
-    program
-        .arg(peer)
-        .env("STANDIN_PEER", peer)
-        .env("STANDIN_WORKLOAD", workload.as_str())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0);
-    let mut child = tokio::process::Command::from(program)
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|error| format!("it cannot be started: {error}"))?;
-    let group = child.id().map(|pid| Pid::from_raw(pid as i32));
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let reader = tokio::spawn(async move { [said(stdout).await, said(stderr).await].concat() });
-    let ended = tokio::time::timeout(command.timeout, child.wait()).await;
-    if ended.is_err()
-        && let Some(group) = group
-    {
-        let _ = killpg(group, Signal::SIGKILL);
-    }
-    // Something that it left behind may hold its output open.
-    let output = tokio::time::timeout(OUTPUT_WAIT, reader).await;
-    let output = output.ok().and_then(Result::ok).unwrap_or_default();
-    let said = String::from_utf8_lossy(&output).trim().replace('\n', " | ");
-    match ended {
-        Err(_) => Err(format!("it did not end within {} ms", command.timeout.as_millis())),
-        Ok(Err(error)) => Err(format!("it cannot be waited for: {error}")),
-        Ok(Ok(status)) if status.success() => Ok(said),
-        Ok(Ok(status)) => Err(format!("{status}: {said}")),
-    }
-}
-
-/// The begin of what a stream says, until its end. What cannot be read is not worth a failure: the exit code decides.
-async fn said(stream: Option<impl tokio::io::AsyncRead + Unpin>) -> Vec<u8> {
-    let mut said = Vec::new();
-    if let Some(stream) = stream {
-        let _ = stream.take(OUTPUT_BYTES_MAX).read_to_end(&mut said).await;
-    }
-    said
+    let environment = [("STANDIN_PEER", peer.to_owned()), ("STANDIN_WORKLOAD", workload.to_string())];
+    program::run(program::Run {
+        program: &command.program,
+        arguments: &[peer],
+        environment: &environment,
+        timeout: command.timeout,
+    })
+    .await
 }
 
 #[cfg(test)]

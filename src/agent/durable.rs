@@ -92,6 +92,11 @@ impl Place {
         self.dir.join("running.json")
     }
 
+    /// Which hook was run last: see [`super::hooks`].
+    pub(super) fn hook_mark(&self) -> PathBuf {
+        self.dir.join("hook.json")
+    }
+
     /// What the last drill found, if there was one.
     pub(super) fn last_drill(&self) -> Option<Last> {
         serde_json::from_slice(&fs::read(self.dir.join("last-drill.json")).ok()?).ok()

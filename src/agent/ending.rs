@@ -6,6 +6,7 @@ use tokio::sync::oneshot;
 use super::{
     api::{ApiError, UnprotectRequest, WorkloadStatus},
     home::Home,
+    hooks::Cause,
     owner::{Answer, Owner},
     standby::Standby,
     trees,
@@ -46,6 +47,9 @@ impl Owner {
 
     pub(super) fn unprotected(&mut self) {
         self.end_session();
+        if self.hooks.cause != Some(Cause::Ended) {
+            self.hooks.cause = Some(Cause::Unprotected);
+        }
         self.core = None;
         self.drop_image();
         self.durable.record = None;
@@ -130,6 +134,7 @@ impl Owner {
     pub(super) fn workload_ended(&mut self) {
         self.end_session();
         self.watch_memory();
+        self.hooks.cause = Some(Cause::Ended);
         let message = format!("{} has ended by itself", self.name);
         self.event("workload-ended", &message, None);
         self.error = Some(message.clone());

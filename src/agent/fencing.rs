@@ -3,7 +3,10 @@
 
 use std::time::Duration;
 
-use super::owner::{Owner, boot_now};
+use super::{
+    hooks::Cause,
+    owner::{Owner, boot_now},
+};
 use crate::{ha::Input, transport::block_in_place};
 
 /// How long freezing may take before it is reported.
@@ -43,6 +46,7 @@ impl Owner {
     }
 
     pub(super) fn fence(&mut self) {
+        self.hooks.cause = Some(Cause::Fenced);
         self.event(
             "fenced",
             "the lease was not renewed in time: the workload is frozen and its address is silent",
@@ -75,6 +79,7 @@ impl Owner {
         } else {
             "the lease was renewed before anybody took over: the workload runs on"
         };
+        self.hooks.cause = Some(Cause::Unfenced);
         self.event("unfenced", detail, None);
         None
     }

@@ -94,6 +94,7 @@ async fn route(agent: &Arc<Agent>, request: Request<Incoming>) -> Result<Vec<u8>
         ["v1", "pair", "listen"] if post => json(&agent.pair_listen()?),
         ["v1", "pair", "join"] if post => json(&agent.pair_join(body(request).await?).await?),
         ["v1", "run"] if post => json(&agent.run(body(request).await?).await?),
+        ["v1", "doctor"] if post => json(&agent.compare_with_peer(body(request).await?).await?),
         ["v1", "wrap"] if post => json(&agent.wrap(&body(request).await?)?),
         ["v1", "protect"] if post => json(&agent.protect(body(request).await?).await?),
         ["v1", "workloads", name] if get => json(&agent.workload_status(&parse(name)?).await?),

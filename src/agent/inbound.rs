@@ -64,6 +64,9 @@ async fn answer(agent: &Arc<Agent>, connection: &Connection, request: Request) -
             }
             Reply::Done
         }
+        Request::Examine(question) => {
+            Reply::Examined(agent.examined(question, connection.remote_addr()).await)
+        }
     }
 }
 

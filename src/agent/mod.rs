@@ -4,9 +4,10 @@
 //! |---|---|
 //! | [`api`], `http`, `calls` | the control API: its shapes, its socket, its answers |
 //! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `rejoin`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
-//! | `command` | the fence command |
+//! | `command`, `hooks`, `program` | the fence command; commands for a change of roles; how both are run |
+//! | `examining` | this host and a peer's compared, for the doctor |
 //! | `verifying` | the warm image, compared again with what was received |
-//! | `session`, `flight`, `throttle` | the primary's epochs: capture, ship, commit; slowing down for a handoff |
+//! | `session`, `flight`, `output`, `throttle` | the primary's epochs: capture, ship, commit; packets that wait for them; slowing down |
 //! | `receiving`, `standby` | the standby's: receive, commit; fold, restore |
 //! | `inventory` | what a standby holds, by hashes, where the primary does not know |
 //! | `drill` | a restore on trial, isolated, beside all that |
@@ -26,10 +27,12 @@ mod command;
 mod drill;
 mod durable;
 mod ending;
+mod examining;
 mod fencing;
 mod flight;
 mod handoff;
 mod home;
+mod hooks;
 mod http;
 mod inbound;
 mod inventory;
@@ -37,6 +40,7 @@ mod links;
 mod orders;
 mod output;
 mod owner;
+mod program;
 mod promotion;
 mod receiving;
 mod rejoin;
@@ -87,7 +91,7 @@ use crate::{
     workload::spec::WorkloadSpec,
 };
 
-pub use self::command::FenceCommand;
+pub use self::{command::FenceCommand, hooks::HookCommands};
 
 /// How long a stopping agent waits for its peers' word.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -111,6 +115,8 @@ pub struct Agent {
     shipments: Mutex<BTreeMap<Name, Shipment>>,
     /// Places for what arrives from primaries.
     arrivals: Semaphore,
+    /// Peers' questions about this host that are answered at once.
+    examining: Semaphore,
 }
 
 /// Runs the agent until it is told to stop (SIGTERM, SIGINT). Workloads run on.
@@ -154,6 +160,7 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
         owners: Mutex::new(BTreeMap::new()),
         shipments: Mutex::new(BTreeMap::new()),
         arrivals: Semaphore::new(arrival::ARRIVALS_MAX),
+        examining: Semaphore::new(examining::EXAMINED_AT_ONCE),
     });
     agent.resume()?;
     tokio::spawn(http::serve(listener, Arc::clone(&agent)));

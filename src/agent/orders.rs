@@ -13,6 +13,9 @@ use crate::{
     model::Term,
 };
 
+/// Why a promotion is one that an operator has ordered.
+pub(super) const BY_OPERATOR: &str = "an operator's failover";
+
 /// An order under way, answered when the core has done it.
 pub(super) enum Order {
     Failover(Answer<WorkloadStatus>),
@@ -71,7 +74,7 @@ impl Owner {
         if self.standing() == Some(Standing::Standby) {
             self.event("forced", &format!("the operator says that {peer} is off: run it here"), None);
         }
-        self.promote_because = Some("an operator's failover".to_owned());
+        self.promote_because = Some(BY_OPERATOR.to_owned());
         self.order(Order::Failover(answer), Input::ForcePromote);
     }
 

@@ -32,6 +32,7 @@ use super::{
     durable::{self, Durable},
     handoff::Handoff,
     home::Home,
+    hooks::{Hooks, Told},
     orders,
     receiving::Received,
     session::{HandoffDone, Order, Permit, SessionError},
@@ -186,6 +187,8 @@ pub(super) enum Msg {
         verdict: std::sync::mpsc::Sender<bool>,
     },
     HandoffDone(Result<HandoffDone, SessionError>),
+    /// Of a hook that was run.
+    Hook(Told),
     /// A lazy restore has put every page.
     PagesServed,
     /// It cannot: the restored tree must not go on.
@@ -273,6 +276,7 @@ pub(super) struct Owner {
     pub(super) waiting_offer: Option<Offer>,
     /// Processes of it that were killed for want of memory, as far as that was told.
     pub(super) oom_kills: u64,
+    pub(super) hooks: Hooks,
 }
 
 impl Owner {
@@ -285,6 +289,7 @@ impl Owner {
         let name = durable.spec.place.name().clone();
         let place = durable::Place::of(&agent.config.state_dir, &name);
         Self {
+            hooks: Hooks::start(&agent.config, &place, to_self.clone()),
             history: HistoryLog::open(&place.history()),
             drill: None,
             last_drill: place.last_drill(),
@@ -349,6 +354,7 @@ impl Owner {
             self.look_at_held();
             self.drive_session();
             self.watch_drill();
+            self.watch_hooks();
         }
         self.agent.drop_owner(&self.name);
     }
@@ -475,6 +481,7 @@ impl Owner {
                 }
             }
             Msg::HandoffDone(result) => self.handoff_done(result),
+            Msg::Hook(told) => self.hook_told(told),
             Msg::PagesServed => self.pages_served(),
             Msg::PagesFailed(reason) => self.pages_failed(&reason),
         }

@@ -10,6 +10,8 @@ use anyhow::Context as _;
 use super::{
     drill::TAKEN_OVER,
     home::Home,
+    hooks::Cause,
+    orders::BY_OPERATOR,
     owner::{Msg, Owner, Promotion},
     standby::{RestorePlan, Standby},
     trees,
@@ -35,6 +37,11 @@ impl Owner {
             (false, Some(because)) => because,
             (false, None) => "the primary's lease ran out",
         };
+        self.hooks.cause = Some(match because.as_deref() {
+            _ if handed => Cause::Handoff,
+            Some(BY_OPERATOR) => Cause::Failover,
+            _ => Cause::Takeover,
+        });
         let mut phases = BTreeMap::new();
         if !handed {
             phases.insert("detect".to_owned(), silent_ms);

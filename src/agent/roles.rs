@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 use super::{
     api::{ApiError, ProtectRequest, Source, WorkloadStatus},
     home::Home,
+    hooks::Cause,
     links::Link,
     orders,
     owner::{Answer, Msg, Offer, Owner, Running, boot_now},
@@ -209,6 +210,7 @@ impl Owner {
         block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
         self.durable = durable;
         self.event("protecting", &format!("{} is to be the standby", request.to), None);
+        self.hooks.cause = Some(Cause::Protected);
         self.start_core(Record::primary(term), Copy::Running, None);
         self.speak();
         Ok(())
@@ -484,9 +486,11 @@ impl Owner {
                 tracing::debug!(%error, "what clients sent during the handoff is lost to them");
             }
             // The tree is frozen and silent; CRIU kills it when it hears yes.
+            self.hooks.cause = Some(Cause::HandedOff);
             let _ = verdict.send(true);
             return;
         }
+        self.hooks.cause = Some(Cause::Replaced);
         if self.home.is_some() {
             self.event("destroyed", "the copy on this host is out of date", None);
         }

@@ -108,6 +108,7 @@ impl Owner {
             last: self.last_committed.as_ref().map(|(figures, _)| figures.clone()),
             summary: self.last_committed.as_ref().and_then(|_| self.history.summary()),
             last_drill: self.last_drill.clone(),
+            hook: self.hooks.status.clone(),
             error: self.error.clone().or_else(|| self.standby.as_ref().and_then(|standby| standby.trouble())),
         }
     }

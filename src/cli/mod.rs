@@ -43,7 +43,7 @@ const EXIT_CODES: &str = "Exit codes: 0 done; 1 tried and failed; 2 wrong usage;
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Check that this host can protect a workload, and say what to do where it cannot
+    /// Check that this host can protect a workload, or that a peer can take over what runs here, and say what to do where not
     Doctor(doctor::Args),
     /// Run the daemon, one a host, both roles
     Agent(agent::Args),
@@ -110,7 +110,7 @@ type Outcome = Result<(), Failure>;
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.verb {
-        Verb::Doctor(args) => doctor::main(args),
+        Verb::Doctor(args) => doctor::main(&cli.socket, args),
         Verb::Agent(args) => agent::main(args),
         Verb::Pair(args) => pair::main(&cli.socket, &args),
         Verb::Run(args) => run::main(&cli.socket, args),

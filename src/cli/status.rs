@@ -4,7 +4,9 @@ use std::{io::IsTerminal, path::Path, time::Duration};
 
 use super::{Outcome, client, human_bytes, print_json};
 use crate::{
-    agent::api::{AgentStatus, EtcdStatus, PaceStatus, Role, WorkloadStatus},
+    agent::api::{
+        AgentStatus, EtcdStatus, HookEvent, HookState, HookStatus, PaceStatus, Role, WorkloadStatus,
+    },
     capture::pace::StretchedBy,
     drill::Last,
     model::Name,
@@ -158,6 +160,9 @@ fn print_workload(status: &WorkloadStatus) {
     if let Some(drill) = &status.last_drill {
         println!("  drill     {}", drill_line(drill));
     }
+    if let Some(hook) = &status.hook {
+        println!("  hook      {}", hook_line(hook));
+    }
     if let Some(error) = &status.error {
         println!("  error     {error}");
     }
@@ -170,6 +175,23 @@ fn held_line(held: &Held) -> String {
     let bytes = human_bytes(held.bytes);
     let dropped = if held.dropped > 0 { format!("; {} dropped", held.dropped) } else { String::new() };
     format!("{waits}, of late {:.1} ms; {} packets, {bytes} now{dropped}", held.delay_ms, held.packets)
+}
+
+/// The hook that was run last.
+fn hook_line(hook: &HookStatus) -> String {
+    let event = match hook.event {
+        HookEvent::Promote => "on_promote",
+        HookEvent::Demote => "on_demote",
+    };
+    let state = match hook.state {
+        HookState::Running => "runs",
+        HookState::Done => "done",
+        HookState::Retrying => "FAILED, is tried again",
+        HookState::Failed => "FAILED",
+        HookState::CutOff => "ended early, as the role has changed",
+    };
+    let error = hook.error.as_ref().map_or_else(String::new, |error| format!(": {error}"));
+    format!("{event} (term {}, {}) {state}; try {}{error}", hook.term, hook.cause, hook.attempts)
 }
 
 /// How etcd stands to it.

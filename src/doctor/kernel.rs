@@ -115,7 +115,8 @@ mod tests {
         assert!(checks.iter().all(|check| check.state != State::Fail));
         let (checks, tracker) = judge(&Kernel { soft_dirty: false, ..kernel }, None);
         assert_eq!(tracker, None);
-        let failed: Vec<_> = checks.iter().filter(|c| c.state == State::Fail).map(|c| c.id).collect();
+        let failed: Vec<_> =
+            checks.iter().filter(|c| c.state == State::Fail).map(|c| c.id.as_ref()).collect();
         assert_eq!(failed, ["pagemap-scan", "userfaultfd-wp-async", "dirty-tracker"]);
     }
 

@@ -9,6 +9,7 @@
 //! | `space` | cgroups, directories and their room |
 //! | `engines` | the engines whose containers can be protected |
 //! | `render` | the report for people |
+//! | [`peer`] | this host compared with a paired one |
 //!
 //! Invariant: nothing is left behind, however the doctor ends. What it makes lies in namespaces that end with
 //! it, in files without a name, or (one cgroup directory) is made and removed while signals wait.
@@ -18,22 +19,25 @@ mod engines;
 mod host;
 mod kernel;
 mod network;
+pub mod peer;
 mod render;
 mod space;
 
-use std::{panic::resume_unwind, path::Path};
+use std::{borrow::Cow, panic::resume_unwind, path::Path};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use self::render::render;
 use crate::{capture::Tracking, config::Config};
 
 /// How a check came out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// As it should be.
     Ok,
+    /// Worth knowing, and nothing to be done.
+    Note,
     /// Protection works, with a drawback.
     Warn,
     /// Nothing can be protected until this is remedied.
@@ -41,11 +45,13 @@ pub enum State {
 }
 
 /// What a check is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Group {
     /// The machine, and what the doctor may do on it.
     Host,
+    /// The processor.
+    Cpu,
     /// Memory tracking.
     Kernel,
     /// CRIU.
@@ -56,13 +62,15 @@ pub enum Group {
     Space,
     /// Engines of containers.
     Engines,
+    /// What a workload uses of its host.
+    Workloads,
 }
 
 /// One prerequisite.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Check {
     /// Its name, in kebab-case, the same in every version.
-    pub id: &'static str,
+    pub id: Cow<'static, str>,
     /// What it is about.
     pub group: Group,
     /// How it came out.
@@ -74,16 +82,30 @@ pub struct Check {
 }
 
 impl Check {
-    fn ok(group: Group, id: &'static str, found: impl Into<String>) -> Self {
-        Self { id, group, state: State::Ok, found: found.into(), remedy: None }
+    fn ok(group: Group, id: impl Into<Cow<'static, str>>, found: impl Into<String>) -> Self {
+        Self { id: id.into(), group, state: State::Ok, found: found.into(), remedy: None }
     }
 
-    fn warn(group: Group, id: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { id, group, state: State::Warn, found: found.into(), remedy: Some(remedy.into()) }
+    fn note(group: Group, id: impl Into<Cow<'static, str>>, found: impl Into<String>) -> Self {
+        Self { state: State::Note, ..Self::ok(group, id, found) }
     }
 
-    fn fail(group: Group, id: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { id, group, state: State::Fail, found: found.into(), remedy: Some(remedy.into()) }
+    fn warn(
+        group: Group,
+        id: impl Into<Cow<'static, str>>,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { id: id.into(), group, state: State::Warn, found: found.into(), remedy: Some(remedy.into()) }
+    }
+
+    fn fail(
+        group: Group,
+        id: impl Into<Cow<'static, str>>,
+        found: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self { id: id.into(), group, state: State::Fail, found: found.into(), remedy: Some(remedy.into()) }
     }
 }
 
@@ -107,9 +129,17 @@ impl Report {
     }
 
     /// The ids of the checks that came out so.
-    pub fn ids(&self, state: State) -> Vec<&'static str> {
-        self.checks.iter().filter(|check| check.state == state).map(|check| check.id).collect()
+    pub fn ids(&self, state: State) -> Vec<&str> {
+        ids(&self.checks, state)
     }
+}
+
+/// The ids of those that came out so, each once.
+fn ids(checks: &[Check], state: State) -> Vec<&str> {
+    let mut ids: Vec<&str> =
+        checks.iter().filter(|check| check.state == state).map(|check| check.id.as_ref()).collect();
+    ids.dedup();
+    ids
 }
 
 /// Examines the host for an agent with these settings. `launcher` is our own program.

@@ -9,9 +9,16 @@ const ID_WIDTH: usize = 22;
 
 /// The report as text, in colour or not.
 pub fn render(report: &Report, colour: bool) -> String {
+    let mut out = lines(&report.checks, colour);
+    let _ = write!(out, "\n{}", verdict(report, colour));
+    out
+}
+
+/// The checks under the titles of their groups.
+pub(super) fn lines(checks: &[Check], colour: bool) -> String {
     let mut out = String::new();
     let mut group = None;
-    for check in &report.checks {
+    for check in checks {
         if group != Some(check.group) {
             let blank = if group.is_some() { "\n" } else { "" };
             let _ = writeln!(out, "{blank}{}", paint(title(check.group), "1", colour));
@@ -19,13 +26,13 @@ pub fn render(report: &Report, colour: bool) -> String {
         }
         line(&mut out, check, colour);
     }
-    let _ = write!(out, "\n{}", verdict(report, colour));
     out
 }
 
 fn line(out: &mut String, check: &Check, colour: bool) {
     let (word, code) = match check.state {
         State::Ok => ("ok  ", "32"),
+        State::Note => ("note", "36"),
         State::Warn => ("warn", "33"),
         State::Fail => ("FAIL", "31"),
     };
@@ -36,12 +43,7 @@ fn line(out: &mut String, check: &Check, colour: bool) {
 }
 
 fn verdict(report: &Report, colour: bool) -> String {
-    let warnings = report.ids(State::Warn);
-    let besides = match warnings.len() {
-        0 => String::new(),
-        1 => format!(" (1 warning: {})", warnings[0]),
-        count => format!(" ({count} warnings: {})", warnings.join(", ")),
-    };
+    let besides = besides(&report.ids(State::Warn));
     let verdict = if report.ok {
         paint("This host can protect workloads", "32", colour)
     } else {
@@ -52,18 +54,29 @@ fn verdict(report: &Report, colour: bool) -> String {
     format!("{verdict}; dirty tracker: {tracker}; CRIU: {criu}{besides}\n")
 }
 
+/// The warnings, in brackets.
+pub(super) fn besides(warnings: &[&str]) -> String {
+    match warnings.len() {
+        0 => String::new(),
+        1 => format!(" (1 warning: {})", warnings[0]),
+        count => format!(" ({count} warnings: {})", warnings.join(", ")),
+    }
+}
+
 fn title(group: Group) -> &'static str {
     match group {
         Group::Host => "Host",
+        Group::Cpu => "Processor",
         Group::Kernel => "Kernel",
         Group::Criu => "CRIU",
         Group::Network => "Network",
         Group::Space => "Space",
         Group::Engines => "Containers",
+        Group::Workloads => "Workloads",
     }
 }
 
-fn paint(text: &str, code: &str, colour: bool) -> String {
+pub(super) fn paint(text: &str, code: &str, colour: bool) -> String {
     if colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
 }
 

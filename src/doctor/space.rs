@@ -155,7 +155,7 @@ fn directory(id: &'static str, dir: &Path, bytes_min: u64, bytes_enough: u64) ->
 }
 
 /// The directory itself, or the nearest one above it that is there.
-fn existing(dir: &Path) -> &Path {
+pub(super) fn existing(dir: &Path) -> &Path {
     dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
 }
 
@@ -179,7 +179,7 @@ fn is_tmpfs(dir: &Path) -> bool {
 }
 
 /// What can still be written there; in a tmpfs, no more than RAM has left.
-fn free_bytes(dir: &Path) -> Option<u64> {
+pub(super) fn free_bytes(dir: &Path) -> Option<u64> {
     let found = statfs(dir).ok()?;
     let free = found.blocks_available() * u64::try_from(found.block_size()).ok()?;
     if found.filesystem_type() != TMPFS_MAGIC {
@@ -191,7 +191,7 @@ fn free_bytes(dir: &Path) -> Option<u64> {
     Some(memory.map_or(free, |memory| free.min(memory)))
 }
 
-fn available_memory(meminfo: &str) -> Option<u64> {
+pub(super) fn available_memory(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }

@@ -13,7 +13,10 @@ use nix::{
 };
 
 use super::{
-    announce::{ARP_REQUEST, Mac, PROTOCOL_ARP, arp, arp_sender},
+    announce::{
+        ARP_REQUEST, Mac, PROTOCOL_ARP, PROTOCOL_IPV6, arp, arp_sender, neighbour_claim, neighbour_probe,
+        solicited_node,
+    },
     sys,
 };
 use crate::workload::spec::{Cidr, Vip};
@@ -71,14 +74,14 @@ pub enum VipError {
     },
 }
 
-/// Checks device and network. With `probe` it also asks the network (ARP, so IPv4 alone) for that long
-/// whether somebody else has the address: only sensible while no host of ours has it up.
+/// Checks device and network. With `probe` it also asks the network (by ARP, or as RFC 4862 does) for that long whether
+/// somebody else has the address: only sensible while no host of ours has it up.
 pub fn check_vip(vip: &Vip, probe: Option<Duration>) -> Result<(), VipError> {
     let probe_error = |source| VipError::Probe { device: vip.device.clone(), source };
     let all: Vec<InterfaceAddress> = getifaddrs().map_err(|errno| probe_error(errno.into()))?.collect();
     check_among(vip, &all)?;
-    let (Some(limit), IpAddr::V4(v4)) = (probe, vip.cidr.addr) else { return Ok(()) };
-    match ask(&vip.device, v4, limit).map_err(probe_error)? {
+    let Some(limit) = probe else { return Ok(()) };
+    match ask(vip, own_v4(vip, &all), limit).map_err(probe_error)? {
         None => Ok(()),
         Some(mac) => Err(VipError::InUse {
             device: vip.device.clone(),
@@ -132,23 +135,55 @@ fn contains(network: Cidr, addr: IpAddr) -> bool {
     length == other && (network.prefix == 0 || (a ^ b) >> (128 - u32::from(network.prefix)) == 0)
 }
 
-/// An ARP probe (RFC 5227: sender address 0.0.0.0, so that nobody's table changes).
-fn ask(device: &str, addr: Ipv4Addr, limit: Duration) -> io::Result<Option<Mac>> {
-    let index = if_nametoindex(device)?;
-    let socket = sys::packet_socket(index, PROTOCOL_ARP)?;
+/// Probes that are sent: one may be lost.
+const PROBES: u32 = 2;
+
+/// Another address of the device in the network of an IPv4 one: a question from the address itself would announce it.
+fn own_v4(vip: &Vip, all: &[InterfaceAddress]) -> Ipv4Addr {
+    let mine = all.iter().filter(|entry| entry.interface_name == vip.device);
+    let near = mine.filter(|entry| network(entry).is_some_and(|network| contains(network, vip.cidr.addr)));
+    let mut own = near.filter_map(|entry| Some(entry.address.as_ref()?.as_sockaddr_in()?.ip()));
+    own.find(|own| IpAddr::V4(*own) != vip.cidr.addr).unwrap_or(Ipv4Addr::UNSPECIFIED)
+}
+
+/// Asks who has an address: by a neighbour solicitation from the unspecified address, so that nobody's table changes, or by
+/// ARP. An ARP probe would come from 0.0.0.0 (RFC 5227), but to that Linux does not answer for what it is a proxy of
+/// (arp_process), as our hosts are for sandboxes: so the device's own address asks, of which neighbours learn nothing new.
+fn ask(vip: &Vip, own: Ipv4Addr, limit: Duration) -> io::Result<Option<Mac>> {
+    let addr = vip.cidr.addr;
+    let index = if_nametoindex(vip.device.as_str())?;
+    let protocol = if addr.is_ipv4() { PROTOCOL_ARP } else { PROTOCOL_IPV6 };
+    let socket = sys::packet_socket(index, protocol)?;
     let Some(mac) = sys::ethernet_address(&socket)? else { return Ok(None) };
-    let request = arp(ARP_REQUEST, mac, [0; 4], [0; 6], addr.octets());
-    sys::send_frame(&socket, index, &request)?;
-    let until = Instant::now() + limit;
+    let request = match addr {
+        IpAddr::V4(v4) => arp(ARP_REQUEST, mac, own.octets(), [0; 6], v4.octets()),
+        IpAddr::V6(v6) => {
+            // Another one who is about to take it asks the group, and nobody else.
+            sys::hear_group(&socket, index, solicited_node(v6).1)?;
+            neighbour_probe(mac, v6)
+        }
+    };
     let mut frame = [0; 128];
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let Some(length) = sys::receive_frame(&socket, &mut frame, left)? else { return Ok(None) };
-        match arp_sender(&frame[..length], addr.octets()) {
-            Some(owner) if owner != mac => return Ok(Some(owner)),
-            _ => {}
+    for _ in 0..PROBES {
+        sys::send_frame(&socket, index, &request)?;
+        let until = Instant::now() + limit / PROBES;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // Also where frames never cease to come.
+                break;
+            }
+            let Some(length) = sys::receive_frame(&socket, &mut frame, left)? else { break };
+            let claim = match addr {
+                IpAddr::V4(v4) => arp_sender(&frame[..length], v4.octets()),
+                IpAddr::V6(v6) => neighbour_claim(&frame[..length], v6),
+            };
+            if let Some(owner) = claim.filter(|owner| *owner != mac) {
+                return Ok(Some(owner));
+            }
         }
     }
+    Ok(None)
 }
 
 #[cfg(test)]

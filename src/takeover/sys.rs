@@ -87,3 +87,25 @@ pub(super) fn receive_frame(
         Err(errno) => Err(errno.into()),
     }
 }
+
+/// Has the device take in what is sent to a group, for as long as the socket is open (packet(7)).
+pub(super) fn hear_group(socket: &OwnedFd, index: u32, group: Mac) -> io::Result<()> {
+    let mut request = libc::packet_mreq {
+        mr_ifindex: index as i32,
+        mr_type: libc::PACKET_MR_MULTICAST as u16,
+        mr_alen: group.len() as u16,
+        mr_address: [0; 8],
+    };
+    request.mr_address[..group.len()].copy_from_slice(&group);
+    // SAFETY: the pointer is to a whole packet_mreq, whose size is given.
+    let answer = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_ADD_MEMBERSHIP,
+            (&raw const request).cast(),
+            size_of_val(&request) as u32,
+        )
+    };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

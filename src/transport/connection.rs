@@ -118,6 +118,11 @@ impl Connection {
         self.inner.stats().udp_rx.datagrams
     }
 
+    /// The largest UDP payload that is known to arrive at the peer.
+    pub fn payload_max(&self) -> u16 {
+        self.inner.stats().path.current_mtu
+    }
+
     /// Tells the peer that the connection is over.
     pub fn close(&self) {
         self.inner.close(CloseCode::Done.into(), b"closed");

@@ -56,6 +56,7 @@ pub use private_file::PrivateFileError;
 pub use stream::MessageError;
 pub use supply::{SupplyReceiver, SupplySender};
 pub use tls::TlsError;
+pub use tuning::UDP_PAYLOAD_MAX;
 
 /// What a connection is for; agreed in the TLS handshake (ALPN), so both ends know it before the first byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

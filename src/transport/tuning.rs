@@ -34,8 +34,8 @@ const BULK_IDLE_MS_MAX: u32 = 10_000;
 const INITIAL_CONGESTION_WINDOW: u64 = 256 << 10;
 /// Largest UDP payload that is tried on bulk: an Ethernet frame of 9000 bytes less the headers of IPv6 and UDP. Each packet
 /// costs the same, so 8,952 are worth more than 6,500 (0.91 against 0.81 GB/s) and 1,472 much less (0.53). That a batch
-/// of them stays within what one send may carry is [`Batched`](super::socket::Batched)'s doing.
-pub(super) const UDP_PAYLOAD_MAX: u16 = 8_952;
+/// of them stays within what one send may carry is the doing of `socket::Batched`.
+pub const UDP_PAYLOAD_MAX: u16 = 8_952;
 /// Reads of up to 64 KB that one call to the kernel may do, of quinn's 32. So few stay in the second-level cache until quinn
 /// has copied them: 1.17 against 1.09 GB/s, and no difference at 1,472 bytes.
 pub(super) const RECV_BATCH: usize = 4;

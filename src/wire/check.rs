@@ -4,6 +4,7 @@
 use std::path::{Component, Path};
 
 use super::{
+    examine,
     frame::BODY_LEN_MAX,
     inventory,
     message::{Datagram, FileKind, FileMeta, FileRecord, FrameHead, Manifest, Request},
@@ -13,7 +14,7 @@ use crate::{
     files::BLOCK_SIZE,
     ha::Message,
     model::{PAGE_SIZE, Space},
-    workload::spec::{ContainerSpec, Engine, Lent, Net, PlaceSpec, SandboxSpec, WorkloadSpec},
+    workload::spec::{ContainerSpec, Engine, Lent, Net, PlaceSpec, SandboxSpec, Vip, WorkloadSpec},
 };
 
 /// Addresses and offsets end below this: user space of x86-64 with four levels of page tables.
@@ -84,6 +85,7 @@ pub(super) fn request(request: &mut Request) -> Result<(), Illegal> {
             require(*term > epoch.term, || format!("term {term} does not follow that of epoch {epoch}"))
         }
         Request::Tell { .. } => Ok(()),
+        Request::Examine(question) => examine::question(question),
     }
 }
 
@@ -102,13 +104,17 @@ fn workload(spec: &WorkloadSpec) -> Result<(), Illegal> {
         Net::Own { ips } => ips.len(),
         Net::Host => 0,
     };
-    let fits = ips <= ADDRESSES_MAX && spec.vips.len() <= ADDRESSES_MAX;
-    require(fits, || format!("more than {ADDRESSES_MAX} addresses"))?;
-    for vip in &spec.vips {
-        let device = &vip.device;
-        require(is_device(device), || format!("{device:?} is no network device"))?;
-    }
+    require(ips <= ADDRESSES_MAX, || format!("more than {ADDRESSES_MAX} addresses"))?;
+    vips(&spec.vips)?;
     spec.pace.check().map_err(|error| Illegal(error.to_string()))
+}
+
+pub(super) fn vips(vips: &[Vip]) -> Result<(), Illegal> {
+    require(vips.len() <= ADDRESSES_MAX, || format!("more than {ADDRESSES_MAX} addresses"))?;
+    vips.iter().try_for_each(|vip| {
+        let device = &vip.device;
+        require(is_device(device), || format!("{device:?} is no network device"))
+    })
 }
 
 fn sandbox(spec: &SandboxSpec) -> Result<(), Illegal> {

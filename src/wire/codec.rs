@@ -6,6 +6,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     check::{self, Illegal},
+    examine,
     message::{Datagram, EpochAnswer, Reply, Request},
 };
 
@@ -80,8 +81,10 @@ impl Message for Reply {
     const WHAT: &'static str = "reply";
 
     fn check(&mut self) -> Result<(), Illegal> {
-        if let Self::Refused { reason, .. } = self {
-            check::make_printable(reason);
+        match self {
+            Self::Refused { reason, .. } => check::make_printable(reason),
+            Self::Examined(answer) => examine::answer(answer)?,
+            Self::Accepted { .. } | Self::Done | Self::Said(_) => {}
         }
         Ok(())
     }

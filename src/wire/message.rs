@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::examine::{Answer, Question};
 use super::inventory::{Ask, Held};
 use crate::{
     delta::BatchHead,
@@ -40,6 +41,8 @@ pub enum Request {
         /// What it says.
         message: Message,
     },
+    /// An operator compares the two hosts.
+    Examine(Question),
 }
 
 /// The answer to a [`Request`].
@@ -61,6 +64,8 @@ pub enum Reply {
         /// What is wrong and what to do about it.
         reason: String,
     },
+    /// To `Examine`: what was asked.
+    Examined(Answer),
 }
 
 /// The head of one frame of an epoch; some are followed by a body of bytes.

@@ -8,6 +8,7 @@
 //! - [`frame`]: header, head and body of an epoch's frames.
 //! - [`epoch`]: the order of an epoch's frames and its digest, for both directions.
 //! - [`check`]: what a decoded value must obey beyond its type.
+//! - [`examine`]: what two hosts tell of themselves before they are relied on.
 //! - [`supply`]: what a standby is sent before it can be one.
 //! - [`inventory`]: what a standby says it holds, by hashes.
 //! - [`pairing`]: what two hosts say before they trust each other.
@@ -20,6 +21,7 @@
 pub mod check;
 pub mod codec;
 pub mod epoch;
+pub mod examine;
 pub mod frame;
 pub mod inventory;
 pub mod message;

@@ -414,3 +414,24 @@ fn a_tree_that_nobody_sandboxed_outlives_its_host() {
     cluster.wait_state_of("server", Host::B, "primary", "alone");
     assert_eq!(counted(&cluster, Host::B), 4, "it goes on where it was, in B's network");
 }
+
+#[test]
+fn an_address_that_somebody_else_has_is_not_taken() {
+    let cluster = Cluster::up("duplicate");
+    cluster.standin(
+        Host::A,
+        &["run", "app", "--ip", "10.77.0.150/24", "--ip", "fd77::150/64", "--", "/bin/sleep", "1000"],
+    );
+    for vip in ["10.77.0.150/24", "fd77::150/64"] {
+        let with_device = format!("{vip}@eth0");
+        let protect = ["protect", "app", "--to", "b", "--vip", &with_device];
+        cluster.lab.ok(Host::Client, &["ip", "addr", "add", vip, "dev", "eth0", "nodad"]);
+        let (code, said) = cluster.refused(Host::A, &protect);
+        assert!(code == 4 && said.contains("is in use by") && said.contains(vip), "{said}");
+        cluster.lab.ok(Host::Client, &["ip", "addr", "del", vip, "dev", "eth0"]);
+        assert_eq!(cluster.status(Host::A, "app")["role"], "unprotected");
+        cluster.standin(Host::A, &protect);
+        cluster.wait_state_of("app", Host::A, "primary", "protected");
+        cluster.standin(Host::A, &["unprotect", "app"]);
+    }
+}

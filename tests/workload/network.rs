@@ -64,6 +64,11 @@ fn an_address_follows_the_workload_to_the_other_host() {
     assert!(client.pings(V4), "{}", a.output("ip route"));
     assert!(client.pings(V6), "{}", a.output("ip -6 route"));
     assert_eq!(neighbour(&client, V4), Some(hardware_address(&a)));
+    // Who would take it too is told whose it is, although the host itself has neither.
+    for vip in vips() {
+        let error = b.run(|| check_vip(&vip, Some(Duration::from_secs(1)))).unwrap_err();
+        assert!(matches!(&error, VipError::InUse { owner, .. } if *owner == hardware_address(&a)), "{error}");
+    }
     // The workload reaches others, too.
     start(
         &first,
@@ -151,13 +156,16 @@ fn the_actuators_of_a_takeover_are_measured() {
 #[test]
 fn an_address_that_cannot_work_is_refused_with_the_reason() {
     let mut lan = Lan::new();
-    let (host, other) = (lan.plug(&["10.77.0.1/24", "fd00::1/64"]), lan.plug(&["10.77.0.60/24"]));
+    let (host, other) =
+        (lan.plug(&["10.77.0.1/24", "fd00::1/64"]), lan.plug(&["10.77.0.60/24", "fd00::60/64"]));
     let check = |vip: &str, probe| host.run(|| check_vip(&vip.parse().unwrap(), probe));
     let probe = Some(Duration::from_millis(300));
     check("10.77.0.50/24@lan0", None).unwrap();
     check("10.77.0.50/24@lan0", probe).unwrap();
     check("fd00::50/64@lan0", probe).unwrap();
     let error = check("10.77.0.60/24@lan0", probe).unwrap_err();
+    assert!(matches!(&error, VipError::InUse { owner, .. } if *owner == hardware_address(&other)), "{error}");
+    let error = check("fd00::60/64@lan0", probe).unwrap_err();
     assert!(matches!(&error, VipError::InUse { owner, .. } if *owner == hardware_address(&other)), "{error}");
     let error = check("10.99.0.1/24@lan0", None).unwrap_err();
     assert!(error.to_string().contains("10.77.0.1/24"), "{error}");
