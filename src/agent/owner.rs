@@ -412,27 +412,7 @@ impl Owner {
                 let _ = answer.send(History { events: self.history.events(), epochs: self.history.epochs() });
             }
             Msg::Stop { answer } => self.stop(answer),
-            Msg::Lease { message, via } => {
-                if let Message::Running { .. } = message
-                    && let Some(handoff) = &mut self.handoff
-                {
-                    handoff.running.get_or_insert_with(Instant::now);
-                }
-                if let Message::Ack { granted: true, .. } | Message::Heartbeat { .. } = message {
-                    self.lease_renewed = Some(Instant::now());
-                }
-                if let Message::TakeOver { epoch, .. } = message {
-                    self.taken_over = Some(epoch);
-                }
-                self.heard_for_rejoin(&message);
-                self.via = Some(via);
-                if self.core.is_some() {
-                    self.feed(Input::Message(message));
-                } else if let Reply::Said(message) = self.agent.unknown(&self.name, message) {
-                    // Of another workload by that name, which is not protected here.
-                    self.tell(message);
-                }
-            }
+            Msg::Lease { message, via } => self.heard(message, via),
             Msg::Offer(offer) => self.answer_offer(*offer),
             Msg::StandbyOf { peer, answer } => {
                 let is_ours =
@@ -484,6 +464,29 @@ impl Owner {
             Msg::Hook(told) => self.hook_told(told),
             Msg::PagesServed => self.pages_served(),
             Msg::PagesFailed(reason) => self.pages_failed(&reason),
+        }
+    }
+
+    /// The peer's core speaks.
+    fn heard(&mut self, message: Message, via: Connection) {
+        if let Message::Running { .. } = message
+            && let Some(handoff) = &mut self.handoff
+        {
+            handoff.running.get_or_insert_with(Instant::now);
+        }
+        if let Message::Ack { granted: true, .. } | Message::Heartbeat { .. } = message {
+            self.lease_renewed = Some(Instant::now());
+        }
+        if let Message::TakeOver { epoch, .. } = message {
+            self.taken_over = Some(epoch);
+        }
+        self.heard_for_rejoin(&message);
+        self.via = Some(via);
+        if self.core.is_some() {
+            self.feed(Input::Message(message));
+        } else if let Reply::Said(message) = self.agent.unknown(&self.name, message) {
+            // Of another workload by that name, which is not protected here.
+            self.tell(message);
         }
     }
 

@@ -206,7 +206,7 @@ fn a_stream_through_many_epochs_arrives_whole() {
     let hold = hold(&net, true);
     let listener = net.in_workload(|| TcpListener::bind((WORKLOAD[0], 0)).unwrap());
     let address = listener.local_addr().unwrap();
-    let pattern: Vec<u8> = (0..BYTES).map(|i| (i / 7 ^ i >> 13) as u8).collect();
+    let pattern: Vec<u8> = (0..BYTES).map(|i| ((i / 7) ^ (i >> 13)) as u8).collect();
     std::thread::scope(|scope| {
         let sending = scope.spawn(|| listener.accept().unwrap().0.write_all(&pattern).unwrap());
         let receiving = scope.spawn(|| {

@@ -62,6 +62,15 @@ impl Capturer {
         options
     }
 
+    fn note(&self, frozen_at_unix_ms: u64) -> Note {
+        Note {
+            frozen_at_unix_ms,
+            outside: self.source.outside.clone(),
+            root: self.source.root_inside,
+            own_ipc: self.own_ipc,
+        }
+    }
+
     /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed, and
     /// what took how long.
     pub(super) fn freeze(
@@ -73,16 +82,10 @@ impl Capturer {
         emit: &mut Emit<'_>,
     ) -> Result<(bool, FreezeParts), CaptureError> {
         let Spare { mut swrk, dir } = self.spare.take().ok_or(CaptureError::NoMemory)?;
-        let socket = swrk.take_page_server().ok_or(CaptureError::NoMemory)?;
-        let version = swrk.version();
+        let (socket, page_version) = (swrk.take_page_server().ok_or(CaptureError::NoMemory)?, swrk.version());
         let options = self.dump_options(finish);
         figures.frozen_at_unix_ms = unix_ms();
-        let note = Note {
-            frozen_at_unix_ms: figures.frozen_at_unix_ms,
-            outside: self.source.outside.clone(),
-            root: self.source.root_inside,
-            own_ipc: self.own_ipc,
-        };
+        let note = self.note(figures.frozen_at_unix_ms);
         let mut outlet = Outlet { encoder: &mut self.encoder, dir, note, figures, emit };
         let root = self.source.root;
         let gate = swrk.take_gate().map(Arc::new);
@@ -119,7 +122,7 @@ impl Capturer {
             scope.spawn(move || {
                 hurry();
                 // What goes wrong here CRIU reports too.
-                let _ = page_server::serve(&socket, version, &mut collector);
+                let _ = page_server::serve(&socket, page_version, &mut collector);
             });
             // The reader ends before CRIU says `post-dump`, and whenever CRIU has ended.
             let mut reading = Some(reading);
@@ -148,11 +151,9 @@ impl Capturer {
                             return false;
                         }
                     };
-                    let mut lent = lent.lock().expect("no holder panics");
-                    let Lent { known, files, .. } = &mut *lent;
-                    let manifest = outlet.send(known, files.as_mut(), frozen);
-                    let agreed = manifest.as_ref().is_ok_and(&mut *conclude);
-                    sent = Some(manifest.map(drop));
+                    let (agreed, went) =
+                        outlet.send_last(&mut lent.lock().expect("no holder panics"), frozen, conclude);
+                    sent = Some(went);
                     agreed
                 }
                 _ => true,
@@ -200,6 +201,17 @@ fn explained(source: CriuError, root: i32) -> CaptureError {
 }
 
 impl Outlet<'_, '_> {
+    /// Sends what is handed off, and asks what becomes of the tree: whether it is killed, and how the sending went.
+    fn send_last(
+        &mut self,
+        lent: &mut Lent<'_>,
+        frozen: Frozen,
+        conclude: &mut dyn FnMut(&Manifest) -> bool,
+    ) -> (bool, Result<(), CaptureError>) {
+        let manifest = self.send(lent.known, lent.files.as_mut(), frozen);
+        (manifest.as_ref().is_ok_and(conclude), manifest.map(drop))
+    }
+
     /// Emits what the freeze read, the small images and the manifest.
     fn send(
         &mut self,

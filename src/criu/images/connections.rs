@@ -174,22 +174,24 @@ mod tests {
         }
     }
 
-    fn image(magic: u32, entries: &[&dyn Fn(&mut Vec<u8>)], data: &[u8]) -> Vec<u8> {
+    fn image<M: Message>(magic: u32, entries: &[M], data: &[u8]) -> Vec<u8> {
         let mut bytes = [COMMON_MAGIC.to_le_bytes(), magic.to_le_bytes()].concat();
-        entries.iter().for_each(|entry| entry(&mut bytes));
+        for entry in entries {
+            push_entry(&mut bytes, entry);
+        }
         bytes.extend_from_slice(data);
         bytes
     }
 
     #[test]
     fn what_was_sent_is_to_be_sent() {
-        let bytes = image(TCP_STREAM_MAGIC, &[&|out| push_entry(out, &stream(5, None))], b"queue");
+        let bytes = image(TCP_STREAM_MAGIC, &[stream(5, None)], b"queue");
         let changed = unsent("tcp-stream-1.img", &bytes).unwrap().unwrap();
         let mut entries = Entries::open("tcp-stream-1.img", &changed, TCP_STREAM_MAGIC).unwrap();
         assert_eq!(entries.first::<Stream>().unwrap(), stream(5, Some(5)));
         assert_eq!(entries.rest, b"queue");
         for (sending, before) in [(0, None), (5, Some(5)), (UNSENT_BYTES_MAX + 1, None)] {
-            let bytes = image(TCP_STREAM_MAGIC, &[&|out| push_entry(out, &stream(sending, before))], b"");
+            let bytes = image(TCP_STREAM_MAGIC, &[stream(sending, before)], b"");
             assert_eq!(unsent("tcp-stream-1.img", &bytes).unwrap(), None);
         }
         assert!(unsent("tcp-stream-1.img", &bytes[..20]).is_err());
@@ -216,16 +218,16 @@ mod tests {
         let files = image(
             FILES_MAGIC,
             &[
-                &|out| push_entry(out, &socket(1, libc::AF_INET, &[v4])),
-                &|out| push_entry(out, &socket(10, libc::AF_INET, &[v4])),
-                &|out| push_entry(out, &FileEntry { inet: None }),
-                &|out| push_entry(out, &socket(8, libc::AF_INET6, &mapped)),
+                socket(1, libc::AF_INET, &[v4]),
+                socket(10, libc::AF_INET, &[v4]),
+                FileEntry { inet: None },
+                socket(8, libc::AF_INET6, &mapped),
             ],
             b"",
         );
         std::fs::write(dir.path().join("files.img"), files).unwrap();
         assert_eq!(tcp_connections(dir.path()).unwrap(), []);
-        let bytes = image(TCP_STREAM_MAGIC, &[&|out| push_entry(out, &stream(5, None))], b"queue");
+        let bytes = image(TCP_STREAM_MAGIC, &[stream(5, None)], b"queue");
         std::fs::write(dir.path().join("tcp-stream-1f.img"), bytes).unwrap();
         let found = tcp_connections(dir.path()).unwrap();
         let wanted = TcpConnection {

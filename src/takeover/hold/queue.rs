@@ -191,7 +191,7 @@ fn dropped_in(text: &str, number: u16) -> u64 {
         }
         _ => None,
     };
-    lines.filter_map(|fields| of(&fields)).next().unwrap_or(0)
+    lines.map(|fields| of(&fields)).find_map(|found| found).unwrap_or(0)
 }
 
 #[cfg(test)]

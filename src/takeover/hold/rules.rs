@@ -35,8 +35,8 @@ const DEL_TABLE: u16 = SUBSYSTEM | 2;
 const NEW_CHAIN: u16 = SUBSYSTEM | 3;
 const NEW_RULE: u16 = SUBSYSTEM | 6;
 const NEW_SET: u16 = SUBSYSTEM | 9;
-const NEW_ELEMENT: u16 = SUBSYSTEM | 12;
-const DEL_ELEMENT: u16 = SUBSYSTEM | 14;
+const NEW_ELEMENT: u16 = SUBSYSTEM | 0x0c;
+const DEL_ELEMENT: u16 = SUBSYSTEM | 0x0e;
 
 const INET: u8 = 1;
 
