@@ -93,12 +93,13 @@ fn clock(Pair { peer, here, clocks: [first, second], .. }: &Pair) -> Vec<Check> 
         let remedy = "keep both by NTP (chrony): a workload that is moved sees its clock jump by that";
         Check::warn(Group::Host, "wall-clock-offset", found, remedy)
     } else {
-        let found = format!("{:.1} ms apart, to ±{:.1} ms", wall * 1e3, sure * 1e3);
+        let found = format!("{:.1} ms apart, to ±{:.1} ms", wall.abs() * 1e3, sure * 1e3);
         Check::ok(Group::Host, "wall-clock-offset", found)
     };
     let monotonic = if boot < -1.0 - sure {
         let found = format!(
-            "{peer} was booted {:.0} s after this host, and CLOCK_MONOTONIC counts from there: it goes back for what moves there",
+            "{peer} was booted {:.0} s after this host, and CLOCK_MONOTONIC counts from there: it goes back for what \
+             moves there",
             -boot
         );
         let remedy = "see that the workload bears it: one that waits for an instant which it has noted waits that much longer";
