@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 
+import committed
 import postgres
 import redis
 from lab import VIP, Lab, now_ms, on_our_clock, wait_for
@@ -60,7 +61,8 @@ class Demo:
         self.lab, self.workload, self.story, self.logs = lab, workload, story, logs
         self.primary, self.standby = "A", "B"
 
-    def start(self):
+    def begin(self):
+        """Two hosts whose agents trust each other, and the workload on A."""
         lab, story = self.lab, self.story
         lab.up()
         story.say("two hosts, a switch and a client are up (namespaces of lab %s)" % lab.name)
@@ -69,13 +71,20 @@ class Demo:
         code = lab.standin("A", "pair", "--listen", "--json")
         lab.standin("B", "pair", "10.77.0.1:%d" % code["port"], code["code"], "--json")
         story.say("agents run on both and trust each other")
-        holds = self.workload.start()
-        lab.standin("A", "protect", self.workload.name, *self.workload.place.protect_flags, "--to", "b",
-                    "--every", "200ms", "--vip", VIP + "/24@eth0", "--json")
-        story.say("%s on A (%s) and is being protected; B is its standby" % (holds, self.workload.place.runtime))
-        story.say("the clients: %s" % self.workload.clients)
+        self.holds = self.workload.start()
+
+    def protect(self, commit):
+        self.lab.standin("A", "protect", self.workload.name, *self.workload.place.protect_flags, "--to", "b",
+                         "--every", "200ms", "--commit", commit, "--vip", VIP + "/24@eth0", "--json")
+        self.story.say("%s on A (%s) and is being protected; B is its standby" % (
+            self.holds, self.workload.place.runtime))
         self.wait_protected()
-        lab.enter_client()
+
+    def start(self):
+        self.begin()
+        self.protect("async")
+        self.story.say("the clients: %s" % self.workload.clients)
+        self.lab.enter_client()
         self.workload.note()
 
     def start_host(self, host):
@@ -271,11 +280,19 @@ def main():
     parser.add_argument("--workload", choices=WORKLOADS, default="redis")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--size", type=int, default=256, metavar="MB")
+    parser.add_argument("--commit", choices=("async", "output"), default="async")
+    parser.add_argument("--kills", type=int, metavar="N")
+    parser.add_argument("--size", type=int, metavar="MB")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error("--rounds is at least 1")
+    if options.rounds < 1 or (options.kills or 1) < 1:
+        parser.error("--rounds and --kills are at least 1")
+    commits = options.commit == "output"
+    if options.kills and not commits:
+        parser.error("--kills belongs to --commit output; --rounds is what cuts the power otherwise")
+    if commits and (options.workload != "redis" or options.rounds > 1):
+        parser.error("--commit output is shown with redis, and takes --kills")
+    size_mb = options.size or (16 if commits else 256)
     if os.geteuid() != 0:
         raise SystemExit("demo: needs root (namespaces, CRIU)")
     ends = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -285,7 +302,11 @@ def main():
     logs = {host: "/tmp/standin-%s-%s.log" % (lab.name, host) for host in "AB"}
     logs_matter = True
     try:
-        figures = tell(options, Demo(lab, WORKLOADS[options.workload](lab, options.size), story, logs))
+        if commits:
+            workload = committed.Plain(Sandbox(lab, "redis", "/srv/redis"), size_mb)
+            figures = committed.Story(Demo(lab, workload, story, logs), options.kills or 5).tell()
+        else:
+            figures = tell(options, Demo(lab, WORKLOADS[options.workload](lab, size_mb), story, logs))
         logs_matter = not figures["ok"]
     except Interrupted:
         logs_matter = False

@@ -55,6 +55,12 @@ pub(super) fn reset(door: &Door, socket: &OwnedFd, connection: &TcpConnection) -
     frame.map_or(Ok(()), |frame| sys::send_frame(socket, door.index, &frame))
 }
 
+/// Says this one's word to the workload.
+pub(super) fn tell(door: &Door, socket: &OwnedFd, connection: &TcpConnection) -> io::Result<()> {
+    let frame = frame(door.mac, connection);
+    frame.map_or(Ok(()), |frame| sys::send_frame(socket, door.index, &frame))
+}
+
 /// From the other end to the workload's.
 pub(super) fn frame(mac: Mac, connection: &TcpConnection) -> Option<Vec<u8>> {
     frame_with(mac, connection, ACK)

@@ -179,6 +179,7 @@ fn create_inside(device: &str, ips: &[Cidr], has_v6: bool) -> Result<(), Network
             sysctl(&format!("ipv6/conf/eth0/{key}"), value)?;
         }
     }
+    avoid_pacing();
     let mut lines = vec!["link set lo up".to_owned(), "link set eth0 up".to_owned()];
     lines.extend(ips.iter().map(|cidr| match cidr.addr {
         IpAddr::V4(v4) => format!("addr add {v4}/32 dev eth0"),
@@ -193,6 +194,16 @@ fn create_inside(device: &str, ips: &[Cidr], has_v6: bool) -> Result<(), Network
     }
     lines.push(String::new());
     ip(device, &lines.join("\n"))
+}
+
+/// While CRIU looks at a connection, whatever its kernel sends counts as sent and is not (`criu/bridge/lists.c`). A congestion
+/// control that paces by timers of its own sends at any time: most of a busy stream would be lost so, and sent again late.
+fn avoid_pacing() {
+    const KEY: &str = "ipv4/tcp_congestion_control";
+    if sysctl_value(KEY).is_some_and(|control| control.starts_with("bbr")) {
+        // A namespace may choose only what the host allows to all; reno is always there.
+        let _ = sysctl(KEY, "cubic").or_else(|_| sysctl(KEY, "reno"));
+    }
 }
 
 /// Lets the host pass packets on that arrive on the device.
