@@ -74,6 +74,10 @@ impl Owner {
             _ => None,
         });
         self.start_core(record, copy, guard_until);
+        if copy == Copy::Running && self.standing() == Some(Standing::Primary) {
+            // The agent before may have ended when the copy ran and was not heard yet. A guard that has fired refuses it.
+            self.speak();
+        }
     }
 
     fn copy(&self) -> Copy {

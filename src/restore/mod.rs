@@ -1,7 +1,7 @@
 //! From the store to what `criu restore` reads, kept ready ahead of time, and the checks before it.
 //!
 //! [`materialise`] makes a directory `MODE-TERM-EPOCH` of one epoch:
-//! - CRIU's small images, as hard links to those in the store; those of connections may be changed
+//! - CRIU's small images, as hard links to those in the store; those of connections may be changed for a lazy restore
 //!   ([`connections::unsent`]);
 //! - a page map for each address space, whole, without parents;
 //! - a file of pages for each. [`Mode::Eager`]: all pages, for a plain `criu restore`. [`Mode::Lazy`]: only
@@ -171,7 +171,7 @@ pub fn materialise(
     let making = root.join(format!(".{name}"));
     remove(&making)?;
     DirBuilder::new().mode(0o700).create(&making).map_err(on(&making))?;
-    link_images(&view.criu_dir(), &making)?;
+    link_images(&view.criu_dir(), &making, mode)?;
     let dir = root.join(name);
     let mut ready = Ready { id: view.id(), mode, dir, pages: 0, lazy_pages: 0 };
     for (at, map) in view.manifest().spaces.iter().enumerate() {
@@ -244,10 +244,11 @@ fn create(path: &Path) -> Result<File, MaterialiseError> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(on(path))
 }
 
-fn link_images(from: &Path, to: &Path) -> Result<(), MaterialiseError> {
+fn link_images(from: &Path, to: &Path, mode: Mode) -> Result<(), MaterialiseError> {
     for entry in fs::read_dir(from).map_err(on(from))? {
         let name = entry.map_err(on(from))?.file_name();
-        if write_stream(from, to, &name)? {
+        // What is restored whole may have no network yet by which something could be sent.
+        if mode == Mode::Lazy && write_stream(from, to, &name)? {
             continue;
         }
         let (from, to) = (from.join(&name), to.join(&name));
