@@ -16,6 +16,7 @@ mod handoff;
 mod hooks;
 mod lab;
 mod lab_itself;
+mod output;
 mod pace;
 mod paths;
 mod postgres;
