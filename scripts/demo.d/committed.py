@@ -115,7 +115,8 @@ class Subscriber(Client):
 
     def end(self):
         self.done.set()
-        self.connection.sock.shutdown(socket.SHUT_RDWR)
+        if not self.broken:
+            self.connection.sock.shutdown(socket.SHUT_RDWR)
         return super().end()
 
     def has_heard(self, message):

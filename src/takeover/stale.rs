@@ -3,7 +3,8 @@
 //! both ends, as soon as their other end says the first word.
 //!
 //! That word is its answer to a probe, or what it sends anyway. What the workload sends meanwhile is heard too, so that what is
-//! acknowledged of that is told from what it never sent here. Where output waits for its commit, there are none such.
+//! acknowledged of that is told from what it never sent here; where not all of it was heard, none is reset. Where output waits for
+//! its commit, there are none such, and it is not listened for.
 
 use std::{
     collections::HashMap,
@@ -82,6 +83,10 @@ impl Watch {
                 let Some(mut connection) = self.awaited.remove(&(segment.from, segment.to)) else { continue };
                 if later(connection.sent, segment.acknowledged) == connection.sent {
                     continue;
+                }
+                if sys::lost_frames(&ear.socket)? > 0 {
+                    // What the workload has sent is not known any more, of this and of all others.
+                    return Err(io::Error::other("there was more traffic than could be followed"));
                 }
                 // The workload's end first; then that word again, which no connection takes: its kernel says so.
                 nudge::reset(&ear.door, &ear.socket, &connection)?;

@@ -109,3 +109,20 @@ pub(super) fn hear_group(socket: &OwnedFd, index: u32, group: Mac) -> io::Result
     };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// How many frames this socket has lost since it was asked last, because nobody read them in time.
+pub(super) fn lost_frames(socket: &OwnedFd) -> io::Result<u32> {
+    let mut statistics = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+    let mut length = size_of_val(&statistics) as u32;
+    // SAFETY: the pointers are to a whole tpacket_stats and to its size.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            (&raw mut statistics).cast(),
+            &raw mut length,
+        )
+    };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(statistics.tp_drops) }
+}
