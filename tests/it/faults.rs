@@ -163,7 +163,8 @@ fn suffer_all(cluster: &mut Cluster, arbiter: usize) {
         let outcome = if now == primary { "stays" } else { "moves" };
         println!("{:<42} {name:<6} {outcome:<6} {:>6.0} ms", fault.name, gap.as_secs_f64() * 1e3);
         assert_eq!(now != primary, fault.moves[arbiter], "{} ({name})", fault.name);
-        let waited = gap > Duration::from_millis(200);
+        // A takeover that its clients hardly notice takes what is between the guard's deadline and the restore.
+        let waited = gap > Duration::from_millis(40);
         assert!(waited || !fault.waits[arbiter], "{} ({name}): nobody waited ({gap:?})?", fault.name);
         assert!(!fault.waits[arbiter] || gap < Duration::from_secs(12), "{} ({name}): {gap:?}", fault.name);
         if now != primary {

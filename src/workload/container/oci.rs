@@ -240,9 +240,17 @@ impl Oci {
 
     /// Kills a container and has the runtime forget it; one that is not there is fine.
     pub(super) fn delete(&self, id: &str) -> Result<(), EngineError> {
-        match self.ask(&["delete", "--force", id]) {
-            Err(EngineError::Failed { said, .. }) if is_unknown(&said) => Ok(()),
-            other => other.map(drop),
+        const TRIES: u32 = 3;
+        let mut tries = 1;
+        loop {
+            match self.ask(&["delete", "--force", id]) {
+                Err(EngineError::Failed { said, .. }) if is_unknown(&said) => return Ok(()),
+                // On a busy host it may take the kernel longer to end it than the runtime waits.
+                Err(EngineError::Failed { said, .. }) if said.contains("still running") && tries < TRIES => {
+                    tries += 1;
+                }
+                other => return other.map(drop),
+            }
         }
     }
 
