@@ -191,13 +191,19 @@ fn ids_of(pid: i32, footprint: &mut Footprint) {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Command, Stdio};
+    use std::{
+        process::{Command, Stdio},
+        time::{Duration, Instant},
+    };
 
     use super::*;
     use crate::{
         wire::examine::RegularFile,
         workload::spec::{Net, SandboxSpec},
     };
+
+    /// Longer than any program takes to be loaded.
+    const PATIENCE: Duration = Duration::from_secs(30);
 
     #[test]
     fn what_a_process_maps_and_has_open_is_found_and_what_goes_with_it_is_not() {
@@ -208,6 +214,7 @@ mod tests {
         fs::write(&config, "config").unwrap();
         let script =
             format!("exec 3< {} 4< {}; exec sleep 1000", config.display(), data.join("rows").display());
+        let started = Instant::now();
         let mut child = Command::new("/bin/sh").args(["-c", &script]).stdin(Stdio::null()).spawn().unwrap();
         let (name, root): (Name, _) = ("db".parse().unwrap(), child.id() as i32);
         let sandbox = SandboxSpec {
@@ -218,12 +225,16 @@ mod tests {
         };
         let workload =
             Workload { name, place: PlaceSpec::Sandbox(sandbox), root, vips: Vec::new(), held: false };
+        // Of a program that is only being loaded not everything is mapped yet.
         let found = loop {
             let found = survey(&workload).unwrap();
-            if found.files.iter().any(|file| file.path.ends_with(b"/sleep")) {
+            let maps = |part: &str| {
+                found.files.iter().any(|file| String::from_utf8_lossy(&file.path).contains(part))
+            };
+            if (maps("/sleep") && maps("libc")) || started.elapsed() > PATIENCE {
                 break found;
             }
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(10));
         };
         child.kill().unwrap();
         child.wait().unwrap();
