@@ -85,6 +85,10 @@ impl Place {
 }
 
 impl Home {
+    fn at(place: Place) -> Self {
+        Self { place, addresses: None, hold: None, connections: Vec::new() }
+    }
+
     /// Finds the place that an earlier agent made.
     pub(super) fn open(agent: &Agent, spec: &PlaceSpec, bare: bool) -> Result<Self> {
         let dir = agent.sandboxes_dir();
@@ -96,7 +100,7 @@ impl Home {
             }
             PlaceSpec::Container(spec) => Place::Container(Box::new(Container::open(&dir, &spec.name)?)),
         };
-        Ok(Self { place, addresses: None, hold: None, connections: Vec::new() })
+        Ok(Self::at(place))
     }
 
     /// Makes a place: empty, silent. `fresh`: whatever an engine has of its files is not those of an epoch.
@@ -119,29 +123,24 @@ impl Home {
             PlaceSpec::Container(spec) => {
                 let options = container_options(agent, &spec.name);
                 if spec.way == Way::Whole {
-                    let whole = Place::Whole(Box::new(Whole::create(spec, &options, fresh)?));
-                    return Ok(Self { place: whole, addresses: None, hold: None, connections: Vec::new() });
+                    Place::Whole(Box::new(Whole::create(spec, &options, fresh)?))
+                } else {
+                    Place::Container(Box::new(Container::create(spec, &options, fresh)?))
                 }
-                Place::Container(Box::new(Container::create(spec, &options, fresh)?))
             }
         };
-        Ok(Self { place, addresses: None, hold: None, connections: Vec::new() })
+        Ok(Self::at(place))
     }
 
     /// Makes a place for a drill: nobody hears what is restored there.
     pub(super) fn isolated(spec: &SandboxSpec, options: &sandbox::Options) -> Result<Self> {
-        Ok(Self {
-            place: Place::Sandbox(Box::new(Sandbox::create(spec, options)?)),
-            addresses: None,
-            hold: None,
-            connections: Vec::new(),
-        })
+        Ok(Self::at(Place::Sandbox(Box::new(Sandbox::create(spec, options)?))))
     }
 
     /// Adopts a tree that runs.
     pub(super) fn adopt(agent: &Agent, name: &Name, pid: u32) -> Result<Self> {
         let tree = BareTree::adopt(name, pid, &agent.program, &agent.sandboxes_dir())?;
-        Ok(Self { place: Place::Bare(tree), addresses: None, hold: None, connections: Vec::new() })
+        Ok(Self::at(Place::Bare(tree)))
     }
 
     /// Adopts a container that runs.
@@ -160,7 +159,7 @@ impl Home {
             Way::Inside => Place::Container(Box::new(Container::adopt(name, found, &options)?)),
             Way::Whole => Place::Whole(Box::new(Whole::adopt(name, found, &options)?)),
         };
-        Ok(Self { place, addresses: None, hold: None, connections: Vec::new() })
+        Ok(Self::at(place))
     }
 
     /// Ends whatever place there is of that name, with everything that runs in it.

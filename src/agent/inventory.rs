@@ -95,7 +95,7 @@ pub(super) async fn answer(
     while let Some((held, sums)) = frames.recv().await {
         // What was not asked for is sent as if it were not here.
         if sender.has_room(&held, sums.len()) {
-            sender.frame(held, &sums).await?;
+            sender.frame(held, sums).await?;
         }
     }
     reading.await??;

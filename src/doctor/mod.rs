@@ -105,7 +105,7 @@ impl Check {
         found: impl Into<String>,
         remedy: impl Into<String>,
     ) -> Self {
-        Self { id: id.into(), group, state: State::Fail, found: found.into(), remedy: Some(remedy.into()) }
+        Self { state: State::Fail, ..Self::warn(group, id, found, remedy) }
     }
 }
 

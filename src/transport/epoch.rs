@@ -18,16 +18,15 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::{ConnectionError, ReadError, ReadExactError, RecvStream, SendStream, WriteError};
+use quinn::{ConnectionError, ReadError, RecvStream, SendStream, WriteError};
 use tokio::time::timeout;
 
 use super::{
     CloseCode, Connection, PeerName,
-    stream::{self, MessageError},
+    stream::{self, Broken, MessageError, RawFrame},
 };
 use crate::wire::{
     epoch::{EpochError, EpochReader, EpochWriter},
-    frame::{HEADER_LEN, Header},
     message::{EpochAnswer, FrameHead},
 };
 
@@ -208,14 +207,7 @@ impl EpochSender {
     }
 
     async fn write(&mut self, bytes: Bytes) -> Result<(), SendEpochError> {
-        // quinn-proto 0.11 does not end a write that waits for the connection's window when the peer stops the
-        // stream (`write_source` looks at the window first), so that is waited for beside it.
-        let stopped = self.send.stopped();
-        let written = tokio::select! {
-            written = self.send.write_chunk(bytes) => written,
-            Ok(Some(code)) = stopped => Err(WriteError::Stopped(code)),
-        };
-        match written {
+        match stream::write_wanted(&mut self.send, bytes).await {
             Ok(()) => Ok(()),
             Err(WriteError::Stopped(_)) => {
                 let answer = Box::new(self.read_answer(EARLY_ANSWER_WITHIN).await?);
@@ -257,22 +249,15 @@ impl EpochReceiver {
     /// The next frame, checked; `None` when the epoch is whole and its digest right. After an error, or if
     /// the call is dropped half-way, the epoch is lost.
     pub async fn next_frame(&mut self) -> Result<Option<(FrameHead, Vec<u8>)>, RecvEpochError> {
-        let mut header = [0; HEADER_LEN];
-        self.read_exact(&mut header).await?;
-        let lens = Header::decode(&header).map_err(|e| self.refused(e))?;
-        let mut head = vec![0; lens.head_len];
-        self.read_exact(&mut head).await?;
-        let mut body = vec![0; lens.body_len];
-        self.read_exact(&mut body).await?;
+        let frame = stream::read_frame(&mut self.recv).await;
+        let RawFrame { header, head, body } = frame.map_err(|broken| self.broken(broken))?;
         let frame = self.reader.frame(&header, &head, &body);
-        if let Some(head) = frame.map_err(|e| self.refused(e))? {
+        if let Some(head) = frame.map_err(|source| self.refused(source))? {
             return Ok(Some((head, body)));
         }
-        let end = self.recv.read(&mut [0]).await;
-        match end.map_err(|source| RecvEpochError::Read { peer: self.peer.clone(), source })? {
-            None => Ok(None),
-            Some(_) => Err(RecvEpochError::Trailing { peer: self.peer.clone() }),
-        }
+        let end = stream::read_end(&mut self.recv).await;
+        end.map_err(|broken| self.broken(broken))?;
+        Ok(None)
     }
 
     /// Whether [`EpochReceiver::next_frame`] has seen the end.
@@ -311,12 +296,14 @@ impl EpochReceiver {
         Ok(())
     }
 
-    async fn read_exact(&mut self, bytes: &mut [u8]) -> Result<(), RecvEpochError> {
-        let peer = || self.peer.clone();
-        self.recv.read_exact(bytes).await.map_err(|e| match e {
-            ReadExactError::FinishedEarly(_) => RecvEpochError::Cut { peer: peer() },
-            ReadExactError::ReadError(source) => RecvEpochError::Read { peer: peer(), source },
-        })
+    fn broken(&self, broken: Broken) -> RecvEpochError {
+        let peer = self.peer.clone();
+        match broken {
+            Broken::Read(source) => RecvEpochError::Read { peer, source },
+            Broken::Cut => RecvEpochError::Cut { peer },
+            Broken::Trailing => RecvEpochError::Trailing { peer },
+            Broken::Header(source) => self.refused(source),
+        }
     }
 
     fn refused(&self, source: impl Into<EpochError>) -> RecvEpochError {

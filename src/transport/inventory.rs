@@ -5,13 +5,16 @@
 
 use std::time::Duration;
 
-use quinn::{ConnectionError, ReadError, ReadExactError, RecvStream, SendStream, WriteError};
+use bytes::Bytes;
+use quinn::{ConnectionError, ReadError, RecvStream, SendStream, WriteError};
 use tokio::time::timeout;
 
-use super::{CloseCode, Connection, EpochReceiver, PeerName};
+use super::{
+    CloseCode, Connection, EpochReceiver, PeerName,
+    stream::{self, Broken, RawFrame},
+};
 use crate::wire::{
     epoch::{EpochError, EpochWriter},
-    frame::{HEADER_LEN, Header},
     inventory::{Ask, Held, InventoryReader, InventoryWriter},
     message::FrameHead,
 };
@@ -105,31 +108,25 @@ impl InventoryReceiver {
     }
 
     async fn read(&mut self) -> Result<Option<(Held, Vec<u8>)>, RecvInventoryError> {
-        let mut header = [0; HEADER_LEN];
-        self.read_exact(&mut header).await?;
-        let lens = Header::decode(&header).map_err(|e| self.refused(e.into()))?;
-        let mut head = vec![0; lens.head_len];
-        self.read_exact(&mut head).await?;
-        let mut body = vec![0; lens.body_len];
-        self.read_exact(&mut body).await?;
+        let frame = stream::read_frame(&mut self.recv).await;
+        let RawFrame { header, head, body } = frame.map_err(|broken| self.broken(broken))?;
         let frame = self.reader.frame(&header, &head, &body);
-        if let Some(held) = frame.map_err(|e| self.refused(e))? {
+        if let Some(held) = frame.map_err(|source| self.refused(source))? {
             return Ok(Some((held, body)));
         }
-        let peer = self.peer.clone();
-        match self.recv.read(&mut [0]).await {
-            Ok(None) => Ok(None),
-            Ok(Some(_)) => Err(RecvInventoryError::Trailing(peer)),
-            Err(source) => Err(RecvInventoryError::Read { peer, source }),
-        }
+        let end = stream::read_end(&mut self.recv).await;
+        end.map_err(|broken| self.broken(broken))?;
+        Ok(None)
     }
 
-    async fn read_exact(&mut self, bytes: &mut [u8]) -> Result<(), RecvInventoryError> {
-        let peer = || self.peer.clone();
-        self.recv.read_exact(bytes).await.map_err(|error| match error {
-            ReadExactError::FinishedEarly(_) => RecvInventoryError::Cut(peer()),
-            ReadExactError::ReadError(source) => RecvInventoryError::Read { peer: peer(), source },
-        })
+    fn broken(&self, broken: Broken) -> RecvInventoryError {
+        let peer = self.peer.clone();
+        match broken {
+            Broken::Read(source) => RecvInventoryError::Read { peer, source },
+            Broken::Cut => RecvInventoryError::Cut(peer),
+            Broken::Trailing => RecvInventoryError::Trailing(peer),
+            Broken::Header(source) => self.refused(source.into()),
+        }
     }
 
     fn refused(&self, source: EpochError) -> RecvInventoryError {
@@ -164,9 +161,10 @@ pub struct InventorySender {
 
 impl InventorySender {
     /// Sends a frame; waits while the receiver is behind by a window.
-    pub async fn frame(&mut self, held: Held, body: &[u8]) -> Result<(), SendInventoryError> {
-        let prefix = self.writer.frame(held, body)?;
-        self.write(&prefix).await?;
+    pub async fn frame(&mut self, held: Held, body: impl Into<Bytes>) -> Result<(), SendInventoryError> {
+        let body = body.into();
+        let prefix = self.writer.frame(held, &body)?;
+        self.write(prefix.into()).await?;
         self.write(body).await
     }
 
@@ -178,18 +176,12 @@ impl InventorySender {
     /// Sends the end.
     pub async fn finish(mut self) -> Result<(), SendInventoryError> {
         let end = self.writer.end()?;
-        self.write(&end).await?;
+        self.write(end.into()).await?;
         Ok(self.stream.end_answer()?)
     }
 
-    async fn write(&mut self, bytes: &[u8]) -> Result<(), SendInventoryError> {
-        // See `EpochSender::write`.
-        let send = self.stream.answer_stream();
-        let stopped = send.stopped();
-        tokio::select! {
-            written = send.write_all(bytes) => Ok(written?),
-            Ok(Some(code)) = stopped => Err(WriteError::Stopped(code).into()),
-        }
+    async fn write(&mut self, bytes: Bytes) -> Result<(), SendInventoryError> {
+        Ok(stream::write_wanted(self.stream.answer_stream(), bytes).await?)
     }
 }
 

@@ -8,15 +8,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::{ConnectionError, ReadExactError, RecvStream, SendStream, WriteError};
+use quinn::{ConnectionError, RecvStream, SendStream, WriteError};
 use tokio::time::timeout;
 
 use super::{
     CloseCode, Connection, PeerName,
-    stream::{self, MessageError},
+    stream::{self, Broken, MessageError, RawFrame},
 };
 use crate::wire::{
-    frame::{FrameError, HEADER_LEN, Header},
     message::FrameHead,
     supply::{Size, Supply, SupplyAnswer, SupplyError, SupplyReader, SupplyRequest, SupplyWriter},
 };
@@ -192,13 +191,7 @@ impl SupplySender {
     }
 
     async fn write(&mut self, bytes: Bytes) -> Result<(), SendSupplyError> {
-        // See `EpochSender::write`.
-        let stopped = self.send.stopped();
-        let written = tokio::select! {
-            written = self.send.write_chunk(bytes) => written,
-            Ok(Some(code)) = stopped => Err(WriteError::Stopped(code)),
-        };
-        match written {
+        match stream::write_wanted(&mut self.send, bytes).await {
             Err(WriteError::Stopped(_)) => match self.read_answer(EARLY_ANSWER_WITHIN).await {
                 Ok(_) => Err(SendSupplyError::Unexpected(self.peer.clone())),
                 Err(error) => Err(error),
@@ -267,24 +260,16 @@ impl SupplyReceiver {
     }
 
     async fn read_frame(&mut self) -> Result<Option<(FrameHead, Vec<u8>)>, RecvSupplyError> {
-        let mut header = [0; HEADER_LEN];
-        self.read_exact(&mut header).await?;
-        let lens = Header::decode(&header).map_err(|e| self.refused(e))?;
-        let mut head = vec![0; lens.head_len];
-        self.read_exact(&mut head).await?;
-        let mut body = vec![0; lens.body_len];
-        self.read_exact(&mut body).await?;
-        let peer = self.peer.clone();
+        let frame = stream::read_frame(&mut self.recv).await;
+        let RawFrame { header, head, body } = frame.map_err(|broken| self.no_frame(broken))?;
         let Some(reader) = &mut self.reader else { return Err(self.broken(MessageError::Unexpected)) };
         let frame = reader.frame(&header, &head, &body);
-        if let Some(head) = frame.map_err(|source| RecvSupplyError::Supply { peer, source })? {
+        if let Some(head) = frame.map_err(|source| self.refused(source))? {
             return Ok(Some((head, body)));
         }
-        match self.recv.read(&mut [0]).await {
-            Ok(None) => Ok(None),
-            Ok(Some(_)) => Err(self.broken(MessageError::Trailing)),
-            Err(source) => Err(self.broken(source.into())),
-        }
+        let end = stream::read_end(&mut self.recv).await;
+        end.map_err(|broken| self.no_frame(broken))?;
+        Ok(None)
     }
 
     /// The last answer; before the end of the frames: that nothing more of them is wanted.
@@ -296,20 +281,21 @@ impl SupplyReceiver {
         // The stream's reading half stops the sender when it is dropped before its end.
     }
 
-    async fn read_exact(&mut self, bytes: &mut [u8]) -> Result<(), RecvSupplyError> {
-        let read = self.recv.read_exact(bytes).await;
-        read.map_err(|error| match error {
-            ReadExactError::FinishedEarly(_) => self.broken(MessageError::Cut),
-            ReadExactError::ReadError(source) => self.broken(source.into()),
-        })
+    fn no_frame(&self, broken: Broken) -> RecvSupplyError {
+        match broken {
+            Broken::Read(source) => self.broken(source.into()),
+            Broken::Cut => self.broken(MessageError::Cut),
+            Broken::Trailing => self.broken(MessageError::Trailing),
+            Broken::Header(source) => self.refused(source.into()),
+        }
     }
 
     fn broken(&self, source: MessageError) -> RecvSupplyError {
         RecvSupplyError::Message { peer: self.peer.clone(), source }
     }
 
-    fn refused(&self, source: FrameError) -> RecvSupplyError {
-        RecvSupplyError::Supply { peer: self.peer.clone(), source: source.into() }
+    fn refused(&self, source: SupplyError) -> RecvSupplyError {
+        RecvSupplyError::Supply { peer: self.peer.clone(), source }
     }
 }
 

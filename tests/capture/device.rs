@@ -17,6 +17,8 @@ use std::{
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+/// What the mount table says is mounted.
+const SOURCE: &str = "standin-test";
 /// What every read gives.
 pub(crate) const CONTENT: u8 = 0xd1;
 /// Of the file.
@@ -47,6 +49,7 @@ pub(crate) struct Device {
 
 impl Device {
     pub(crate) fn mount() -> Self {
+        clear_dead();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("device");
         File::create(&path).unwrap();
@@ -54,7 +57,7 @@ impl Device {
             File::options().read(true).write(true).custom_flags(libc::O_CLOEXEC).open("/dev/fuse").unwrap();
         let options = format!("fd={},rootmode=100644,user_id=0,group_id=0,allow_other", wire.as_raw_fd());
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(Some("standin-test"), &path, Some("fuse"), flags, Some(options.as_str())).unwrap();
+        mount(Some(SOURCE), &path, Some("fuse"), flags, Some(options.as_str())).unwrap();
         let (go, answer) = channel();
         let reading = Arc::new(AtomicBool::new(false));
         let server = Server { wire, reading: reading.clone(), answer };
@@ -80,6 +83,17 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         let _ = umount2(&self.path, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Takes away what a test has left that was killed: nobody serves it any more.
+fn clear_dead() {
+    for line in fs::read_to_string("/proc/self/mounts").unwrap().lines() {
+        let [source, path, "fuse", ..] = line.split(' ').collect::<Vec<_>>()[..] else { continue };
+        let is_dead = |error: &std::io::Error| error.raw_os_error() == Some(libc::ENOTCONN);
+        if source == SOURCE && fs::metadata(path).is_err_and(|error| is_dead(&error)) {
+            let _ = umount2(path, MntFlags::MNT_DETACH);
+        }
     }
 }
 

@@ -189,8 +189,13 @@ impl Cluster {
 
     /// Protects the redis on A.
     pub(crate) fn protect(&self) {
+        self.protect_with(&["--every", "100ms"]);
+    }
+
+    /// The same, with other flags.
+    pub(crate) fn protect_with(&self, flags: &[&str]) {
         let vip = format!("{VIP}/24@eth0");
-        self.standin(Host::A, &["protect", "redis", "--to", "b", "--every", "100ms", "--vip", &vip]);
+        self.standin(Host::A, &[["protect", "redis", "--to", "b", "--vip", &vip].as_slice(), flags].concat());
     }
 
     /// The client's network namespace.

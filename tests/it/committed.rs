@@ -12,11 +12,11 @@ use std::{
 use super::{
     cluster::{Cluster, wait_for},
     lab::{Host, STANDIN},
-    redis::{Redis, VIP, inside},
+    redis::{Redis, inside},
 };
 
-/// More than any takeover takes, so that a connection fails only if it is broken.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// More than any takeover takes, so that a connection of this patience fails only if it is broken.
+pub(crate) const OUTLASTS: Duration = Duration::from_secs(20);
 
 /// One connection that counts in a closed loop and is never opened again.
 struct Witness {
@@ -30,7 +30,7 @@ impl Witness {
         let (stop, told) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, telling) = (Arc::clone(&stop), Arc::clone(&told));
         let thread = inside(cluster.client_network(), move || {
-            let mut redis = Redis::connect(PATIENCE).expect("redis is reached");
+            let mut redis = Redis::connect(OUTLASTS).expect("redis is reached");
             let mut replies = Vec::new();
             while !stopped.load(Ordering::Relaxed) {
                 let reply = redis.call(&["INCR", key]).expect("the connection goes on");
@@ -67,8 +67,7 @@ impl Witness {
 
 fn protect(cluster: &Cluster) {
     cluster.run_redis();
-    let vip = format!("{VIP}/24@eth0");
-    cluster.standin(Host::A, &["protect", "redis", "--to", "b", "--commit", "output", "--vip", &vip]);
+    cluster.protect_with(&["--commit", "output"]);
     assert_eq!(cluster.status(Host::A, "redis")["held"]["output"], true);
 }
 
@@ -77,17 +76,16 @@ fn a_connection_counts_on_through_three_power_cuts() {
     let mut cluster = Cluster::up("counts-on");
     protect(&cluster);
     let witness = Witness::start(&cluster, "counter");
-    let mut here = Host::A;
+    let (mut here, mut there) = (Host::A, Host::B);
     for _ in 0..3 {
         witness.await_more();
-        let there = if here == Host::A { Host::B } else { Host::A };
         cluster.lab.kill(here);
         cluster.wait_state(there, "primary", "alone");
         witness.await_more();
         cluster.lab.boot(here);
         cluster.start_agent(here);
         cluster.wait_state(there, "primary", "protected");
-        here = there;
+        (here, there) = (there, here);
     }
     witness.await_more();
     println!("gaps: {:?}", witness.end());
@@ -98,11 +96,10 @@ fn a_handoff_is_not_noticed() {
     let cluster = Cluster::up("moves-on");
     protect(&cluster);
     let witness = Witness::start(&cluster, "counter");
-    for here in [Host::A, Host::B] {
+    for (here, there) in [(Host::A, Host::B), (Host::B, Host::A)] {
         witness.await_more();
         cluster.standin(here, &["handoff", "redis"]);
         witness.await_more();
-        let there = if here == Host::A { Host::B } else { Host::A };
         cluster.wait_state(there, "primary", "protected");
     }
     println!("gaps: {:?}", witness.end());
@@ -176,13 +173,12 @@ fn a_tree_in_the_host_s_network_cannot_have_its_output_held() {
 fn a_connection_that_knows_more_than_the_restored_epoch_is_reset() {
     let cluster = Cluster::up("knows-more");
     cluster.run_redis();
-    let vip = format!("{VIP}/24@eth0");
-    cluster.standin(Host::A, &["protect", "redis", "--to", "b", "--every", "10s", "--vip", &vip]);
+    cluster.protect_with(&["--every", "10s"]);
     let (counts, counted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let (may_count, replies) = (Arc::clone(&counts), Arc::clone(&counted));
     let client = inside(cluster.client_network(), move || {
-        let mut redis = Redis::connect(PATIENCE).expect("redis is reached");
-        let mut quiet = Redis::connect(PATIENCE).expect("redis is reached");
+        let mut redis = Redis::connect(OUTLASTS).expect("redis is reached");
+        let mut quiet = Redis::connect(OUTLASTS).expect("redis is reached");
         redis.call(&["PING"]).expect("a reply");
         quiet.call(&["PING"]).expect("a reply");
         while !may_count.load(Ordering::Relaxed) {

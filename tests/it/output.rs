@@ -22,15 +22,14 @@ use random::Random;
 
 use super::{
     cluster::{Cluster, wait_for},
+    committed::OUTLASTS,
     lab::Host,
-    redis::{Redis, VIP, inside},
+    redis::{Redis, inside},
 };
 
 const CLIENTS: usize = 8;
 /// Few, so that clients meet.
 const KEYS: [&str; 3] = ["x", "y", "z"];
-/// More than any takeover takes, so that a connection fails only if it is broken.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// Of each client, between one event and the next.
 const OPERATIONS: usize = 10;
 /// A power is cut at any instant of this long.
@@ -74,7 +73,7 @@ impl Client {
         let (answered, stop) = (Arc::new(AtomicUsize::new(0)), Arc::clone(stop));
         let count = Arc::clone(&answered);
         let thread = inside(netns, move || {
-            let mut redis = Redis::connect(PATIENCE).expect("redis is reached");
+            let mut redis = Redis::connect(OUTLASTS).expect("redis is reached");
             let mut history = Vec::new();
             while !stop.load(Ordering::Relaxed) {
                 // No value is written twice, so that a read tells which write it saw.
@@ -114,13 +113,7 @@ struct Clients {
 impl Clients {
     /// Each key is 0 before they begin.
     fn start(cluster: &Cluster, random: &mut Random) -> Self {
-        for key in KEYS {
-            cluster.ask_redis(match key {
-                "x" => &["SET", "x", "0"],
-                "y" => &["SET", "y", "0"],
-                _ => &["SET", "z", "0"],
-            });
-        }
+        cluster.ask_redis(&["MSET", KEYS[0], "0", KEYS[1], "0", KEYS[2], "0"]);
         let (began, stop) = (Instant::now(), Arc::new(AtomicBool::new(false)));
         let client = |number| {
             Client::start(cluster.client_network(), number, Random::new(random.next()), began, &stop)
@@ -150,7 +143,7 @@ impl Clients {
         }
         let began = self.began;
         let last = inside(cluster.client_network(), move || {
-            let mut redis = Redis::connect(PATIENCE).expect("redis is reached");
+            let mut redis = Redis::connect(OUTLASTS).expect("redis is reached");
             let mut history = Vec::new();
             for key in KEYS {
                 perform(&mut redis, &mut history, began, (CLIENTS, key, Call::Read)).expect("an answer");
@@ -171,8 +164,7 @@ fn seeded() -> Random {
 
 fn protect(cluster: &Cluster, flags: &[&str]) {
     cluster.run_redis();
-    let vip = format!("{VIP}/24@eth0");
-    cluster.standin(Host::A, &[["protect", "redis", "--to", "b", "--vip", &vip].as_slice(), flags].concat());
+    cluster.protect_with(flags);
     cluster.wait_state(Host::A, "primary", "protected");
 }
 

@@ -6,13 +6,13 @@ use standin::{
     delta::{BatchHead, Form, Packing, PageRun},
     model::{Epoch, EpochId, Extent, Space, Term},
     transport::{
-        Channel, Connection, EpochReceiver,
+        Channel, EpochReceiver,
         epoch::{RecvEpochError, SendEpochError},
     },
     wire::message::{EpochAnswer, FrameHead, Manifest, SpaceMap},
 };
 
-use crate::{Host, paired, soon};
+use crate::{ends, soon};
 
 pub(crate) const ID: EpochId = EpochId { term: Term(1), epoch: Epoch(1) };
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -32,20 +32,6 @@ pub(crate) fn manifest(batches: u64) -> FrameHead {
     FrameHead::Manifest(Manifest { spaces: vec![SpaceMap { space: Space::Task(1), extents }] })
 }
 
-struct Bulk {
-    from: Connection,
-    to: Connection,
-    _hosts: (Host, Host),
-}
-
-async fn bulk() -> Bulk {
-    let (a, b) = paired();
-    let from = soon(a.endpoint.connect(&"b".parse().unwrap(), Channel::Bulk)).await.unwrap();
-    let to = soon(b.endpoint.accept()).await.unwrap();
-    assert_eq!(to.channel(), Channel::Bulk);
-    Bulk { from, to, _hosts: (a, b) }
-}
-
 pub(crate) async fn drain(epoch: &mut EpochReceiver) -> Result<Vec<(FrameHead, Vec<u8>)>, RecvEpochError> {
     let mut frames = Vec::new();
     while let Some(frame) = epoch.next_frame().await? {
@@ -56,7 +42,7 @@ pub(crate) async fn drain(epoch: &mut EpochReceiver) -> Result<Vec<(FrameHead, V
 
 #[tokio::test]
 async fn epochs_of_64_mib_arrive_whole_on_one_connection() {
-    let bulk = bulk().await;
+    let bulk = ends(Channel::Bulk).await;
     for _ in 0..3 {
         let send = async {
             let mut epoch = bulk.from.send_epoch().await.unwrap();
@@ -86,7 +72,7 @@ async fn epochs_of_64_mib_arrive_whole_on_one_connection() {
 
 #[tokio::test]
 async fn an_epoch_that_its_sender_gives_up_never_ends_well() {
-    let bulk = bulk().await;
+    let bulk = ends(Channel::Bulk).await;
     let mut sender = bulk.from.send_epoch().await.unwrap();
     sender.frame(&begin(), Vec::new()).await.unwrap();
     sender.frame(&manifest(0), Vec::new()).await.unwrap_err();
@@ -110,7 +96,7 @@ async fn an_epoch_that_its_sender_gives_up_never_ends_well() {
 
 #[tokio::test]
 async fn an_early_answer_stops_the_sender() {
-    let bulk = bulk().await;
+    let bulk = ends(Channel::Bulk).await;
     let need_full = EpochAnswer::NeedFull { held: None, reason: "no base".into() };
     let send = async {
         let mut epoch = bulk.from.send_epoch().await.unwrap();
@@ -135,7 +121,7 @@ async fn an_early_answer_stops_the_sender() {
 
 #[tokio::test]
 async fn a_receiver_that_does_not_read_holds_the_sender_back() {
-    let bulk = bulk().await;
+    let bulk = ends(Channel::Bulk).await;
     let mut sender = bulk.from.send_epoch().await.unwrap();
     sender.frame(&begin(), Vec::new()).await.unwrap();
     let receiver = soon(bulk.to.accept_epoch()).await.unwrap();
@@ -155,7 +141,7 @@ async fn a_receiver_that_does_not_read_holds_the_sender_back() {
 
 #[tokio::test]
 async fn without_an_answer_the_sender_does_not_believe_in_a_commit() {
-    let bulk = bulk().await;
+    let bulk = ends(Channel::Bulk).await;
     let send = async {
         let mut epoch = bulk.from.send_epoch().await.unwrap();
         epoch.frame(&begin(), Vec::new()).await.unwrap();

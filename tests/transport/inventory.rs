@@ -4,7 +4,7 @@ use standin::{
     delta::{KEY_LEN, SUM_LEN},
     model::{Epoch, EpochId, Space, Term},
     transport::{
-        Channel, Connection, InventoryReceiver, InventorySender,
+        Channel, InventoryReceiver, InventorySender,
         inventory::{RecvInventoryError, SendInventoryError},
     },
     wire::{
@@ -13,23 +13,10 @@ use standin::{
     },
 };
 
-use crate::{Host, paired, soon};
+use crate::{Ends, ends, soon};
 
 const OF: Held = Held::Epoch(EpochId { term: Term(1), epoch: Epoch(4) });
 const PAGES: Held = Held::Pages { space: Space::Task(2), start: 0x1000 };
-
-struct Ends {
-    from: Connection,
-    to: Connection,
-    _hosts: (Host, Host),
-}
-
-async fn ends() -> Ends {
-    let (a, b) = paired();
-    let from = soon(a.endpoint.connect(&"b".parse().unwrap(), Channel::Bulk)).await.unwrap();
-    let to = soon(b.endpoint.accept()).await.unwrap();
-    Ends { from, to, _hosts: (a, b) }
-}
 
 fn question(pages_max: u64) -> Ask {
     Ask { name: "db".parse().unwrap(), key: [3; KEY_LEN], pages_max, blocks_max: 0 }
@@ -60,13 +47,13 @@ async fn drain(mut receiver: InventoryReceiver) -> Result<usize, RecvInventoryEr
 
 #[tokio::test]
 async fn an_inventory_arrives_whole() {
-    let ends = ends().await;
+    let ends = ends(Channel::Bulk).await;
     let (receiver, mut sender) = Box::pin(asked(&ends, 1 << 20)).await;
     let send = async {
-        sender.frame(OF, &[]).await?;
+        sender.frame(OF, Vec::new()).await?;
         // More than any window holds.
         for _ in 0..16 {
-            sender.frame(PAGES, &vec![7; SUMS_MAX * SUM_LEN]).await?;
+            sender.frame(PAGES, vec![7; SUMS_MAX * SUM_LEN]).await?;
         }
         sender.finish().await
     };
@@ -77,30 +64,30 @@ async fn an_inventory_arrives_whole() {
 
 #[tokio::test]
 async fn one_that_breaks_off_or_has_no_beginning_is_none() {
-    let ends = ends().await;
+    let ends = ends(Channel::Bulk).await;
     let (receiver, sender) = Box::pin(asked(&ends, 10)).await;
     drop(sender);
     assert!(matches!(soon(drain(receiver)).await, Err(RecvInventoryError::Read { .. })));
     let (receiver, mut sender) = Box::pin(asked(&ends, 10)).await;
-    soon(sender.frame(OF, &[])).await.unwrap();
-    soon(sender.frame(PAGES, &[7; SUM_LEN])).await.unwrap();
+    soon(sender.frame(OF, Vec::new())).await.unwrap();
+    soon(sender.frame(PAGES, vec![7; SUM_LEN])).await.unwrap();
     drop(sender);
     assert!(matches!(soon(drain(receiver)).await, Err(RecvInventoryError::Read { .. })));
     let (_receiver, mut sender) = Box::pin(asked(&ends, 10)).await;
-    assert!(matches!(soon(sender.frame(PAGES, &[7; SUM_LEN])).await, Err(SendInventoryError::Rules(_))));
+    assert!(matches!(soon(sender.frame(PAGES, vec![7; SUM_LEN])).await, Err(SendInventoryError::Rules(_))));
 }
 
 #[tokio::test]
 async fn more_than_was_asked_for_is_not_taken() {
-    let ends = ends().await;
+    let ends = ends(Channel::Bulk).await;
     let ask = question(10);
     // One that pretends to have been asked for more.
     let answer = async {
         let mut stream = ends.to.accept_epoch().await.unwrap();
         stream.next_frame().await.unwrap().unwrap();
         let mut sender = stream.into_inventory(&question(1 << 20));
-        sender.frame(OF, &[]).await.unwrap();
-        sender.frame(PAGES, &[7; 11 * SUM_LEN]).await.unwrap();
+        sender.frame(OF, Vec::new()).await.unwrap();
+        sender.frame(PAGES, vec![7; 11 * SUM_LEN]).await.unwrap();
         // Its end may find nobody who reads.
         let _ = sender.finish().await;
     };
@@ -111,13 +98,13 @@ async fn more_than_was_asked_for_is_not_taken() {
 
 #[tokio::test]
 async fn a_receiver_that_has_gone_ends_the_sender() {
-    let ends = ends().await;
+    let ends = ends(Channel::Bulk).await;
     let (receiver, mut sender) = Box::pin(asked(&ends, 1 << 26)).await;
-    soon(sender.frame(OF, &[])).await.unwrap();
+    soon(sender.frame(OF, Vec::new())).await.unwrap();
     drop(receiver);
     let send = async {
         loop {
-            if let Err(error) = sender.frame(PAGES, &vec![7; SUMS_MAX * SUM_LEN]).await {
+            if let Err(error) = sender.frame(PAGES, vec![7; SUMS_MAX * SUM_LEN]).await {
                 break error;
             }
         }

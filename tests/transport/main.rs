@@ -16,7 +16,7 @@ use std::{
 };
 
 use standin::transport::{
-    Endpoint, Identity, Peer, Peers,
+    Channel, Connection, Endpoint, Identity, Peer, Peers,
     pairing::{Card, PAIRING_VALID_FOR},
 };
 use tempfile::TempDir;
@@ -88,6 +88,21 @@ fn paired() -> (Host, Host) {
     a.endpoint.peers().add(b.as_peer("b")).unwrap();
     b.endpoint.peers().add(a.as_peer("a")).unwrap();
     (a, b)
+}
+
+/// The two ends of a connection.
+struct Ends {
+    from: Connection,
+    to: Connection,
+    _hosts: (Host, Host),
+}
+
+async fn ends(channel: Channel) -> Ends {
+    let (a, b) = paired();
+    let from = soon(a.endpoint.connect(&"b".parse().unwrap(), channel)).await.unwrap();
+    let to = soon(b.endpoint.accept()).await.unwrap();
+    assert_eq!(to.channel(), channel);
+    Ends { from, to, _hosts: (a, b) }
 }
 
 async fn soon<T>(future: impl Future<Output = T>) -> T {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use standin::{
     transport::{
-        Channel, Connection, SupplyReceiver,
+        Channel, SupplyReceiver,
         supply::{RecvSupplyError, SendSupplyError},
     },
     wire::{
@@ -14,24 +14,10 @@ use standin::{
     workload::spec::{Daemon, ImageId},
 };
 
-use crate::{Host, paired, soon};
+use crate::{Ends, ends, soon};
 
 const WITHIN: Duration = Duration::from_secs(10);
 const SIZE: Size = Size { stream_bytes: 64 << 20, room_bytes: 64 << 20 };
-
-struct Ends {
-    from: Connection,
-    to: Connection,
-    _hosts: (Host, Host),
-}
-
-async fn ends() -> Ends {
-    let (a, b) = paired();
-    let from = soon(a.endpoint.connect(&"b".parse().unwrap(), Channel::Supply)).await.unwrap();
-    let to = soon(b.endpoint.accept()).await.unwrap();
-    assert_eq!(to.channel(), Channel::Supply);
-    Ends { from, to, _hosts: (a, b) }
-}
 
 fn image() -> Supply {
     Supply::Image(ImageId { daemon: Daemon::Docker, id: "0".repeat(64), name: "db".into() })
@@ -61,7 +47,7 @@ async fn drain(receiver: &mut SupplyReceiver) -> Result<usize, RecvSupplyError> 
 
 #[tokio::test]
 async fn a_question_is_answered_and_a_supply_arrives_whole() {
-    let ends = ends().await;
+    let ends = ends(Channel::Supply).await;
     let ask = SupplyRequest::Ask { name: "db".parse().unwrap(), image: None, files: vec!["/etc/db".into()] };
     let lacks = SupplyAnswer::Lacks { image: false, files: vec![0] };
     let answer = async {
@@ -95,7 +81,7 @@ async fn a_question_is_answered_and_a_supply_arrives_whole() {
 
 #[tokio::test]
 async fn a_sender_that_gives_up_is_never_taken_for_whole() {
-    let ends = ends().await;
+    let ends = ends(Channel::Supply).await;
     let send = async {
         let mut sender = ends.from.send_supply(&ship(), WITHIN).await.unwrap().unwrap();
         sender.frame(&FrameHead::Piece, vec![3; 1000]).await.unwrap();
@@ -111,7 +97,7 @@ async fn a_sender_that_gives_up_is_never_taken_for_whole() {
 
 #[tokio::test]
 async fn a_refusal_reaches_the_sender_before_and_in_the_middle() {
-    let ends = ends().await;
+    let ends = ends(Channel::Supply).await;
     let refusal = |reason: &str| SupplyAnswer::Refused { reason: reason.into() };
     let refuse = async { accept(&ends).await.answer(&refusal("no room")).await.unwrap() };
     let offer = ship();
@@ -138,7 +124,7 @@ async fn a_refusal_reaches_the_sender_before_and_in_the_middle() {
 
 #[tokio::test]
 async fn a_receiver_that_goes_without_a_word_is_an_error() {
-    let ends = ends().await;
+    let ends = ends(Channel::Supply).await;
     let send = async {
         // The reset may overtake what was said before it.
         match ends.from.send_supply(&ship(), WITHIN).await {

@@ -376,8 +376,8 @@ impl Capturer {
     }
 
     /// Of what the standby holds nothing is known here but this, which the next epoch is compared with. Of the files nothing is
-    /// known otherwise either; of memory, unless the epoch has a base. Its figures say for now what came, and what was the
-    /// same; who ships it adds the rest.
+    /// known otherwise either; of memory, unless the epoch has a base. Its figures count the bytes that this took and those
+    /// that need not be sent for it; those that are sent are counted where they are.
     pub fn resync(&mut self, mut told: Told) {
         match told.pages.take() {
             Some(pages) => self.known.offer(pages),

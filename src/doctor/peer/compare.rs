@@ -39,43 +39,41 @@ pub fn compare(pair: &Pair) -> PeerReport {
 }
 
 fn settings(Pair { peer, here, there, .. }: &Pair) -> Vec<Check> {
-    let same = |id, same: bool, what: &str, values: [String; 2], remedy: &str| {
-        let [here, there] = values;
-        if same {
+    // The setting as it is shown, which shows all of it.
+    let same = |id, what: &str, setting: &dyn Fn(&HostFacts) -> String, remedy: &str| {
+        let (here, there) = (setting(here), setting(there));
+        if here == there {
             return Check::ok(Group::Host, id, format!("{what} {here}"));
         }
         Check::fail(Group::Host, id, format!("{what} {here} here, {there} on {peer}"), remedy)
     };
     let lease = |host: &HostFacts| {
+        let ms = |time: Duration| time.as_micros() as f64 / 1e3;
         format!(
-            "{} ms, renewed every {} ms, {} ms of it kept by the guard",
-            host.lease.as_millis(),
-            host.heartbeat.as_millis(),
-            host.fence_margin.as_millis()
+            "{} ms, renewed every {} ms, {} ms of it kept by the guard, {} ms allowed for clocks that drift",
+            ms(host.lease),
+            ms(host.heartbeat),
+            ms(host.fence_margin),
+            ms(host.drift)
         )
     };
-    let times = |host: &HostFacts| (host.lease, host.heartbeat, host.fence_margin, host.drift);
-    let pair_of = |of: &dyn Fn(&HostFacts) -> String| [of(here), of(there)];
     vec![
         same(
             "release",
-            here.release == there.release,
             "standin",
-            pair_of(&|host| host.release.clone()),
+            &|host| host.release.clone(),
             "install the same release of standin on both hosts, and restart the agents",
         ),
         same(
             "arbiter",
-            here.arbiter == there.arbiter,
             "who decides is",
-            pair_of(&|host| host.arbiter.to_string()),
+            &|host| host.arbiter.to_string(),
             "set `arbiter` and `on_standby_loss` alike on both hosts, and restart the agents",
         ),
         same(
             "lease",
-            times(here) == times(there),
             "a lease lasts",
-            pair_of(&lease),
+            &lease,
             "set lease_ms, heartbeat_ms and fence_margin_ms alike on both hosts, and restart the agents: a standby whose lease \
              is the shorter one takes over before the primary is silent",
         ),
