@@ -51,8 +51,7 @@ class Client(threading.Thread):
             while not self.done.is_set():
                 self.turn()
         except (OSError, RuntimeError) as error:
-            if not self.done.is_set():
-                self.broken = repr(error)
+            self.broken = repr(error)
         self.connection.close()
 
     def end(self):
@@ -109,7 +108,7 @@ class Subscriber(Client):
 
     def turn(self):
         more = self.connection.sock.recv(65536)
-        if not more:
+        if not more and not self.done.is_set():
             raise ConnectionError("closed by the server")
         self.heard.append(more)
 
@@ -162,6 +161,10 @@ class Bulk:
         before, began = self.counted.value, now_ms()
         time.sleep(seconds)
         return (self.counted.value - before) / 1e3 / (now_ms() - began)
+
+    @property
+    def broken(self):
+        return not self.errors.empty()
 
     def end(self):
         self.done.value = 1
@@ -257,7 +260,7 @@ class Story:
         for number in range(1, self.kills + 1):
             time.sleep(random.uniform(*CALM_S))
             gaps.append(self.cut(number, (counter, pipelined, subscriber, stream)))
-            broken = [name for name, client in clients.items() if isinstance(client, Client) and client.broken]
+            broken = [name for name, client in clients.items() if client.broken]
             if broken:
                 self.say("%s did not survive" % " and ".join(broken), strong=True)
                 break
@@ -289,7 +292,8 @@ class Story:
             before = len(client.told)
             wait_for("%s goes on" % name, lambda: client.broken or len(client.told) > before + DEPTH, PATIENCE_S)
         streamed = stream.counted.value
-        wait_for("the stream goes on", lambda: stream.counted.value > streamed + BULK_BYTES, PATIENCE_S)
+        wait_for("the stream goes on", lambda: (
+            stream.broken or stream.counted.value > streamed + BULK_BYTES), PATIENCE_S)
         news = b"message-%d." % number
         speaker = redis.Connection(PATIENCE_S)
         speaker.call("PUBLISH", "news", news.decode())

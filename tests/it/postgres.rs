@@ -1,10 +1,19 @@
 //! A PostgreSQL as it comes: many processes, System V and POSIX shared memory, a data directory of its own.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    process::{Child, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI64, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use super::{
     cluster::{Cluster, wait_for},
-    lab::Host,
+    lab::{Host, Lab},
     redis::VIP,
 };
 
@@ -21,8 +30,13 @@ struct Postgres {
 }
 
 impl Postgres {
-    /// Protected on A, with a load from the client.
+    /// Protected on A.
     fn up() -> Self {
+        Self::protected(&["--every", "100ms"])
+    }
+
+    /// The same, with these flags of `standin protect`.
+    fn protected(flags: &[&str]) -> Self {
         let cluster = Cluster::up("postgres");
         let make = format!(
             "set -e; {PROGRAMS}; mkdir -p /srv/pg; chown postgres: /srv/pg; \
@@ -51,7 +65,8 @@ impl Postgres {
             .sql(Host::A, "create table ledger (n bigint primary key); create extension amcheck")
             .expect("done");
         let vip = format!("{VIP}/24@eth0");
-        postgres.cluster.standin(Host::A, &["protect", "pg", "--to", "b", "--every", "100ms", "--vip", &vip]);
+        let protect = ["protect", "pg", "--to", "b", "--vip", &vip];
+        postgres.cluster.standin(Host::A, &[protect.as_slice(), flags].concat());
         postgres.cluster.wait_state_of("pg", Host::A, "primary", "protected");
         postgres
     }
@@ -73,7 +88,7 @@ impl Postgres {
     }
 
     /// `pgbench` from the client until this child is killed; its connections may break.
-    fn load(&self) -> std::process::Child {
+    fn load(&self) -> Child {
         let command = format!(
             "{PROGRAMS}; while :; do \
                timeout 60 pgbench -n -c {CLIENTS} -j 2 -T 50 -h {VIP} -U postgres postgres > /dev/null 2>&1; sleep 0.2; \
@@ -167,6 +182,144 @@ fn a_postgresql_under_load_outlives_its_hosts() {
         at = (standby, primary);
     }
     load.kill().and_then(|()| load.wait()).expect("it runs");
+}
+
+/// `pgbench` from the client, whose connections are never opened again.
+struct Bench(Child);
+
+impl Bench {
+    fn start(postgres: &Postgres) -> Self {
+        let command = format!(
+            "{PROGRAMS}; exec pgbench -n -c {CLIENTS} -j 2 -T 3600 -h {VIP} -U postgres postgres < /dev/null 2>&1"
+        );
+        let mut command = postgres.cluster.lab.command(Host::Client, &["sh", "-c", &command]);
+        let bench = Self(
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("scripts/lab can be run"),
+        );
+        // A connection that the server has not accepted yet does not outlive its host.
+        let sessions = "select count(*) from pg_stat_activity where application_name = 'pgbench'";
+        wait_for("every client of pgbench to have its session", || {
+            postgres.sql(Host::Client, sessions).is_ok_and(|count| count == CLIENTS)
+        });
+        bench
+    }
+
+    fn assert_running(&mut self) {
+        if let Some(status) = self.0.try_wait().expect("its end can be asked for") {
+            panic!("pgbench ended with {status}: {}", self.said());
+        }
+    }
+
+    fn said(&mut self) -> String {
+        let mut said = String::new();
+        self.0.stdout.take().expect("it is piped").read_to_string(&mut said).expect("text");
+        said
+    }
+
+    /// Has it come to an end as if its time were over: what was begun is ended; gives how many transactions it was told
+    /// were committed. A connection that broke would have it say so.
+    fn end(mut self, lab: &Lab) -> i64 {
+        let pid = lab.ok(Host::Client, &["pgrep", "-x", "pgbench"]);
+        lab.ok(Host::Client, &["kill", "-ALRM", pid.trim()]);
+        let said = self.said();
+        let status = self.0.wait().expect("it ends");
+        assert!(status.success() && !said.contains("aborted"), "{status}: {said}");
+        let count =
+            said.lines().find_map(|line| line.strip_prefix("number of transactions actually processed: "));
+        count.and_then(|count| count.trim().parse().ok()).unwrap_or_else(|| panic!("no count: {said}"))
+    }
+}
+
+/// One session that adds rows to the ledger, each in a transaction of its own, as long as its connection lasts.
+struct Scribe {
+    stop: Arc<AtomicBool>,
+    /// The last row that was reported committed.
+    reported: Arc<AtomicI64>,
+    thread: JoinHandle<Result<(), String>>,
+}
+
+impl Scribe {
+    fn start(postgres: &Postgres) -> Self {
+        // What a server that is gone has it do, were it a person's: connect again. As it is, it ends.
+        let command =
+            format!("{PROGRAMS}; exec psql -h {VIP} -U postgres -XAtq -v ON_ERROR_STOP=1 postgres 2>&1");
+        let mut command = postgres.cluster.lab.command(Host::Client, &["sh", "-c", &command]);
+        let mut psql =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("scripts/lab can be run");
+        let (stop, reported) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(0)));
+        let (stopped, report) = (Arc::clone(&stop), Arc::clone(&reported));
+        let thread = std::thread::spawn(move || {
+            let mut input = psql.stdin.take().expect("it is piped");
+            let mut output = BufReader::new(psql.stdout.take().expect("it is piped"));
+            for n in 1.. {
+                if stopped.load(Ordering::SeqCst) {
+                    break;
+                }
+                let mut answer = String::new();
+                writeln!(input, "insert into ledger values ({n}) returning n;")
+                    .and_then(|()| output.read_line(&mut answer))
+                    .map_err(|error| error.to_string())?;
+                if answer.trim() != n.to_string() {
+                    return Err(format!("row {n} is answered by {answer:?}"));
+                }
+                report.store(n, Ordering::SeqCst);
+            }
+            drop(input);
+            psql.wait().map_err(|error| error.to_string()).and_then(|status| {
+                if status.success() { Ok(()) } else { Err(format!("psql ends with {status}")) }
+            })
+        });
+        Self { stop, reported, thread }
+    }
+
+    fn reported(&self) -> i64 {
+        self.reported.load(Ordering::SeqCst)
+    }
+
+    fn await_more(&self) {
+        let before = self.reported();
+        wait_for("the session to go on", || self.thread.is_finished() || self.reported() > before + ROWS);
+        assert!(!self.thread.is_finished(), "after row {} the session ended", self.reported());
+    }
+
+    /// Gives the last row that was reported committed.
+    fn end(self) -> i64 {
+        self.stop.store(true, Ordering::SeqCst);
+        self.thread.join().expect("it runs to its end").expect("the connection lasts");
+        self.reported.load(Ordering::SeqCst)
+    }
+}
+
+/// Under output commit, what was reported committed is there, and no session notices.
+#[test]
+fn sessions_of_a_postgresql_outlive_its_hosts() {
+    let mut postgres = Postgres::protected(&["--commit", "output"]);
+    let started = postgres.sql(Host::Client, "select pg_postmaster_start_time()").expect("an answer");
+    let (mut bench, scribe) = (Bench::start(&postgres), Scribe::start(&postgres));
+    let mut at = (Host::A, Host::B);
+    for _ in 0..3 {
+        let (primary, standby) = at;
+        scribe.await_more();
+        let status = postgres.cluster.status(primary, "pg");
+        assert_eq!(status["held"]["output"], true, "{status:#}");
+        postgres.cluster.lab.kill(primary);
+        postgres.cluster.wait_state_of("pg", standby, "primary", "alone");
+        scribe.await_more();
+        postgres.cluster.lab.boot(primary);
+        postgres.cluster.start_agent(primary);
+        postgres.cluster.wait_state_of("pg", standby, "primary", "protected");
+        scribe.await_more();
+        bench.assert_running();
+        at = (standby, primary);
+    }
+    let committed = bench.end(&postgres.cluster.lab);
+    let reported = scribe.end();
+    // What checks it asks so much, one question after the other, that it must not wait for an epoch each time.
+    postgres.cluster.standin(at.0, &["commit", "pg", "async"]);
+    assert_eq!(postgres.check(at.0, &started), reported, "each row that was reported is there, and no other");
+    let count = postgres.sql(Host::Client, "select count(*) from pgbench_history").expect("a count");
+    assert_eq!(count, committed.to_string(), "each transaction that pgbench was told of is there once");
+    println!("{committed} transactions of {CLIENTS} sessions, {reported} rows of one more");
 }
 
 #[test]
