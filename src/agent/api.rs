@@ -8,7 +8,11 @@
 //! | `POST /v1/run` | [`RunRequest`] | [`RunReply`] |
 //! | `POST /v1/wrap` | [`WrapRequest`] | [`WrapReply`] |
 //! | `POST /v1/protect` | [`ProtectRequest`] | [`WorkloadStatus`] |
+//! | `POST /v1/doctor` | [`DoctorRequest`] | [`PeerReport`](crate::doctor::peer::PeerReport) |
 //! | `POST /v1/workloads/NAME/unprotect` | [`UnprotectRequest`] | [`WorkloadStatus`] |
+//! | `POST /v1/workloads/NAME/failover` | [`FailoverRequest`] | [`WorkloadStatus`] |
+//! | `POST /v1/workloads/NAME/fence`, `/unfence`, `/rejoin`, `/pause`, `/resume` | | [`WorkloadStatus`] |
+//! | `POST /v1/workloads/NAME/verify` | | [`VerifyReport`] |
 //! | `POST /v1/workloads/NAME/remove` | | `{}` |
 //! | `POST /v1/workloads/NAME/handoff` | [`HandoffRequest`] | [`HandoffReport`] |
 //! | `POST /v1/workloads/NAME/commit` | [`CommitRequest`] | [`WorkloadStatus`] |
@@ -373,6 +377,16 @@ pub enum HookEvent {
     Promote,
     /// `on_demote`: it is not any more.
     Demote,
+}
+
+impl HookEvent {
+    /// As programs are told, and as its setting ends.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Promote => "promote",
+            Self::Demote => "demote",
+        }
+    }
 }
 
 /// How a hook stands.

@@ -16,7 +16,7 @@ use crate::{
     takeover::{
         self,
         address::Addresses,
-        hold::{Hold, Marks},
+        hold::{Hold, HoldError, Marks},
         nudge::nudge,
         stale::Watch,
     },
@@ -50,9 +50,12 @@ pub(super) enum Place {
 pub(super) struct Home {
     pub(super) place: Place,
     addresses: Option<Addresses>,
-    hold: Option<Arc<Hold>>,
+    /// None if nothing tells its packets from others'.
+    hold: Option<std::result::Result<Arc<Hold>, HoldError>>,
     /// Of the tree that was restored here.
     connections: Vec<TcpConnection>,
+    /// Their other ends may have had more than was sent by then.
+    may_be_stale: bool,
 }
 
 /// The root of a workload's tree.
@@ -86,7 +89,7 @@ impl Place {
 
 impl Home {
     fn at(place: Place) -> Self {
-        Self { place, addresses: None, hold: None, connections: Vec::new() }
+        Self { place, addresses: None, hold: None, connections: Vec::new(), may_be_stale: false }
     }
 
     /// Finds the place that an earlier agent made.
@@ -165,27 +168,30 @@ impl Home {
     /// Ends whatever place there is of that name, with everything that runs in it.
     pub(super) fn destroy(agent: &Agent, name: &Name) -> Result<()> {
         let dir = agent.sandboxes_dir();
-        forget_held(name);
         if Container::is_known(&dir, name) {
-            return Ok(Container::destroy(&dir, name)?);
+            Container::destroy(&dir, name)?;
+        } else if Whole::is_known(&dir, name) {
+            Whole::destroy(&dir, name)?;
+        } else {
+            Sandbox::destroy(&dir, name)?;
         }
-        if Whole::is_known(&dir, name) {
-            return Ok(Whole::destroy(&dir, name)?);
-        }
-        Ok(Sandbox::destroy(&dir, name)?)
+        // Not before: nothing of it leaves that was held.
+        forget_held(name);
+        Ok(())
     }
 
     /// The same for good: a container that was made here its engine forgets.
     pub(super) fn remove(agent: &Agent, name: &Name) -> Result<()> {
         let dir = agent.sandboxes_dir();
-        forget_held(name);
         if Container::is_known(&dir, name) {
-            Ok(Container::remove(&dir, name)?)
+            Container::remove(&dir, name)?;
         } else if Whole::is_known(&dir, name) {
-            Ok(Whole::remove(&dir, name)?)
+            Whole::remove(&dir, name)?;
         } else {
-            Self::destroy(agent, name)
+            return Self::destroy(agent, name);
         }
+        forget_held(name);
+        Ok(())
     }
 
     pub(super) fn keeper(&self) -> &Keeper {
@@ -302,16 +308,17 @@ impl Home {
         let has_none = !marks.has_device() && marks.addresses.is_empty();
         // Its queues are free for the next one.
         self.hold = None;
-        let made = (!has_none)
-            .then(|| Hold::make(spec.place.name(), marks, Some(self.keeper().shared_guard()), held));
-        self.hold = match made.transpose() {
-            Ok(made) => made.map(Arc::new),
+        if has_none {
+            return Ok(());
+        }
+        let made = Hold::make(spec.place.name(), marks, Some(self.keeper().shared_guard()), held);
+        self.hold = match made {
             Err(error) if spec.commit == Commit::Output => return Err(error.into()),
-            Err(error) => {
-                tracing::warn!(%error, name = %spec.place.name(), "its input is not held while it is frozen");
-                None
-            }
+            made => Some(made.map(Arc::new)),
         };
+        if let Some(error) = self.why_no_hold() {
+            tracing::warn!(%error, name = %spec.place.name(), "its input is not held while it is frozen");
+        }
         Ok(())
     }
 
@@ -332,7 +339,12 @@ impl Home {
 
     /// Its packets, if they can be held.
     pub(super) fn hold(&self) -> Option<&Arc<Hold>> {
-        self.hold.as_ref()
+        self.hold.as_ref()?.as_ref().ok()
+    }
+
+    /// Why they cannot, although they are known.
+    pub(super) fn why_no_hold(&self) -> Option<&HoldError> {
+        self.hold.as_ref()?.as_ref().err()
     }
 
     /// Lets the workload be heard: the gate, then the addresses. The caller announces.
@@ -360,7 +372,8 @@ impl Home {
     }
 
     /// Takes note of the connections that an image has.
-    pub(super) fn note_connections(&mut self, dir: &Path) {
+    pub(super) fn note_connections(&mut self, dir: &Path, note: &Note) {
+        self.may_be_stale = !note.output_held;
         // They go on without it, only later.
         self.connections = tcp_connections(dir).unwrap_or_else(|error| {
             tracing::debug!(%error, "connections of the image");
@@ -368,8 +381,12 @@ impl Home {
         });
     }
 
-    /// Hears which restored connections cannot go on, and ends those. Before the gate opens.
+    /// Hears which restored connections cannot go on, and ends those; before the gate opens. Where output was held since the
+    /// restored epoch's freeze there are none.
     pub(super) fn watch_connections(&self, name: &Name) {
+        if !self.may_be_stale {
+            return;
+        }
         let doors = self.place.gate().map_or(&[][..], Gate::doors);
         let name = name.clone();
         match Watch::begin(doors, &self.connections) {

@@ -11,8 +11,8 @@
 //! - Nothing waits for a hook: no takeover, no fence, no handoff, no other workload.
 //! - Those of one workload on one host run one after the other, and the last one to run is that of the role it has. A role that
 //!   comes and goes while a hook runs is passed over.
-//! - Each is run at least once, also if the agent or the host ends in between: it is noted before and after. What it does must
-//!   bear being done twice.
+//! - Each is begun at least once, also if the agent or the host ends in between: it is noted before and after. What it does
+//!   must bear being done twice, and being ended half-way when the role changes again.
 //! - `on_demote` follows an `on_promote` of this host, and nothing else.
 
 use std::{
@@ -115,7 +115,7 @@ impl Call {
     fn environment(&self, attempt: u32) -> Vec<(&'static str, String)> {
         let addresses = self.addresses.iter().map(|vip| format!("{}@{}", vip.cidr, vip.device));
         vec![
-            ("STANDIN_EVENT", word(self.event).to_owned()),
+            ("STANDIN_EVENT", self.event.word().to_owned()),
             ("STANDIN_WORKLOAD", self.workload.to_string()),
             ("STANDIN_TERM", self.term.to_string()),
             ("STANDIN_ROLE", self.role.to_owned()),
@@ -125,13 +125,6 @@ impl Call {
             ("STANDIN_HOST", self.host.clone()),
             ("STANDIN_ATTEMPT", attempt.to_string()),
         ]
-    }
-}
-
-fn word(event: HookEvent) -> &'static str {
-    match event {
-        HookEvent::Promote => "promote",
-        HookEvent::Demote => "demote",
     }
 }
 
@@ -232,7 +225,7 @@ impl Owner {
 
     pub(super) fn hook_told(&mut self, told: Told) {
         let Told { status, said, took } = told;
-        let (name, cause) = (word(status.event), &status.cause);
+        let (name, cause) = (status.event.word(), &status.cause);
         let again = self.hooks.status.as_ref().is_some_and(|last| last.state == HookState::Retrying);
         let (kind, detail) = match status.state {
             HookState::Running => ("", String::new()),
@@ -295,7 +288,7 @@ impl Runner {
                 self.tell(status(HookState::Running, &error), String::new(), Duration::ZERO).await;
             }
             let environment = call.environment(attempts);
-            let arguments = [word(call.event), call.workload.as_str()];
+            let arguments = [call.event.word(), call.workload.as_str()];
             let run = program::run(program::Run {
                 program: &program,
                 arguments: &arguments,
@@ -308,7 +301,7 @@ impl Runner {
             };
             let took = began.elapsed();
             tracing::info!(
-                workload = %call.workload, hook = word(call.event), term = %call.term, attempts, took_ms = took.as_millis(),
+                workload = %call.workload, hook = call.event.word(), term = %call.term, attempts, took_ms = took.as_millis(),
                 ?result, "hook"
             );
             match result {
@@ -332,7 +325,9 @@ impl Runner {
             }
             tokio::select! {
                 () = tokio::time::sleep(rest) => {}
-                () = newer(&mut self.calls) => return,
+                () = newer(&mut self.calls) => {
+                    return self.tell(status(HookState::CutOff, &error), String::new(), took).await;
+                }
             }
             rest = (rest * 2).min(REST_MAX);
         }

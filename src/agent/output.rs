@@ -2,17 +2,22 @@
 //!
 //! Output begins to wait with the freeze of the first epoch that follows another: the first one takes as long as all memory
 //! does. From that one's commit on nothing that a client was told can be lost; until then the workload counts as syncing.
-//! It waits no longer once no standby could promote: then nobody would lose what clients were told.
+//! It waits no longer once no standby could promote: then nobody would lose what clients were told. With the next standby it
+//! begins to wait as with the first.
 
 use std::{io, sync::Arc, time::Duration};
 
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::watch,
+};
 
 use super::{
     api::{ApiError, WorkloadStatus},
+    home::Home,
     owner::Owner,
-    session::{Progress, Session},
-    throttle::Brake,
+    session::{Permit, Progress, Session},
+    throttle::FULL_SPEED,
 };
 use crate::{
     capture::{Stage, pace::Pace},
@@ -32,26 +37,32 @@ pub(super) struct Around {
     pub(super) epoch: EpochId,
     /// Output waits from this epoch's freeze on, if it does not already.
     pub(super) holds: bool,
+    /// What the owner permits by now.
+    pub(super) permit: watch::Receiver<Permit>,
 }
 
 impl Around {
-    /// Without output to be held, what cannot be done is no reason to have no epoch.
-    pub(super) fn at(&self, stage: Stage) -> io::Result<()> {
-        let Some(hold) = &self.hold else { return Ok(()) };
-        self.handle(hold, stage).or_else(|error| {
+    /// Says whether output is held. Where it need not be, what cannot be done is no reason to have no epoch.
+    pub(super) fn at(&self, stage: Stage) -> io::Result<bool> {
+        let Some(hold) = &self.hold else { return Ok(false) };
+        if let Err(error) = self.handle(hold, stage) {
             if self.holds || hold.holds_output() {
                 return Err(io::Error::other(error));
             }
             tracing::warn!(%error, epoch = %self.epoch, ?stage, "packets around a freeze");
-            Ok(())
-        })
+        }
+        Ok(hold.holds_output())
     }
 
     fn handle(&self, hold: &Hold, stage: Stage) -> Result<(), HoldError> {
         match stage {
             Stage::Freezing => {
-                if self.holds {
+                if self.holds && self.permit.borrow().owes_output {
                     hold.hold_output()?;
+                    // The owner says so before it lets output leave: whoever looks last sees both.
+                    if !self.permit.borrow().owes_output {
+                        hold.open()?;
+                    }
                 }
                 hold.hold_input()
             }
@@ -115,7 +126,10 @@ async fn output_waits(hold: &Hold, fd: &AsyncFd<std::os::fd::OwnedFd>) {
     // Looking empties the socket: what comes later makes it readable again.
     while !hold.has_unmarked() {
         match fd.readable().await {
-            Ok(mut ready) => ready.clear_ready(),
+            Ok(mut ready) => {
+                hold.begins_to_wait();
+                ready.clear_ready();
+            }
             Err(_) => return std::future::pending().await,
         }
     }
@@ -136,15 +150,8 @@ impl Session {
     /// Slows the workload down while too much of its output waits, before the kernel would drop it.
     pub(super) async fn slow_down(&self, at: &mut Progress) {
         let fills = at.commit == Commit::Output && self.hold.as_ref().is_some_and(|hold| hold.is_filling());
-        if fills == at.slowed {
-            return;
-        }
-        // It stays as it was set when the brake is gone.
-        let brake = Brake::new(self.owner.clone());
-        let set = if fills { brake.set(SLOWED_PERCENT).await } else { brake.end().await };
-        match set {
-            Ok(()) => at.slowed = fills,
-            Err(error) => tracing::warn!(error, name = %self.name, "output fills its queue"),
+        if let Err(error) = self.brake.set(if fills { SLOWED_PERCENT } else { FULL_SPEED }).await {
+            tracing::warn!(error, name = %self.name, "output fills its queue");
         }
     }
 }
@@ -157,7 +164,7 @@ impl Owner {
             && matches!(role, Some(Role::Primary { armed: Some(_), .. }))
     }
 
-    /// Lets output leave that nobody could lose any more.
+    /// Lets output leave that nobody could lose any more. After [`Owner::drive_session`], which tells the session.
     pub(super) fn look_at_held(&mut self) {
         let Some(hold) = self.home.as_ref().and_then(|home| home.hold()) else { return };
         let runs = matches!(self.standing(), None | Some(Standing::Primary));
@@ -182,10 +189,12 @@ impl Owner {
 
     /// Why this workload's output cannot wait.
     pub(super) fn check_commit(&self, mode: Commit) -> Result<(), ApiError> {
-        if mode == Commit::Async
-            || self.home.as_ref().and_then(|home| home.hold()).is_some_and(|hold| hold.can_hold_output())
-        {
+        let home = self.home.as_ref();
+        if mode == Commit::Async || home.and_then(Home::hold).is_some_and(|hold| hold.can_hold_output()) {
             return Ok(());
+        }
+        if let Some(why) = home.and_then(Home::why_no_hold) {
+            return Err(ApiError::refused(format!("{}: {why}", self.name)));
         }
         Err(ApiError::refused(format!(
             "{0} uses the host's own network, where its packets cannot be told from others' and held: `--commit async` is what \
@@ -210,8 +219,8 @@ impl Owner {
             block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
             self.durable = durable;
             self.event("commit-mode", &format!("{mode}: {}", told(mode)), None);
-            self.look_at_held();
             self.drive_session();
+            self.look_at_held();
         }
         Ok(self.status())
     }

@@ -351,8 +351,8 @@ impl Owner {
             }
             self.look_at_claim();
             self.look_at_order();
-            self.look_at_held();
             self.drive_session();
+            self.look_at_held();
             self.watch_drill();
             self.watch_hooks();
         }

@@ -23,7 +23,6 @@ use crate::{
     observe::in_full,
     takeover::announce::SCHEDULE,
     transport::block_in_place,
-    workload::spec::Commit,
 };
 
 impl Owner {
@@ -140,7 +139,7 @@ impl Owner {
     pub(super) fn announce(&mut self, term: Term) {
         self.error = None;
         let opening = Instant::now();
-        if let Some(home) = self.home.as_ref().filter(|_| self.durable.spec.commit == Commit::Async) {
+        if let Some(home) = &self.home {
             home.watch_connections(&self.name);
         }
         self.speak();

@@ -15,7 +15,11 @@ use std::{
 use anyhow::Context;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Agent, inventory, owner::Msg, standby::Standby};
+use super::{
+    Agent, inventory,
+    owner::Msg,
+    standby::{KeptFiles, Standby},
+};
 use crate::{
     capture::Note,
     model::{EpochId, Name, Term},
@@ -183,7 +187,7 @@ fn stage_frames(
         }
         error => refused(error.to_string()),
     })?;
-    let mut note = None;
+    let (mut note, mut kept) = (None, None);
     while let Some((head, body)) = frames.blocking_recv() {
         if let FrameHead::Image { name, .. } = &head
             && name == crate::capture::NOTE
@@ -191,7 +195,11 @@ fn stage_frames(
             note = serde_json::from_slice(&body).ok();
         }
         if let FrameHead::File(record @ FileRecord::Keep { path, .. }) = &head {
-            check_kept(standby.has_blocks(agent, record), path)?;
+            let found = match &mut kept {
+                Some(kept) => Ok(kept),
+                none => standby.kept_files(agent).map(|found| none.insert(found)),
+            };
+            check_kept(found.and_then(|kept: &mut KeptFiles| kept.has(record)), path)?;
         }
         staging.frame(head, &body).map_err(|error| stage_refusal(&error))?;
     }

@@ -68,8 +68,10 @@ impl Owner {
             return self.answer_order(Ok(()));
         }
         let refusal = refusal(rejoin.heard, own).or_else(|| {
-            (rejoin.since.elapsed() > WITHIN)
-                .then_some("does not say that it runs it: see that its agent is up and reached")
+            (rejoin.since.elapsed() > WITHIN).then_some(match rejoin.heard {
+                None => "does not say that it runs it: see that its agent is up and reached",
+                Some(_) => "runs it, but this host did not become its standby in time: see `standin status` on both hosts",
+            })
         });
         let asks = rejoin.asked.is_none_or(|asked| asked.elapsed() > ASK_INTERVAL);
         if asks {

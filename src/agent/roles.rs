@@ -14,6 +14,7 @@ use super::{
     owner::{Answer, Msg, Offer, Owner, Running, boot_now},
     session::{Permit, Session},
     standby::Standby,
+    throttle::Brake,
     trees,
 };
 use crate::{
@@ -230,8 +231,8 @@ impl Owner {
         let first_epoch = self.core.as_ref().map_or(Epoch(1), Core::first_epoch);
         // CRIU cannot reach tasks that a cgroup has stopped.
         let stopped = self.holding || self.home.as_ref().is_some_and(Home::is_paused);
-        let commit = self.durable.spec.commit;
-        let permit = Permit { may_capture: primary && !stopped, first_epoch, commit };
+        let (commit, owes_output) = (self.durable.spec.commit, self.owes_output());
+        let permit = Permit { may_capture: primary && !stopped, first_epoch, commit, owes_output };
         self.permit_epochs.send_if_modified(|current| std::mem::replace(current, permit) != permit);
         if let Some(session) = &self.session {
             if session.task.is_finished() {
@@ -270,6 +271,7 @@ impl Owner {
             orders,
             permit: self.permit_epochs.subscribe(),
             hold: home.hold().cloned(),
+            brake: Arc::new(Brake::new(self.to_self.clone())),
         };
         let owner = self.to_self.clone();
         let reference_bytes = self.agent.config.reference_bytes;
@@ -484,8 +486,11 @@ impl Owner {
         self.end_session();
         if let Some(verdict) = self.handoff.as_mut().and_then(|handoff| handoff.verdict.take()) {
             // What came for it meanwhile is sent after it, now that the address is not here any more.
-            if let Some(Err(error)) =
-                self.home.as_ref().and_then(|home| home.hold()).map(|hold| hold.pass_input())
+            if let Some(Err(error)) = self
+                .home
+                .as_ref()
+                .and_then(|home| home.hold())
+                .map(|hold| block_in_place(|| hold.pass_input()))
             {
                 tracing::debug!(%error, "what clients sent during the handoff is lost to them");
             }

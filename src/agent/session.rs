@@ -25,7 +25,7 @@ use super::{
     links::Link,
     output,
     owner::Msg,
-    throttle::Brake,
+    throttle::{Brake, FULL_SPEED},
 };
 use crate::{
     capture::{
@@ -143,6 +143,8 @@ pub(super) struct Session {
     pub(super) permit: watch::Receiver<Permit>,
     /// The workload's packets.
     pub(super) hold: Option<Arc<Hold>>,
+    /// Of the workload's speed.
+    pub(super) brake: Arc<Brake>,
 }
 
 /// What the owner permits.
@@ -154,6 +156,8 @@ pub(super) struct Permit {
     pub(super) first_epoch: Epoch,
     /// When output leaves.
     pub(super) commit: Commit,
+    /// A standby could promote: only then does output wait.
+    pub(super) owes_output: bool,
 }
 
 /// What is known between two epochs.
@@ -181,8 +185,6 @@ pub(super) struct Progress {
     pub(super) pace: Pace,
     /// What the pace is of.
     pub(super) commit: Commit,
-    /// The workload is slowed down because too much of its output waits.
-    pub(super) slowed: bool,
 }
 
 /// What ended a pause between two epochs.
@@ -209,10 +211,10 @@ impl Session {
             tells_wrong: false,
             pace: output::pace(&self.spec, commit),
             commit,
-            slowed: false,
         };
         // It ends when the owner is gone, or the capturer was lost with its thread.
         while self.turn(&mut progress).await.is_some() {}
+        self.let_run().await;
         // What the next session begins with, its directory and the way to the standby, must be free.
         if let Some(shipping) = progress.shipping.take() {
             shipping.abandon().await;
@@ -223,6 +225,9 @@ impl Session {
     /// One epoch, or a whole handoff if one is ordered. `None`: the session ends.
     async fn turn(&mut self, at: &mut Progress) -> Option<()> {
         let next = self.pause(at).await?;
+        if !self.permit.borrow().may_capture {
+            self.let_run().await;
+        }
         let permit = *self.permit.wait_for(|permit| permit.may_capture).await.ok()?;
         at.next = at.next.max(permit.first_epoch);
         match next {
@@ -242,6 +247,12 @@ impl Session {
                 (!gone).then_some(())
             }
         }
+    }
+
+    /// Nobody looks any more whether the workload should be slow.
+    async fn let_run(&self) {
+        // A tree that is gone, or stands, runs no faster.
+        let _ = self.brake.set(FULL_SPEED).await;
     }
 
     /// Waits until the next epoch is due, or something is ordered. What ships meanwhile is concluded.
@@ -355,22 +366,15 @@ impl Session {
 
     /// Captures one epoch, and sends it as soon as the one before is committed. It is left on its way.
     async fn epoch(&mut self, at: &mut Progress) -> Option<Result<(), SessionError>> {
-        let brake = Arc::new(Brake::new(self.owner.clone()));
-        self.braked_epoch(at, &brake).await
-    }
-
-    /// The same, of a workload that may be slowed down.
-    async fn braked_epoch(
-        &mut self,
-        at: &mut Progress,
-        brake: &Arc<Brake>,
-    ) -> Option<Result<(), SessionError>> {
-        if !at.offered
-            && let Err(error) = self.offer(at).await?
-        {
-            return Some(Err(error));
+        if !at.offered {
+            if let Err(error) = self.settle(at).await? {
+                return Some(Err(error));
+            }
+            if let Err(error) = self.offer(at).await? {
+                return Some(Err(error));
+            }
         }
-        let capturing = self.begin(at, None, brake).await?;
+        let capturing = self.begin(at, None).await?;
         if let Some(mut before) = at.shipping.take() {
             let outcome = before.outcome().await?;
             if let Err(error) = self.conclude(at, outcome).await? {
@@ -391,12 +395,7 @@ impl Session {
     }
 
     /// Begins to capture the next epoch; what is on its way is taken for committed.
-    async fn begin(
-        &mut self,
-        at: &mut Progress,
-        judged: Option<Judged>,
-        brake: &Arc<Brake>,
-    ) -> Option<Capturing> {
+    async fn begin(&mut self, at: &mut Progress, judged: Option<Judged>) -> Option<Capturing> {
         at.hand.get().await?;
         let Hand::Here(mut capturer) = std::mem::replace(&mut at.hand, Hand::Lost) else { return None };
         for _ in 0..std::mem::take(&mut at.commits) {
@@ -418,10 +417,11 @@ impl Session {
             epoch: id,
             // The first epoch takes as long as all memory does; what a takeover needs of it is there with the second.
             holds: at.commit == Commit::Output && follows && !at.told,
+            permit: self.permit.clone(),
         };
         let how = flight::How { freeze_after, judged, around };
         let (hand, capturing) =
-            flight::begin(capturer, (id, head), how, self.owner.clone(), Arc::clone(brake));
+            flight::begin(capturer, (id, head), how, self.owner.clone(), Arc::clone(&self.brake));
         at.hand = hand;
         Some(capturing)
     }
@@ -450,9 +450,8 @@ impl Session {
         at: &mut Progress,
         allowed: Allowed,
     ) -> Option<Result<HandoffDone, SessionError>> {
-        let brake = Arc::new(Brake::new(self.owner.clone()));
-        let result = self.handoff_with(at, allowed, &brake).await?;
-        if let Err(error) = brake.set(100).await {
+        let result = self.handoff_with(at, allowed).await?;
+        if let Err(error) = self.brake.set(FULL_SPEED).await {
             tracing::warn!(error, name = %self.name, "the workload may still be slowed down");
         }
         Some(result)
@@ -462,15 +461,14 @@ impl Session {
         &mut self,
         at: &mut Progress,
         allowed: Allowed,
-        brake: &Arc<Brake>,
     ) -> Option<Result<HandoffDone, SessionError>> {
         let mut convergence = Convergence::new(allowed);
         let (mut run_percent, mut failures) = (convergence.run_percent(), 0);
         loop {
-            if let Err(error) = brake.set(run_percent).await {
+            if let Err(error) = self.brake.set(run_percent).await {
                 return Some(Err(SessionError::NoThrottle(error)));
             }
-            let (error, is_ours) = match self.round(at, brake).await? {
+            let (error, is_ours) = match self.round(at).await? {
                 Ok(()) => {
                     let (downtime, rounds) = (at.last_cost + RESTORE_ALLOWANCE, convergence.rounds());
                     tracing::debug!(name = %self.name, rounds, run_percent, ?downtime, "a round");
@@ -485,7 +483,7 @@ impl Session {
                             return Some(Err(SessionError::NoConvergence { rounds, needed_ms }));
                         }
                     }
-                    match self.leave(at, brake).await? {
+                    match self.leave(at).await? {
                         Ok((id, killed)) => {
                             let (rounds, run_percent) = (convergence.rounds(), convergence.run_percent());
                             return Some(Ok(HandoffDone { rounds, run_percent, id, killed }));
@@ -505,13 +503,9 @@ impl Session {
     }
 
     /// The final epoch. After an error: whether the owner knows nothing of it yet.
-    async fn leave(
-        &mut self,
-        at: &mut Progress,
-        brake: &Arc<Brake>,
-    ) -> Option<Result<(EpochId, bool), (SessionError, bool)>> {
+    async fn leave(&mut self, at: &mut Progress) -> Option<Result<(EpochId, bool), (SessionError, bool)>> {
         let Final { verdict, judged, held } = Final::new();
-        let capturing = self.begin(at, Some(judged), brake).await?;
+        let capturing = self.begin(at, Some(judged)).await?;
         let leaving = capturing.ship(&self.link, self.owner.clone(), Some(verdict), None);
         let outcome = match leaving.captured().await? {
             Ok(mut shipping) => shipping.outcome().await?,
@@ -530,10 +524,15 @@ impl Session {
     }
 
     /// An epoch and its commit.
-    async fn round(&mut self, at: &mut Progress, brake: &Arc<Brake>) -> Option<Result<(), SessionError>> {
-        if let Err(error) = self.braked_epoch(at, brake).await? {
-            return Some(Err(error));
+    async fn round(&mut self, at: &mut Progress) -> Option<Result<(), SessionError>> {
+        match self.epoch(at).await? {
+            Ok(()) => self.settle(at).await,
+            failed => Some(failed),
         }
+    }
+
+    /// Waits for what is on its way.
+    async fn settle(&mut self, at: &mut Progress) -> Option<Result<(), SessionError>> {
         let Some(mut shipping) = at.shipping.take() else { return Some(Ok(())) };
         let outcome = shipping.outcome().await?;
         self.conclude(at, outcome).await

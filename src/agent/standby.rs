@@ -28,6 +28,7 @@ use crate::{
         images,
         lazy::{Mark, Pager, PagerHandle},
     },
+    files::Target,
     model::{EpochId, Extent, Name, Space},
     observe::unix_ms,
     restore::{self, Ahead, Mode, Recency, Step},
@@ -37,6 +38,19 @@ use crate::{
         message::FileRecord,
     },
 };
+
+/// Files of a standby that nobody changes meanwhile.
+pub(super) struct KeptFiles {
+    targets: Vec<Target>,
+    _view: Option<View>,
+}
+
+impl KeptFiles {
+    /// Whether the blocks are there that a record wants kept.
+    pub(super) fn has(&self, record: &FileRecord) -> anyhow::Result<bool> {
+        Ok(trees::has_blocks(&self.targets, record)?)
+    }
+}
 
 /// The warm image of one workload, and what is made of it.
 pub(super) struct Standby {
@@ -120,10 +134,10 @@ impl Standby {
         Ok(())
     }
 
-    /// Whether the blocks of a file are there that an epoch is to keep.
-    pub(super) fn has_blocks(&self, agent: &Agent, record: &FileRecord) -> anyhow::Result<bool> {
-        let _as_they_will_be = self.held().map(|_| self.store.view_with_files()).transpose()?;
-        Ok(trees::has_blocks(&agent.config, &self.place, record)?)
+    /// The files that an epoch may keep parts of, as they are when its own changes are made.
+    pub(super) fn kept_files(&self, agent: &Agent) -> anyhow::Result<KeptFiles> {
+        let view = self.held().map(|_| self.store.view_with_files()).transpose()?;
+        Ok(KeptFiles { targets: trees::targets(&agent.config, &self.place)?, _view: view })
     }
 
     /// The newest committed epoch.
@@ -393,10 +407,10 @@ impl Standby {
         let mode = if plan.eager { Mode::Eager } else { Mode::Lazy };
         let dir = self.ready(&view, mode)?;
         let note = Note::read(&dir)?;
+        home.note_connections(&dir, &note);
         if home.whole().is_some() {
             // Its runtime lets it run at a moment that it does not tell.
             self.let_run(plan.epoch)?;
-            home.note_connections(&dir);
             let restored = restore_whole(agent, home, (&dir, &note), began);
             if restored.is_err() && matches!(home.root(), Ok(None)) {
                 let _ = fs::remove_file(&self.run_mark);
@@ -431,7 +445,6 @@ impl Standby {
         let root = restored?;
         phases.insert("criu".to_owned(), asked.elapsed().as_secs_f64() * 1e3);
         home.track(root)?;
-        home.note_connections(&dir);
         Ok((phases, root))
     }
 

@@ -1,8 +1,8 @@
-//! Slows a workload down for a handoff that would not come to its end otherwise.
+//! Slows a workload down: for a handoff that would not come to its end otherwise, and while too much of its output waits.
 //!
 //! The workload's init does it (freezing the tree's cgroup for most of each few milliseconds), asked by the owner. It
 //! ends when the init is told, when the agent's connection to it closes, or when the guard fires: never is a workload
-//! left slow by an agent that died.
+//! left slow by an agent that died. A session has one brake, which its captures release for their freezes.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
@@ -12,7 +12,7 @@ use super::owner::{Msg, Owner};
 use crate::transport::block_in_place;
 
 /// The whole of its time.
-const FULL_SPEED: u8 = 100;
+pub(super) const FULL_SPEED: u8 = 100;
 
 /// A session's hold on the workload's speed.
 pub(super) struct Brake {
@@ -29,17 +29,13 @@ impl Brake {
 
     /// Sets how slow it is to be from now on; 100 ends it. An error: it cannot be slowed down.
     pub(super) async fn set(&self, run_percent: u8) -> Result<(), String> {
-        if self.run_percent.swap(run_percent, Ordering::Relaxed) == run_percent {
+        if self.run_percent.load(Ordering::Relaxed) == run_percent {
             return Ok(());
         }
+        self.ask(run_percent).await?;
+        self.run_percent.store(run_percent, Ordering::Relaxed);
         self.pressed.store(run_percent < FULL_SPEED, Ordering::Relaxed);
-        self.ask(run_percent).await
-    }
-
-    /// Full speed, whatever an earlier brake has set.
-    pub(super) async fn end(&self) -> Result<(), String> {
-        self.run_percent.store(FULL_SPEED, Ordering::Relaxed);
-        self.ask(FULL_SPEED).await
+        Ok(())
     }
 
     /// Whether it was released, and should not be.

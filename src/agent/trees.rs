@@ -186,7 +186,7 @@ pub(super) fn hashes(
     key: &[u8; KEY_LEN],
     tell: &mut dyn FnMut(Held, Vec<u8>) -> bool,
 ) -> io::Result<()> {
-    for (tree, target) in of_standby(config, place, &place.read()?.spec.place)?.iter().enumerate() {
+    for (tree, target) in targets(config, place)?.iter().enumerate() {
         let tree = tree as u32;
         files::hashes(target, key, &mut |path, first, sums| {
             tell(Held::File { tree, path: path.to_vec(), first }, sums)
@@ -195,10 +195,14 @@ pub(super) fn hashes(
     Ok(())
 }
 
-/// Whether the blocks are here that a record wants kept.
-pub(super) fn has_blocks(config: &Config, place: &Place, record: &FileRecord) -> io::Result<bool> {
+/// Where a standby has what is replicated.
+pub(super) fn targets(config: &Config, place: &Place) -> io::Result<Vec<Target>> {
+    of_standby(config, place, &place.read()?.spec.place)
+}
+
+/// Whether the blocks are there that a record wants kept.
+pub(super) fn has_blocks(targets: &[Target], record: &FileRecord) -> io::Result<bool> {
     let FileRecord::Keep { tree, path, runs, digest } = record else { return Ok(true) };
-    let targets = of_standby(config, place, &place.read()?.spec.place)?;
     targets.get(*tree as usize).map_or(Ok(false), |target| files::has_blocks(target, path, runs, digest))
 }
 

@@ -21,6 +21,9 @@ pub struct Note {
     /// The tree's IPC namespace is part of the image.
     #[serde(default)]
     pub own_ipc: bool,
+    /// What the tree sent from this freeze on was held: no connection's other end has had more than this epoch sent.
+    #[serde(default)]
+    pub output_held: bool,
 }
 
 /// What the tree has open and whose other end is not in it: a way to the workload's log.

@@ -4,9 +4,7 @@ use std::{io::IsTerminal, path::Path, time::Duration};
 
 use super::{Outcome, client, human_bytes, print_json};
 use crate::{
-    agent::api::{
-        AgentStatus, EtcdStatus, HookEvent, HookState, HookStatus, PaceStatus, Role, WorkloadStatus,
-    },
+    agent::api::{AgentStatus, EtcdStatus, HookState, HookStatus, PaceStatus, Role, WorkloadStatus},
     capture::pace::StretchedBy,
     drill::Last,
     model::Name,
@@ -179,10 +177,6 @@ fn held_line(held: &Held) -> String {
 
 /// The hook that was run last.
 fn hook_line(hook: &HookStatus) -> String {
-    let event = match hook.event {
-        HookEvent::Promote => "on_promote",
-        HookEvent::Demote => "on_demote",
-    };
     let state = match hook.state {
         HookState::Running => "runs",
         HookState::Done => "done",
@@ -191,7 +185,8 @@ fn hook_line(hook: &HookStatus) -> String {
         HookState::CutOff => "ended early, as the role has changed",
     };
     let error = hook.error.as_ref().map_or_else(String::new, |error| format!(": {error}"));
-    format!("{event} (term {}, {}) {state}; try {}{error}", hook.term, hook.cause, hook.attempts)
+    let (event, term) = (hook.event.word(), hook.term);
+    format!("on_{event} (term {term}, {}) {state}; try {}{error}", hook.cause, hook.attempts)
 }
 
 /// How etcd stands to it.

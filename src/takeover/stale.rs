@@ -3,8 +3,8 @@
 //! both ends, as soon as their other end says the first word.
 //!
 //! That word is its answer to a probe, or what it sends anyway. What the workload sends meanwhile is heard too, so that what is
-//! acknowledged of that is told from what it never sent here; where not all of it was heard, none is reset. Where output waits for
-//! its commit, there are none such, and it is not listened for.
+//! acknowledged of that is told from what it never sent here; where not all of it was heard, none is reset. Where output was held
+//! from the epoch's freeze on, there are none such, and it is not listened for.
 
 use std::{
     collections::HashMap,

@@ -8,6 +8,6 @@ pub(crate) fn before_freeze(mut work: impl FnMut() + Send + 'static) -> Box<OnSt
         if stage == Stage::Freezing {
             work();
         }
-        Ok(())
+        Ok(false)
     })
 }

@@ -68,6 +68,7 @@ impl Capturer {
             outside: self.source.outside.clone(),
             root: self.source.root_inside,
             own_ipc: self.own_ipc,
+            output_held: self.output_held,
         }
     }
 

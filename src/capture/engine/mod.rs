@@ -211,6 +211,8 @@ pub struct Capturer {
     guards_doubted: u32,
     shared: SharedMemory,
     on_stages: Option<Box<OnStages>>,
+    /// As was said of the newest freeze.
+    output_held: bool,
 }
 
 /// Where a freeze stands, for who has to do something about it.
@@ -224,8 +226,8 @@ pub enum Stage {
     Running,
 }
 
-/// Told of stages. An error at the first two makes the epoch fail.
-pub type OnStages = dyn FnMut(Stage) -> Result<(), io::Error> + Send;
+/// Told of stages; says whether what the tree sends is held by now. An error at the first two makes the epoch fail.
+pub type OnStages = dyn FnMut(Stage) -> Result<bool, io::Error> + Send;
 
 /// What a standby tells of what it holds, in hashes.
 #[derive(Debug)]
@@ -267,6 +269,7 @@ impl Capturer {
             guards_doubted: 0,
             shared: SharedMemory::default(),
             on_stages: None,
+            output_held: false,
         };
         capturer.track()?;
         capturer.look_at_ipc()?;
@@ -295,7 +298,8 @@ impl Capturer {
     }
 
     fn tell(&mut self, stage: Stage) -> Result<(), CaptureError> {
-        Ok(self.on_stages.as_mut().map_or(Ok(()), |told| told(stage))?)
+        self.output_held = self.on_stages.as_mut().map_or(Ok(false), |told| told(stage))?;
+        Ok(())
     }
 
     /// Captures one epoch. `base` is the epoch that the standby holds, `None` if it holds nothing usable.

@@ -76,7 +76,7 @@ pub struct Held {
     pub packets: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// How long the oldest of the newest packets that left had waited at most, milliseconds.
+    /// How long the oldest of those that left last had waited, at most, milliseconds.
     pub delay_ms: f64,
     /// Packets that were dropped because too many waited.
     pub dropped: u64,
@@ -98,8 +98,8 @@ struct State {
     input: Queue,
     holds_output: bool,
     holds_input: bool,
-    /// Since when output waits for its mark.
-    since: Instant,
+    /// By then nothing waited that no mark covers.
+    clear_at: Instant,
     marks: VecDeque<Marked>,
     /// The newest packet that a mark covers.
     marked: Option<PacketId>,
@@ -112,8 +112,12 @@ struct State {
 struct Marked {
     epoch: EpochId,
     newest: Option<PacketId>,
-    since: Instant,
+    /// None of those that it covers, and an older one does not, waited before; `None` if there are none.
+    since: Option<Instant>,
 }
+
+/// Marks that are kept: of more failures in a row than that, the newest one stands for the one before it too.
+const MARKS_MAX: usize = 256;
 
 fn table(name: &Name) -> String {
     format!("standin-{}", host_device(name))
@@ -146,7 +150,7 @@ impl Hold {
             input,
             holds_output,
             holds_input: false,
-            since: Instant::now(),
+            clear_at: Instant::now(),
             marks: VecDeque::new(),
             marked: None,
             gated: false,
@@ -218,7 +222,7 @@ impl Hold {
         }
         self.rules.hold(Direction::Output, true).map_err(kernel("hold the output"))?;
         state.holds_output = true;
-        state.since = Instant::now();
+        state.clear_at = Instant::now();
         Ok(())
     }
 
@@ -229,9 +233,16 @@ impl Hold {
             return Ok(());
         }
         let newest = state.output.look().map_err(kernel("mark the held"))?;
+        let since = state.is_unmarked(newest).then_some(state.clear_at);
         state.marked = newest.or(state.marked);
-        let since = std::mem::replace(&mut state.since, Instant::now());
-        state.marks.push_back(Marked { epoch, newest, since });
+        state.clear_at = Instant::now();
+        let mut mark = Marked { epoch, newest, since };
+        if state.marks.len() == MARKS_MAX
+            && let Some(last) = state.marks.pop_back()
+        {
+            mark = Marked { epoch, newest: newest.or(last.newest), since: last.since.or(since) };
+        }
+        state.marks.push_back(mark);
         Ok(())
     }
 
@@ -243,7 +254,7 @@ impl Hold {
             state.marks.pop_front();
             through = mark.newest.or(through);
             state.gated = true;
-            state.delay = mark.since.elapsed();
+            state.delay = mark.since.map_or(state.delay, |since| since.elapsed());
         }
         let Some(through) = through.filter(|_| !self.is_fenced()) else { return Ok(()) };
         state.output.release(through).map_err(kernel("let out the held"))
@@ -276,7 +287,16 @@ impl Hold {
     pub fn has_unmarked(&self) -> bool {
         let mut state = self.state();
         let newest = state.output.look().ok().flatten();
-        newest.is_some_and(|newest| state.marked.is_none_or(|marked| newest.is_behind(marked)))
+        let waits = state.is_unmarked(newest);
+        if !waits {
+            state.clear_at = Instant::now();
+        }
+        waits
+    }
+
+    /// Some output has come just now, when there was none that no mark covers.
+    pub fn begins_to_wait(&self) {
+        self.state().clear_at = Instant::now();
     }
 
     /// What waits now.
@@ -285,14 +305,11 @@ impl Hold {
         // The next call that needs it tells of an error.
         let _ = state.output.look();
         let (packets, bytes) = state.output.waiting();
-        let dropped = [state.output.number(), state.input.number()];
-        Held {
-            output: state.gated,
-            packets,
-            bytes,
-            delay_ms: state.delay.as_secs_f64() * 1e3,
-            dropped: dropped.into_iter().map(|number| queue::dropped(number).unwrap_or(0)).sum(),
-        }
+        let queues = [state.output.number(), state.input.number()];
+        let (output, delay_ms) = (state.gated, state.delay.as_secs_f64() * 1e3);
+        // A freeze may wait for it.
+        drop(state);
+        Held { output, packets, bytes, delay_ms, dropped: queue::dropped(&queues).unwrap_or(0) }
     }
 
     /// Whether so much waits that the workload must be slowed down, before the kernel drops packets.
@@ -300,6 +317,12 @@ impl Hold {
         let mut state = self.state();
         let _ = state.output.look();
         state.output.waiting().0 > u64::from(PACKETS_MAX) / 4
+    }
+}
+
+impl State {
+    fn is_unmarked(&self, newest: Option<PacketId>) -> bool {
+        newest.is_some_and(|newest| self.marked.is_none_or(|marked| newest.is_behind(marked)))
     }
 }
 

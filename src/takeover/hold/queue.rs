@@ -176,10 +176,10 @@ fn packet(attributes: &[(u16, &[u8])]) -> Option<(PacketId, u32)> {
     Some((PacketId(id), bytes))
 }
 
-/// Packets of the queue that were dropped because it was full, or its owner did not read.
-pub(super) fn dropped(number: u16) -> io::Result<u64> {
+/// Packets of these queues that were dropped because one was full, or its owner did not read.
+pub(super) fn dropped(numbers: &[u16]) -> io::Result<u64> {
     let text = std::fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue")?;
-    Ok(dropped_in(&text, number))
+    Ok(numbers.iter().map(|number| dropped_in(&text, *number)).sum())
 }
 
 /// Fields: number, owner, waiting, copy mode, copied, dropped (full), dropped (not read), sequence, 1.
