@@ -193,7 +193,8 @@ fn lost(name: &PeerName) -> ApiError {
 }
 
 /// The largest UDP payload that has arrived, looked at until it is what the routes allow or QUIC has had its time.
-async fn payload(link: &Link, here: &HostFacts, peer: SocketAddr) -> u16 {
+/// `None` without a connection for epochs.
+async fn payload(link: &Link, here: &HostFacts, peer: SocketAddr) -> Option<u16> {
     let headers = if peer.is_ipv6() { 48 } else { 28 };
     let expected = here.mtu.map_or(UDP_PAYLOAD_MAX, |mtu| {
         u16::try_from(mtu.saturating_sub(headers)).unwrap_or(u16::MAX).min(UDP_PAYLOAD_MAX)
@@ -202,8 +203,8 @@ async fn payload(link: &Link, here: &HostFacts, peer: SocketAddr) -> u16 {
     let enough = expected - expected.min(20);
     let until = Instant::now() + MTU_LIMIT;
     loop {
-        let payload = link.bulk().map_or(0, |bulk| bulk.payload_max());
-        if payload >= enough || Instant::now() >= until {
+        let payload = link.bulk().map(|bulk| bulk.payload_max());
+        if payload.is_some_and(|payload| payload >= enough) || Instant::now() >= until {
             return payload;
         }
         sleep(MTU_LOOK_INTERVAL).await;

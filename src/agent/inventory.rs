@@ -26,7 +26,7 @@ use crate::{
     files::{HeldFiles, OutOfOrder},
     model::{EpochId, Name, PAGE_SIZE},
     transport::{EpochReceiver, inventory::RecvInventoryError},
-    wire::inventory::{Ask, BLOCKS_MAX, Held, PAGES_MAX},
+    wire::inventory::{Ask, BLOCKS_MAX, Held, PAGES_MAX, Room},
 };
 
 /// Frames between the store and the network.
@@ -90,13 +90,14 @@ pub(super) async fn answer(
     let (frames_tx, mut frames) = mpsc::channel::<(Held, Vec<u8>)>(FRAMES_MAX);
     let agent = Arc::clone(agent);
     let reading = tokio::task::spawn_blocking(move || {
-        standby.inventory(&agent, &ask, &mut |held, sums| frames_tx.blocking_send((held, sums)).is_ok())
+        // What is more than was asked for is told as if it were not here.
+        let mut room = Room::new(&ask);
+        standby.inventory(&agent, &ask, &mut |held, sums| {
+            room.take(&held, sums.len()) && frames_tx.blocking_send((held, sums)).is_ok()
+        })
     });
     while let Some((held, sums)) = frames.recv().await {
-        // What was not asked for is sent as if it were not here.
-        if sender.has_room(&held, sums.len()) {
-            sender.frame(held, sums).await?;
-        }
+        sender.frame(held, sums).await?;
     }
     reading.await??;
     sender.finish().await?;

@@ -188,9 +188,12 @@ pub(super) fn hashes(
 ) -> io::Result<()> {
     for (tree, target) in targets(config, place)?.iter().enumerate() {
         let tree = tree as u32;
-        files::hashes(target, key, &mut |path, first, sums| {
+        let goes_on = files::hashes(target, key, &mut |path, first, sums| {
             tell(Held::File { tree, path: path.to_vec(), first }, sums)
         })?;
+        if !goes_on {
+            break;
+        }
     }
     Ok(())
 }

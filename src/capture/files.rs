@@ -208,9 +208,11 @@ fn used_by(pid: i32, files: &mut InUse) -> Result<(), FilesError> {
     let maps = dir.join("maps");
     let Some(text) = unless_gone(fs::read(&maps)).map_err(failed(&maps))? else { return Ok(()) };
     for line in text.split(|byte| *byte == b'\n') {
-        let Some(range) = shared_writable(line) else { continue };
+        if !is_shared_writable(line) {
+            continue;
+        }
         // What `maps` calls the device is not what `stat` does on every file system (btrfs, overlays).
-        let link = dir.join("map_files").join(range);
+        let Some(link) = memory::map_file(pid, line) else { continue };
         // Gone: the task runs, or it was CRIU's own in a frozen one.
         if let Some(meta) = unless_gone(fs::metadata(&link)).map_err(failed(&link))? {
             files.mapped.insert((meta.dev(), meta.ino()));
@@ -233,14 +235,12 @@ fn opened_by(dir: &Path, files: &mut HashSet<FileId>) -> io::Result<()> {
     Ok(())
 }
 
-/// The range of a line of `/proc/PID/maps`, as `map_files` names it, if it is of a file and shared and writable.
-fn shared_writable(line: &[u8]) -> Option<&str> {
+/// Whether a line of `/proc/PID/maps` is of a file, and shared and writable.
+fn is_shared_writable(line: &[u8]) -> bool {
     // The path may hold any byte: only the first five fields are text.
-    let mut fields = line.splitn(6, |byte| *byte == b' ');
-    let range = std::str::from_utf8(fields.next()?).ok()?;
-    let shared = matches!(fields.next()?, [_, b'w', _, b's']);
-    let of_a_file = fields.nth(2)? != b"0";
-    (shared && of_a_file).then_some(range)
+    let mut fields = line.splitn(6, |byte| *byte == b' ').skip(1);
+    let shared = matches!(fields.next(), Some([_, b'w', _, b's']));
+    shared && fields.nth(2).is_some_and(|inode| inode != b"0")
 }
 
 fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
@@ -253,17 +253,35 @@ fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd as _;
+
     use super::*;
 
     #[test]
     fn only_shared_writable_mappings_of_files_count() {
-        let range = |line: &str| shared_writable(line.as_bytes()).map(str::to_owned);
-        let file = "7f00-7f01 rw-s 00000000 00:2b 77    /srv/a file with spaces";
-        assert_eq!(range(file).as_deref(), Some("7f00-7f01"));
-        assert_eq!(range("7f00-7f01 r--s 00000000 00:2b 77    /srv/a"), None);
-        assert_eq!(range("7f00-7f01 rw-p 00000000 00:2b 77    /srv/a"), None);
-        assert_eq!(range("7f00-7f01 rw-s 00000000 00:00 0"), None);
-        assert_eq!(range(""), None);
+        let counts = |line: &str| is_shared_writable(line.as_bytes());
+        assert!(counts("7f00-7f01 rw-s 00000000 00:2b 77    /srv/a file with spaces"));
+        assert!(!counts("7f00-7f01 r--s 00000000 00:2b 77    /srv/a"));
+        assert!(!counts("7f00-7f01 rw-p 00000000 00:2b 77    /srv/a"));
+        assert!(!counts("7f00-7f01 rw-s 00000000 00:00 0"));
+        assert!(!counts(""));
+    }
+
+    /// `maps` pads low addresses with zeros, the links to mappings do not.
+    #[test]
+    fn a_file_that_is_mapped_low_counts() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        file.as_file().set_len(4096).expect("room");
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let at = std::ptr::without_provenance_mut(0x0900_0000);
+        // SAFETY: a new mapping over nothing, which nobody uses.
+        let mapped = unsafe { libc::mmap(at, 4096, access, flags, file.as_file().as_raw_fd(), 0) };
+        assert_eq!(mapped, at);
+        let mut used = InUse::default();
+        used_by(std::process::id() as i32, &mut used).expect("our own");
+        let meta = fs::metadata(file.path()).expect("it is there");
+        assert!(used.mapped.contains(&(meta.dev(), meta.ino())));
     }
 
     #[test]

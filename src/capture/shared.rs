@@ -259,8 +259,7 @@ fn mapped(pid: i32, line: &[u8]) -> Option<Mapped> {
     Some(Mapped {
         inode: inode.parse().ok()?,
         bytes: (!is_memfd).then_some(bytes),
-        // Without leading zeros, unlike in the line.
-        path: format!("/proc/{pid}/map_files/{:x}-{:x}", hex(start)?, hex(end)?).into(),
+        path: crate::memory::map_file(pid, line.as_bytes())?,
     })
 }
 

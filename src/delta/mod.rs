@@ -13,8 +13,8 @@
 //!                                                   └─► batches of patches, batches of pages: raw, LZ4 or zstd
 //! ```
 //!
-//! Of a standby whose image this primary knows nothing of, it is asked for the hash of each page ([`Offered`]): what it holds
-//! already is not sent.
+//! A standby whose image this primary knows nothing of is asked for the hash of each page ([`Offered`]): what it holds already
+//! is not sent.
 //!
 //! A patch is made against the content that the standby holds, or will hold when it has come to this point of the
 //! stream: what was sent last of the page, in this epoch or an earlier one. The standby makes whole pages of patches
@@ -42,7 +42,7 @@ pub use choose::LinkRate;
 pub use decode::{Content, DecodeError, Decoded, Decoder};
 pub use encode::{EncodeStats, Encoder};
 pub use known::{Known, REFERENCE_BYTES_MAX, ReadStamp};
-pub use offered::{KEY_LEN, OfferError, Offered, SUM_LEN, sums_of};
+pub use offered::{KEY_LEN, OfferError, Offered, SUM_LEN, ZEROS, hash_of, sums_of};
 pub use patch::PATCH_LEN_MAX;
 
 /// A run of pages in a batch.

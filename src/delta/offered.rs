@@ -10,14 +10,17 @@
 use std::collections::HashMap;
 
 use super::patch::Page;
-use crate::model::{PAGE_SIZE, Space};
+use crate::{
+    model::{PAGE_SIZE, Space},
+    wire::check::SPACES_MAX,
+};
 
 /// Bytes of a page's hash: 128 bits of a keyed BLAKE3.
 pub const SUM_LEN: usize = 16;
 /// Bytes of a key.
 pub const KEY_LEN: usize = 32;
-/// The hash that stands for a page of zeros, so that those need no hashing.
-const ZEROS: [u8; SUM_LEN] = [0; SUM_LEN];
+/// The hash that stands for nothing but zeros, so that those need no hashing.
+pub const ZEROS: [u8; SUM_LEN] = [0; SUM_LEN];
 
 /// Why hashes are not taken.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,6 +34,9 @@ pub enum OfferError {
     /// More than were asked for.
     #[error("hashes of more than {0} pages, which is all that was asked for")]
     TooMany(u64),
+    /// More than any image has.
+    #[error("hashes of pages in more than {SPACES_MAX} address spaces")]
+    Spaces,
 }
 
 /// Appends the hash of each page of `pages` to `sums`.
@@ -47,9 +53,9 @@ fn sum_of(key: &[u8; KEY_LEN], page: &Page) -> [u8; SUM_LEN] {
     if super::known::is_zero(page) { ZEROS } else { hash_of(key, page) }
 }
 
-/// The hash of a page that is not zero.
-pub(super) fn hash_of(key: &[u8; KEY_LEN], page: &Page) -> [u8; SUM_LEN] {
-    *blake3::keyed_hash(key, page).as_bytes().first_chunk().expect("a BLAKE3 hash has 32 bytes")
+/// The hash of what is not all zeros.
+pub fn hash_of(key: &[u8; KEY_LEN], bytes: &[u8]) -> [u8; SUM_LEN] {
+    *blake3::keyed_hash(key, bytes).as_bytes().first_chunk().expect("a BLAKE3 hash has 32 bytes")
 }
 
 /// Hashes of what a standby holds: 16 bytes a page, and 16 for each run of pages.
@@ -84,6 +90,9 @@ impl Offered {
         self.pages += sums.len() as u64;
         if self.pages > self.pages_max {
             return Err(OfferError::TooMany(self.pages_max));
+        }
+        if self.spaces.len() == SPACES_MAX && !self.spaces.contains_key(&space) {
+            return Err(OfferError::Spaces);
         }
         let of = self.spaces.entry(space).or_default();
         if start < of.end || !start.is_multiple_of(PAGE_SIZE) {

@@ -23,7 +23,7 @@ pub mod peer;
 mod render;
 mod space;
 
-use std::{borrow::Cow, panic::resume_unwind, path::Path};
+use std::{borrow::Cow, collections::BTreeSet, panic::resume_unwind, path::Path};
 
 use serde::{Deserialize, Serialize};
 
@@ -136,10 +136,9 @@ impl Report {
 
 /// The ids of those that came out so, each once.
 fn ids(checks: &[Check], state: State) -> Vec<&str> {
-    let mut ids: Vec<&str> =
-        checks.iter().filter(|check| check.state == state).map(|check| check.id.as_ref()).collect();
-    ids.dedup();
-    ids
+    let mut seen = BTreeSet::new();
+    let ids = checks.iter().filter(|check| check.state == state).map(|check| check.id.as_ref());
+    ids.filter(|id| seen.insert(*id)).collect()
 }
 
 /// Examines the host for an agent with these settings. `launcher` is our own program.

@@ -33,7 +33,7 @@ const NAME_LEN_MAX: usize = 255;
 /// The longest name of an extended attribute.
 const XATTR_NAME_LEN_MAX: usize = 255;
 /// Most runs of blocks that one epoch keeps: each of 256 GiB in blocks, at worst.
-pub(super) const KEPT_RUNS_MAX: usize = 1 << 22;
+const EPOCH_RUNS_MAX: usize = 1 << 22;
 /// The longest text of a symbolic link.
 const TARGET_LEN_MAX: usize = 4095;
 /// Where overlayfs notes of a file which one of a lower layer it was copied from.
@@ -279,7 +279,7 @@ impl Receiver {
             return Err(refused(path, "blocks of it are to be kept where nothing is"));
         }
         self.kept_runs += runs.len();
-        if self.kept_runs > KEPT_RUNS_MAX {
+        if self.kept_runs > EPOCH_RUNS_MAX {
             return Err(refused(path, "more to be kept in one epoch than a scanner names"));
         }
         let kept = self.kept.entry((tree, path.to_vec())).or_default();

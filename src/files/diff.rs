@@ -254,7 +254,8 @@ impl Diff<'_> {
             if (len as u64) < want || is_zero(found) || held.sum_of(found) != *sum {
                 continue;
             }
-            (*tag, kept[block]) = (tag_of(found), tag_of(found));
+            let same = tag_of(found);
+            (*tag, kept[block]) = (same, same);
             let block = block as u64;
             let follows = runs.last().is_some_and(|(first, count)| first + count == block);
             if !follows && runs.len() == KEPT_RUNS_MAX {

@@ -12,19 +12,19 @@
 
 use std::{
     collections::HashMap,
-    ffi::CStr,
+    ffi::{CStr, CString},
     fs::File,
     io,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt as _,
     },
 };
 
 use nix::{
-    fcntl::{FallocateFlags, OFlag, fallocate, open, openat},
+    fcntl::{FallocateFlags, OFlag, fallocate, open, openat, renameat},
     sys::stat::Mode,
-    unistd::{UnlinkatFlags, ftruncate, syncfs, unlinkat},
+    unistd::{ftruncate, syncfs},
 };
 
 use super::{
@@ -34,9 +34,9 @@ use super::{
     scan::open_in,
     sys,
     tree::Target,
-    walk::names_of,
+    walk::{names_of, push_name},
 };
-use crate::delta::{KEY_LEN, SUM_LEN};
+use crate::delta::{KEY_LEN, SUM_LEN, ZEROS, hash_of};
 
 /// Blocks whose hashes are told at once (64 MiB).
 const TOLD_BLOCKS: usize = 1024;
@@ -104,29 +104,31 @@ impl HeldTree<'_> {
 }
 
 fn sum_of(key: &[u8; KEY_LEN], block: &[u8]) -> BlockSum {
-    if is_zero(block) {
-        return [0; SUM_LEN];
-    }
-    *blake3::keyed_hash(key, block).as_bytes().first_chunk().expect("a BLAKE3 hash has 32 bytes")
+    if is_zero(block) { ZEROS } else { hash_of(key, block) }
 }
 
 /// Is told a file's path, the number of a block, and the hashes of that one and those behind it; false for no more.
 pub type EachFile<'a> = dyn FnMut(&[u8], u64, Vec<u8>) -> bool + 'a;
 
-/// Reads the files of a copy and tells the hashes of their blocks. What a host's crash would take back is written to its disk first. Nothing, if there is no copy, or
-/// if it is an overlay's.
-pub fn hashes(copy: &Target, key: &[u8; KEY_LEN], each: &mut EachFile<'_>) -> io::Result<()> {
-    if copy.upper.is_some() {
-        return Ok(());
-    }
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-    let root = match open(&copy.path, flags, Mode::empty()) {
-        Ok(root) => root,
-        Err(nix::Error::ENOENT | nix::Error::ENOTDIR) => return Ok(()),
-        Err(errno) => return Err(errno.into()),
-    };
+/// Reads the files of a copy and tells the hashes of their blocks: nothing, if there is no copy, or if it is an overlay's. False
+/// if it was told to stop.
+///
+/// What a crash of the host would take back is written to its disk first.
+pub fn hashes(copy: &Target, key: &[u8; KEY_LEN], each: &mut EachFile<'_>) -> io::Result<bool> {
+    let Some(root) = open_copy(copy)? else { return Ok(true) };
     syncfs(&root)?;
-    in_directory(root.as_fd(), &mut Vec::new(), key, each, 0).map(drop)
+    in_directory(root.as_fd(), &mut Vec::new(), key, each, 0)
+}
+
+/// Opens the root of a copy that can be told of.
+fn open_copy(copy: &Target) -> io::Result<Option<OwnedFd>> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    match open(&copy.path, flags, Mode::empty()) {
+        _ if copy.upper.is_some() => Ok(None),
+        Ok(root) => Ok(Some(root)),
+        Err(nix::Error::ENOENT | nix::Error::ENOTDIR) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 fn in_directory(
@@ -140,11 +142,7 @@ fn in_directory(
         return Ok(true);
     }
     for name in names_of(dir)? {
-        let end = path.len();
-        if !path.is_empty() {
-            path.push(b'/');
-        }
-        path.extend_from_slice(name.to_bytes());
+        let end = push_name(path, &name);
         let stat = sys::stat_at(dir, &name)?;
         let goes_on = match stat.format() {
             libc::S_IFDIR if !stat.mount_root => {
@@ -194,25 +192,14 @@ fn in_file(
 /// Whether a copy really has these blocks of a file: `digest` is the BLAKE3 of their content, one after the other. Then a
 /// [`Receiver`](super::Receiver) can keep them.
 pub fn has_blocks(copy: &Target, path: &[u8], runs: &[Blocks], digest: &[u8; 32]) -> io::Result<bool> {
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-    let open_file = || -> io::Result<File> {
-        let root = open(&copy.path, flags, Mode::empty())?;
-        Ok(open_in(root.as_fd(), path, OFlag::O_RDONLY | OFlag::O_NONBLOCK)?.into())
-    };
-    let file = match open_file() {
-        Ok(file) => file,
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::EXDEV)
-            ) =>
-        {
-            return Ok(false);
-        }
+    let Some(root) = open_copy(copy)? else { return Ok(false) };
+    let file = match open_in(root.as_fd(), path, OFlag::O_RDONLY | OFlag::O_NONBLOCK) {
+        Ok(file) => File::from(file),
+        Err(error) if is_elsewhere(&error) => return Ok(false),
         Err(error) => return Err(error),
     };
     let stat = sys::stat_at(file.as_fd(), c"")?;
-    if copy.upper.is_some() || stat.format() != libc::S_IFREG || stat.nlink != 1 {
+    if stat.format() != libc::S_IFREG || stat.nlink != 1 {
         return Ok(false);
     }
     let (blocks, mut hasher) = (blocks_in(stat.size) as u64, blake3::Hasher::new());
@@ -225,6 +212,11 @@ pub fn has_blocks(copy: &Target, path: &[u8], runs: &[Blocks], digest: &[u8; 32]
         }
     }
     Ok(hasher.finalize() == *digest)
+}
+
+/// The path leads nowhere, or out of the tree.
+fn is_elsewhere(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::EXDEV))
 }
 
 /// Makes of a file that is there what a new one would be but for these blocks. If it has other names by now, which it can
@@ -244,9 +236,9 @@ pub(super) fn keep_only(dir: BorrowedFd<'_>, name: &CStr, runs: &[Blocks], is_al
         }
         return empty(&file, from, size);
     }
-    unlinkat(dir, name, UnlinkatFlags::NoRemoveDir)?;
-    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let new = File::from(openat(dir, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)?);
+    // Under another name until it is whole: a crash must not leave a part of it under this one. What is left of such a one goes
+    // with all that is not of the epoch.
+    let (spare, new) = new_file(dir)?;
     ftruncate(&new, size.cast_signed())?;
     let mut buf = vec![0; BLOCK_SIZE];
     for kept in runs.iter().map(bytes) {
@@ -256,7 +248,22 @@ pub(super) fn keep_only(dir: BorrowedFd<'_>, name: &CStr, runs: &[Blocks], is_al
             new.write_all_at(part, start)?;
         }
     }
-    Ok(())
+    new.sync_all()?;
+    Ok(renameat(dir, spare.as_c_str(), dir, name)?)
+}
+
+/// Makes a file under a name that nothing has.
+fn new_file(dir: BorrowedFd<'_>) -> io::Result<(CString, File)> {
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    for number in 0_u64.. {
+        let name = CString::new(format!(".standin-{number}"))?;
+        match openat(dir, name.as_c_str(), flags, Mode::S_IRUSR | Mode::S_IWUSR) {
+            Ok(file) => return Ok((name, file.into())),
+            Err(nix::Error::EEXIST) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
 }
 
 /// Makes bytes zeros, without space where the file system can.

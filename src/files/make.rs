@@ -17,7 +17,12 @@ use nix::{
 };
 
 use super::{
-    Blocks, DEPTH_MAX, held, look::xattrs_of, scan::open_in, sys, tree::hides_lower, walk::names_of,
+    Blocks, DEPTH_MAX, held,
+    look::xattrs_of,
+    scan::open_in,
+    sys,
+    tree::hides_lower,
+    walk::{names_of, push_name},
 };
 use crate::wire::message::FileKind;
 
@@ -139,11 +144,7 @@ pub(super) fn prune(
         return Err(io::Error::other("directories nest too deep"));
     }
     for name in names_of(listed)? {
-        let end = path.len();
-        if !path.is_empty() {
-            path.push(b'/');
-        }
-        path.extend_from_slice(name.to_bytes());
+        let end = push_name(path, &name);
         let stat = sys::stat_at(listed, &name)?;
         if !named.contains(path.as_slice()) {
             if !hides_lower(&stat) {

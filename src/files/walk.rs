@@ -235,6 +235,16 @@ fn open_directory(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
     Ok(openat(dir, name, flags, Mode::empty())?)
 }
 
+/// Appends a name to the path of its directory; where that ends.
+pub(super) fn push_name(path: &mut Vec<u8>, name: &CStr) -> usize {
+    let end = path.len();
+    if end > 0 {
+        path.push(b'/');
+    }
+    path.extend_from_slice(name.to_bytes());
+    end
+}
+
 /// The names in a directory, sorted.
 pub(super) fn names_of(dir: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
     // By way of /proc, which opens it anew: reading moves the position.

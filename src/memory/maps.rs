@@ -1,5 +1,7 @@
 //! `/proc/PID/maps`: which mappings there are and what each means for tracking, pure.
 
+use std::path::PathBuf;
+
 use crate::model::{Extent, PAGE_SIZE};
 
 /// First address that no page of a task may have: 4-level page tables, as CRIU's images assume.
@@ -87,6 +89,12 @@ pub(super) fn range_of(line: &[u8]) -> Option<(u64, u64)> {
     let range = std::str::from_utf8(line.split(|b| *b == b' ').next()?).ok()?;
     let (start, end) = range.split_once('-')?;
     Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?))
+}
+
+/// The link to the file of a line's mapping. Its name has the range without the zeros that the line begins with.
+pub fn map_file(pid: i32, line: &[u8]) -> Option<PathBuf> {
+    let (start, end) = range_of(line)?;
+    Some(format!("/proc/{pid}/map_files/{start:x}-{end:x}").into())
 }
 
 /// `start-end perms offset dev inode  path`

@@ -39,7 +39,7 @@ mod vmas;
 pub use direct::reads_directly;
 pub use inject::AttachError;
 pub use listing::Guards;
-pub use maps::{Mapping, MappingKind, MapsError, TASK_END, parse as mappings_of};
+pub use maps::{Mapping, MappingKind, MapsError, TASK_END, map_file, parse as mappings_of};
 pub use pagemap::pages_of;
 pub use read::{Memory, Pages, ReadError};
 pub use tracker::{Pass, TrackError, Tracker};

@@ -23,7 +23,7 @@ use crate::{
 
 /// Pages that are verified at once (1 MiB).
 const PIECE_PAGES: u64 = 256;
-/// Pages whose hashes are told at once (32 MiB, half a MiB of hashes).
+/// Pages whose hashes are told at once (32 MiB, 128 KiB of hashes).
 const HASHED_PAGES: u64 = 8192;
 
 /// Why pages were not read.

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::wire::{
     epoch::{EpochError, EpochWriter},
-    inventory::{Ask, Held, InventoryReader, InventoryWriter},
+    inventory::{Ask, Held, InventoryError, InventoryReader, InventoryWriter},
     message::FrameHead,
 };
 
@@ -56,13 +56,16 @@ pub enum RecvInventoryError {
     /// Bytes follow the last frame.
     #[error("that of {0} goes on behind its end")]
     Trailing(PeerName),
+    /// The question breaks a rule of the protocol.
+    #[error("it cannot be asked as it is: {0}")]
+    Question(EpochError),
     /// The frames are none.
     #[error("that of {peer} is refused: {source}")]
     Refused {
         /// The peer.
         peer: PeerName,
         /// Why.
-        source: EpochError,
+        source: InventoryError,
     },
     /// Nothing comes.
     #[error("{0} was silent for too long")]
@@ -73,8 +76,8 @@ impl Connection {
     /// Asks what the peer holds.
     pub async fn ask_inventory(&self, ask: &Ask) -> Result<InventoryReceiver, RecvInventoryError> {
         let peer = self.peer().clone();
-        let refused = |source| RecvInventoryError::Refused { peer: self.peer().clone(), source };
-        let question = EpochWriter::new().frame(&FrameHead::Ask(ask.clone()), &[]).map_err(refused)?;
+        let question = EpochWriter::new().frame(&FrameHead::Ask(ask.clone()), &[]);
+        let question = question.map_err(RecvInventoryError::Question)?;
         let lost = |source| RecvInventoryError::Lost { peer: self.peer().clone(), source };
         let (mut send, recv) = self.open_bi().await.map_err(lost)?;
         let failed = |source| RecvInventoryError::Write { peer: self.peer().clone(), source };
@@ -87,7 +90,7 @@ impl Connection {
 #[derive(Debug)]
 pub struct InventoryReceiver {
     peer: PeerName,
-    /// Of the question; its end would be that of the stream.
+    /// Of the question. It stays open: were it dropped, quinn would end it as if all had been said.
     send: SendStream,
     recv: RecvStream,
     reader: InventoryReader,
@@ -129,7 +132,7 @@ impl InventoryReceiver {
         }
     }
 
-    fn refused(&self, source: EpochError) -> RecvInventoryError {
+    fn refused(&self, source: InventoryError) -> RecvInventoryError {
         RecvInventoryError::Refused { peer: self.peer.clone(), source }
     }
 }
@@ -139,7 +142,7 @@ impl InventoryReceiver {
 pub enum SendInventoryError {
     /// A frame of ours breaks a rule of the protocol.
     #[error("it cannot be sent as it is: {0}")]
-    Rules(#[from] EpochError),
+    Rules(#[from] InventoryError),
     /// Writing failed.
     #[error("sending it broke off: {0}")]
     Write(#[from] WriteError),
@@ -166,11 +169,6 @@ impl InventorySender {
         let prefix = self.writer.frame(held, &body)?;
         self.write(prefix.into()).await?;
         self.write(body).await
-    }
-
-    /// Whether that may still be sent.
-    pub fn has_room(&self, held: &Held, body_len: usize) -> bool {
-        self.writer.has_room(held, body_len)
     }
 
     /// Sends the end.

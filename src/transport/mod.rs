@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!   agent A                                                      agent B
-//!   Endpoint ── standin-lease/2 ── requests, heartbeat datagrams ── Endpoint     one UDP port each
-//!       │    ── standin-bulk/3  ── one stream an epoch, or question ─    │
-//!       │    ── standin-supply/1 ── one stream a thing ────────    │
-//!       └─    ── standin-pair/1  ── only while a code is open ──────  ─┘
+//!   Endpoint ── standin-lease/3 ─── requests, heartbeat datagrams ─── Endpoint     one UDP port each
+//!       │    ── standin-bulk/3 ──── one stream an epoch, or question ──── │
+//!       │    ── standin-supply/1 ── one stream a thing ────────────────── │
+//!       └─   ── standin-pair/1 ──── only while a code is open ────────── ─┘
 //! ```
 //!
 //! - [`identity`]: the host's key and certificate, and fingerprints.
@@ -76,7 +76,7 @@ impl Channel {
     /// The channel's name in the handshake.
     fn alpn(self) -> &'static [u8] {
         match self {
-            Self::Lease => b"standin-lease/2",
+            Self::Lease => b"standin-lease/3",
             Self::Bulk => b"standin-bulk/3",
             Self::Supply => b"standin-supply/1",
         }

@@ -57,9 +57,6 @@ pub enum EpochError {
     /// The bytes are not those that were sent.
     #[error("the digest of the epoch does not match its bytes; it is dropped, and sent again in full")]
     Digest,
-    /// Of an inventory.
-    #[error("hashes of more pages than were asked for")]
-    TooManyHashes,
     /// A frame after an error.
     #[error("an earlier frame of the epoch was refused already")]
     Failed,

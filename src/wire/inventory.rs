@@ -17,8 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     check::{self, Illegal, require},
-    epoch::EpochError,
-    frame::{self, HEADER_LEN, Header, Kind},
+    frame::{self, FrameError, HEADER_LEN, Header, Kind},
     message::FrameHead,
 };
 use crate::{
@@ -105,36 +104,73 @@ pub(super) fn check_held(held: &Held, body_len: usize) -> Result<(), Illegal> {
     }
 }
 
+/// What may still come of what was asked for.
+#[derive(Debug)]
+pub struct Room {
+    pages: u64,
+    blocks: u64,
+}
+
+impl Room {
+    /// For the answer to this.
+    pub fn new(ask: &Ask) -> Self {
+        Self { pages: ask.pages_max, blocks: ask.blocks_max }
+    }
+
+    /// Whether this fits too. Once something did not, nothing of its kind does: what follows would leave a gap.
+    pub fn take(&mut self, held: &Held, body_len: usize) -> bool {
+        let (left, wanted) = match held {
+            Held::Epoch(_) => return true,
+            Held::Pages { .. } => (&mut self.pages, (body_len / SUM_LEN) as u64),
+            Held::File { path, .. } => (&mut self.blocks, blocks_of(path, body_len)),
+        };
+        let rest = left.checked_sub(wanted);
+        *left = rest.unwrap_or(0);
+        rest.is_some()
+    }
+}
+
+/// Why an inventory is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum InventoryError {
+    /// A frame is wrong in itself.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A frame in the wrong place.
+    #[error("a {0:?} frame does not belong there")]
+    Order(Kind),
+    /// More than was asked for.
+    #[error("hashes of more pages, or more of files, than were asked for")]
+    TooMany,
+    /// The bytes are not those that were sent.
+    #[error("the digest does not match the bytes")]
+    Digest,
+}
+
 /// The rules, for both directions.
 #[derive(Debug)]
 struct Rules {
     /// The epoch has come.
     begun: bool,
-    pages_left: u64,
-    blocks_left: u64,
+    room: Room,
     ended: bool,
     digest: blake3::Hasher,
 }
 
 impl Rules {
     fn new(ask: &Ask) -> Self {
-        let (pages_left, blocks_left) = (ask.pages_max, ask.blocks_max);
-        Self { begun: false, pages_left, blocks_left, ended: false, digest: blake3::Hasher::new() }
+        Self { begun: false, room: Room::new(ask), ended: false, digest: blake3::Hasher::new() }
     }
 
-    fn admit(&mut self, head: &FrameHead, body_len: usize) -> Result<(), EpochError> {
-        let order = Err(EpochError::Order(Kind::of(head)));
+    fn admit(&mut self, head: &FrameHead, body_len: usize) -> Result<(), InventoryError> {
+        let order = Err(InventoryError::Order(Kind::of(head)));
         match head {
             _ if self.ended => return order,
             FrameHead::Held(Held::Epoch(_)) if !self.begun => self.begun = true,
-            FrameHead::Held(Held::Pages { .. }) if self.begun => {
-                let pages = (body_len / SUM_LEN) as u64;
-                self.pages_left = self.pages_left.checked_sub(pages).ok_or(EpochError::TooManyHashes)?;
-            }
-            FrameHead::Held(Held::File { path, .. }) => {
-                let blocks = blocks_of(path, body_len);
-                self.blocks_left = self.blocks_left.checked_sub(blocks).ok_or(EpochError::TooManyHashes)?;
-            }
+            FrameHead::Held(Held::Epoch(_)) => return order,
+            FrameHead::Held(Held::Pages { .. }) if !self.begun => return order,
+            FrameHead::Held(held) if !self.room.take(held, body_len) => return Err(InventoryError::TooMany),
+            FrameHead::Held(_) => {}
             FrameHead::End { .. } => self.ended = true,
             _ => return order,
         }
@@ -152,17 +188,8 @@ impl InventoryWriter {
         Self(Rules::new(ask))
     }
 
-    /// Whether that may still be sent.
-    pub fn has_room(&self, held: &Held, body_len: usize) -> bool {
-        match held {
-            Held::Epoch(_) => true,
-            Held::Pages { .. } => (body_len / SUM_LEN) as u64 <= self.0.pages_left,
-            Held::File { path, .. } => blocks_of(path, body_len) <= self.0.blocks_left,
-        }
-    }
-
     /// The bytes to send before `body` for this frame.
-    pub fn frame(&mut self, held: Held, body: &[u8]) -> Result<Vec<u8>, EpochError> {
+    pub fn frame(&mut self, held: Held, body: &[u8]) -> Result<Vec<u8>, InventoryError> {
         let head = FrameHead::Held(held);
         let prefix = frame::encode_frame(&head, body.len())?;
         self.0.admit(&head, body.len())?;
@@ -171,7 +198,7 @@ impl InventoryWriter {
     }
 
     /// The bytes of the last frame.
-    pub fn end(&mut self) -> Result<Vec<u8>, EpochError> {
+    pub fn end(&mut self) -> Result<Vec<u8>, InventoryError> {
         let head = FrameHead::End { digest: *self.0.digest.finalize().as_bytes() };
         self.0.admit(&head, 0)?;
         Ok(frame::encode_frame(&head, 0)?)
@@ -197,15 +224,15 @@ impl InventoryReader {
         header: &[u8; HEADER_LEN],
         head: &[u8],
         body: &[u8],
-    ) -> Result<Option<Held>, EpochError> {
+    ) -> Result<Option<Held>, InventoryError> {
         let value = frame::decode_head(&Header::decode(header)?, head, body.len())?;
         self.rules.admit(&value, body.len())?;
         self.bytes += (HEADER_LEN + head.len() + body.len()) as u64;
         let held = match value {
             FrameHead::End { digest } if self.rules.digest.finalize() == digest => return Ok(None),
-            FrameHead::End { .. } => return Err(EpochError::Digest),
+            FrameHead::End { .. } => return Err(InventoryError::Digest),
             FrameHead::Held(held) => held,
-            head => return Err(EpochError::Order(Kind::of(&head))),
+            head => return Err(InventoryError::Order(Kind::of(&head))),
         };
         self.rules.digest.update(header).update(head).update(body);
         Ok(Some(held))

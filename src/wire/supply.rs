@@ -197,9 +197,10 @@ impl Rules {
             FrameHead::File(
                 FileRecord::Entry { tree, .. }
                 | FileRecord::Data { tree, .. }
-                | FileRecord::Keep { tree, .. }
                 | FileRecord::Remove { tree, .. },
             ) => *tree,
+            // Of what is there already, of which nothing is.
+            FrameHead::File(FileRecord::Keep { .. }) => return Err(SupplyError::Order(kind)),
             _ => 0,
         };
         if self.ended || tree != 0 || (kind != self.kind && kind != Kind::End) {

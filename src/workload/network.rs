@@ -320,6 +320,8 @@ pub struct Gate {
     /// The other ends, and a socket in their namespace.
     inside: (RouteSocket, Vec<u32>),
     doors: Vec<Door>,
+    /// Those of the host's ends that lead to the workload alone, and the addresses there.
+    alone: (Vec<u32>, Vec<IpAddr>),
     /// What of it is behind bridges.
     behind: Behind,
 }
@@ -355,11 +357,12 @@ impl Gate {
         let inside = within(netns, || Ok((RouteSocket::open()?, if_nametoindex("eth0"))));
         let (socket, inner) = inside.map_err(NetworkError::Enter)?.map_err(NetworkError::Net)?;
         let inner = inner.map_err(|errno| missing("eth0".to_owned(), errno))?;
-        let ips = ips.iter().map(|cidr| cidr.addr).collect();
+        let ips: Vec<_> = ips.iter().map(|cidr| cidr.addr).collect();
+        let alone = (vec![index], ips.clone());
         let (inside_mac, gateway) = (parse_mac(&mac(name, "inside")), parse_mac(&mac(name, "host")));
         let doors = inside_mac.into_iter().map(|mac| Door { index, mac, gateway }).collect();
         let inside = (socket, vec![inner]);
-        Ok(Self { outside: vec![index], ips, inside, doors, behind: Behind::default() })
+        Ok(Self { outside: vec![index], ips, inside, doors, alone, behind: Behind::default() })
     }
 
     /// That of a container whose engine has made its devices: all veth pairs that end on this host. `None` if it has none.
@@ -373,23 +376,30 @@ impl Gate {
         let outside: Vec<_> = pairs.iter().map(|pair| pair.outside).collect();
         let door = |pair: &VethPair| Some(Door { index: pair.outside, mac: pair.mac?, gateway: None });
         let doors = pairs.iter().filter_map(door).collect();
-        let mut behind = Behind::default();
+        let (mut alone, mut behind) = ((Vec::new(), Vec::new()), Behind::default());
         for (pair, bridge) in pairs.into_iter().zip(bridges_of(&outside)?) {
-            if let (Some(bridge), Some(mac)) = (bridge, pair.mac) {
-                behind.bridges.push(bridge);
-                behind.macs.push(mac);
-                behind.addresses.extend(pair.addresses);
-            }
+            let Some(bridge) = bridge else {
+                alone.0.push(pair.outside);
+                alone.1.extend(pair.addresses);
+                continue;
+            };
+            let no_mac = || NetworkError::Ip {
+                device: "of the container".to_owned(),
+                reason: "one that is a bridge's port has no hardware address".to_owned(),
+            };
+            behind.bridges.push(bridge);
+            behind.macs.push(pair.mac.ok_or_else(no_mac)?);
+            behind.addresses.extend(pair.addresses);
         }
         // Two networks may share a bridge.
         behind.bridges.sort_unstable();
         behind.bridges.dedup();
-        Ok(Some(Self { outside, ips: Vec::new(), inside: (socket, inside), doors, behind }))
+        Ok(Some(Self { outside, ips: Vec::new(), inside: (socket, inside), doors, alone, behind }))
     }
 
     /// The host's ends of devices that lead to the workload alone.
     pub fn devices(&self) -> &[u32] {
-        if self.behind.bridges.is_empty() { &self.outside } else { &[] }
+        &self.alone.0
     }
 
     /// By which frames get inside.
@@ -402,9 +412,9 @@ impl Gate {
         &self.behind
     }
 
-    /// What this host routes to it.
+    /// The addresses that it has behind those.
     pub fn ips(&self) -> &[IpAddr] {
-        &self.ips
+        &self.alone.1
     }
 
     /// Waits until packets pass after the gate was opened; false if they do not within the limit.

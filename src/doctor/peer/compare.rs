@@ -212,6 +212,12 @@ fn mtu(Pair { peer, here, there, payload, payload_max, is_v6, .. }: &Pair) -> Ch
         return Check::warn(Group::Network, id, found, remedy);
     }
     let headers = if *is_v6 { HEADERS_V6 } else { HEADERS_V4 };
+    let Some(payload) = payload else {
+        let found = format!(
+            "{ours} bytes on both hosts; what arrives is not known, as no connection for epochs stands"
+        );
+        return Check::warn(Group::Network, id, found, "try again: see `standin status` for the connection");
+    };
     let carried = u32::from(*payload) + headers;
     let expected = ours.min(u32::from(*payload_max) + headers);
     if carried + MTU_STEP < expected {

@@ -1,8 +1,8 @@
 //! A file that a workload uses, described so that two hosts can tell whether they have the same one.
 //!
-//! Invariant: a path that a peer names opens nothing but a regular file of a file system for files, changes nothing (a fifo, a
-//! device or an automatic mount is not touched), and nothing of its content leaves but its build-id and, of one that everybody
-//! may read, its digest.
+//! Invariant: a path that a peer names opens nothing but a regular file of a file system for files (no fifo, no device, no
+//! automatic mount at its end), changes nothing, and nothing of its content leaves but its build-id and, of one whose mode lets
+//! everybody read it, its digest.
 
 use std::{
     fs::File,

@@ -68,8 +68,8 @@ pub struct Pair {
     pub there: HostFacts,
     /// Their clocks, twice.
     pub clocks: [ClockSample; 2],
-    /// The largest UDP payload that was seen to arrive.
-    pub payload: u16,
+    /// The largest UDP payload that was seen to arrive; none without a connection.
+    pub payload: Option<u16>,
     /// The largest that is tried.
     pub payload_max: u16,
     /// Whether they speak by IPv6.

@@ -107,37 +107,37 @@ pub fn survey(workload: &Workload) -> Result<Footprint, TreeError> {
         // Nor are its users.
         return Ok(footprint);
     }
-    let mut found: BTreeMap<Vec<u8>, (bool, OwnedFd)> = BTreeMap::new();
-    for task in tasks.iter().filter(|task| !task.zombie) {
-        ids_of(task.pid, &mut footprint);
-        let mut take = |mut path: Vec<u8>, mapped: bool, link: &Path| {
-            let lost = path.ends_with(DELETED);
-            path.truncate(path.len() - if lost { DELETED.len() } else { 0 });
-            if !is_of_the_host(&path, replicated)
-                || found.get(&path).is_some_and(|(before, _)| *before >= mapped)
-            {
-                return;
-            }
-            if lost {
-                // A file that is open without a name is the workload's own: CRIU takes it along.
-                if mapped {
-                    footprint.deleted.insert(String::from_utf8_lossy(&path).into_owned());
-                }
-            } else if found.len() == FILES_MAX {
-                footprint.more_files = true;
-            } else if let Ok(place) = place_of(link) {
-                found.insert(path, (mapped, place));
-            }
-        };
-        mapped_files(task.pid, &mut take);
-        open_files(task.pid, &mut take);
-    }
+    let mut found: BTreeMap<Vec<u8>, UsedFile> = BTreeMap::new();
     let mut budget = DIGEST_BYTES_MAX;
-    let described = found.into_iter().map(|(path, (mapped, place))| {
-        let here = file::describe(&place, mapped, &mut budget);
-        UsedFile { path, mapped, here }
-    });
-    footprint.files = described.filter(|file| file.here != FileFacts::NotAFile).collect();
+    let mut take = |mut path: Vec<u8>, mapped: bool, link: &Path| {
+        let lost = path.ends_with(DELETED);
+        path.truncate(path.len() - if lost { DELETED.len() } else { 0 });
+        if !is_of_the_host(&path, replicated) || found.contains_key(&path) {
+            return;
+        }
+        if lost {
+            // A file that is open without a name is the workload's own: CRIU takes it along.
+            if mapped {
+                footprint.deleted.insert(String::from_utf8_lossy(&path).into_owned());
+            }
+        } else if found.len() == FILES_MAX {
+            footprint.more_files = true;
+        } else {
+            let here = match place_of(link) {
+                Ok(place) => file::describe(&place, mapped, &mut budget),
+                // It has ended, or closed it.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => return,
+                Err(error) => FileFacts::Unreadable(error.to_string()),
+            };
+            found.insert(path.clone(), UsedFile { path, mapped, here });
+        }
+    };
+    let alive = || tasks.iter().filter(|task| !task.zombie);
+    // What is mapped first: of that more is compared.
+    alive().for_each(|task| mapped_files(task.pid, &mut take));
+    alive().for_each(|task| open_files(task.pid, &mut take));
+    alive().for_each(|task| ids_of(task.pid, &mut footprint));
+    footprint.files = found.into_values().filter(|file| file.here != FileFacts::NotAFile).collect();
     Ok(footprint)
 }
 
@@ -159,13 +159,13 @@ fn mapped_files(pid: i32, take: &mut impl FnMut(Vec<u8>, bool, &Path)) {
     for line in text.split(|byte| *byte == b'\n') {
         // `start-end perms offset dev inode  path`, the path last since it may hold anything.
         let mut fields = line.splitn(6, |byte| *byte == b' ');
-        let (Some(range), Some(inode), Some(path)) = (fields.next(), fields.nth(3), fields.next()) else {
-            continue;
-        };
+        let (Some(inode), Some(path)) = (fields.nth(4), fields.next()) else { continue };
         let path = path.trim_ascii_start();
-        if inode != b"0" && path.starts_with(b"/") {
-            let range = String::from_utf8_lossy(range).into_owned();
-            take(path.to_owned(), true, Path::new(&format!("/proc/{pid}/map_files/{range}")));
+        if inode != b"0"
+            && path.starts_with(b"/")
+            && let Some(link) = memory::map_file(pid, line)
+        {
+            take(path.to_owned(), true, &link);
         }
     }
 }

@@ -19,7 +19,7 @@ fn pages(start: u64, count: usize) -> (Held, Vec<u8>) {
     (Held::Pages { space: Space::Task(3), start: start * PAGE_SIZE }, vec![9; count * SUM_LEN])
 }
 
-fn write(frames: &Frames) -> Result<Vec<u8>, EpochError> {
+fn write(frames: &Frames) -> Result<Vec<u8>, InventoryError> {
     let (mut writer, mut bytes) = (InventoryWriter::new(&ask(MAX, MAX)), Vec::new());
     for (held, body) in frames {
         bytes.extend(writer.frame(held.clone(), body)?);
@@ -93,9 +93,9 @@ fn frames_out_of_order_or_beyond_what_was_asked_for_are_refused() {
     let file =
         |sums: usize| (Held::File { tree: 0, path: b"a/b".to_vec(), first: 0 }, vec![9; sums * SUM_LEN]);
     assert!(write(&vec![file(600), file(398)]).is_ok(), "of files alone; each counts one more");
-    assert!(matches!(write(&vec![file(600), file(399)]), Err(EpochError::TooManyHashes)));
+    assert!(matches!(write(&vec![file(600), file(399)]), Err(InventoryError::TooMany)));
     assert!(write(&vec![epoch(), pages(0, 600), pages(600, 400)]).is_ok());
-    assert!(matches!(write(&vec![epoch(), pages(0, 600), pages(600, 401)]), Err(EpochError::TooManyHashes)));
+    assert!(matches!(write(&vec![epoch(), pages(0, 600), pages(600, 401)]), Err(InventoryError::TooMany)));
     let bytes = write(&vec![epoch(), pages(0, 600)]).unwrap();
     assert!(read(&bytes, 599).is_err());
     assert!(read(&[bytes.as_slice(), &[0]].concat(), MAX).is_err());
@@ -124,4 +124,18 @@ fn hashes_that_cannot_be_are_refused() {
     assert!(check_ask(&ask(PAGES_MAX + 1, 0)).is_err());
     assert!(check_ask(&ask(1, BLOCKS_MAX + 1)).is_err());
     assert!(check_ask(&ask(0, 0)).is_err());
+}
+
+/// A piece that is left out makes a gap: a smaller one that would fit does not follow it.
+#[test]
+fn once_something_did_not_fit_nothing_of_its_kind_does() {
+    let ask = Ask { name: "db".parse().unwrap(), key: [0; KEY_LEN], pages_max: 10, blocks_max: 10 };
+    let pages = Held::Pages { space: Space::Task(1), start: 0x1000 };
+    let file = Held::File { tree: 0, path: b"a".to_vec(), first: 0 };
+    let mut room = Room::new(&ask);
+    assert!(room.take(&pages, 6 * SUM_LEN) && room.take(&pages, 4 * SUM_LEN));
+    assert!(!room.take(&pages, SUM_LEN));
+    assert!(room.take(&file, 3 * SUM_LEN));
+    assert!(!room.take(&file, 60 * SUM_LEN));
+    assert!(!room.take(&file, SUM_LEN), "it would have fit before");
 }

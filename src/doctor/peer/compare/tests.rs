@@ -63,7 +63,7 @@ fn pair() -> Pair {
         here: host(),
         there: host(),
         clocks: [sample(0), sample(2)],
-        payload: 1472,
+        payload: Some(1472),
         payload_max: 8952,
         is_v6: false,
         workloads: vec![needs],
@@ -212,10 +212,11 @@ fn clocks_are_judged_by_what_is_sure() {
 #[test]
 fn what_the_network_does_not_carry_is_a_risk() {
     assert_only("mtu", State::Warn, "9000 on b", |pair| pair.there.mtu = Some(9000));
-    assert_only("mtu", State::Warn, "1300", |pair| pair.payload = 1272);
+    assert_only("mtu", State::Warn, "1300", |pair| pair.payload = Some(1272));
+    assert_only("mtu", State::Warn, "no connection", |pair| pair.payload = None);
     let jumbo = |payload| {
         move |pair: &mut Pair| {
-            (pair.here.mtu, pair.there.mtu, pair.payload) = (Some(9000), Some(9000), payload);
+            (pair.here.mtu, pair.there.mtu, pair.payload) = (Some(9000), Some(9000), Some(payload));
         }
     };
     assert_eq!(after(jumbo(8940)), []);
