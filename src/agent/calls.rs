@@ -13,7 +13,7 @@ use super::{
     },
     durable::{self, Durable},
     home::Home,
-    owner::Msg,
+    mailbox::Msg,
     standby::lock,
     supply::Shipped,
     trees,

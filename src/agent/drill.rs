@@ -34,7 +34,8 @@ use anyhow::Context as _;
 use self::conductor::Conductor;
 use super::{
     api::ApiError,
-    owner::{Answer, Msg, Owner},
+    mailbox::{Answer, Msg},
+    owner::Owner,
     standby::{Standby, lock},
 };
 use crate::{

@@ -7,7 +7,8 @@ use super::{
     api::{ApiError, UnprotectRequest, WorkloadStatus},
     home::Home,
     hooks::Cause,
-    owner::{Answer, Owner},
+    mailbox::Answer,
+    owner::Owner,
     standby::Standby,
     trees,
 };

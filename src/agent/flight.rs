@@ -24,8 +24,8 @@ use tokio::{
 
 use super::{
     links::Link,
+    mailbox::Msg,
     output::{self, Around},
-    owner::Msg,
     session::SessionError,
     standby::lock,
     throttle::Brake,

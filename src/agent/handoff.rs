@@ -20,7 +20,8 @@ use super::{
     api::{ApiError, HandoffReport, HandoffRequest},
     fencing::FENCE_LIMIT,
     home::Home,
-    owner::{Answer, Msg, Owner},
+    mailbox::{Answer, Msg},
+    owner::Owner,
     session::{HandoffDone, HandoffOrder, Order, SessionError},
 };
 use crate::{

@@ -27,7 +27,8 @@ use tokio::sync::{mpsc, watch};
 use super::{
     api::{HookEvent, HookState, HookStatus, Role},
     durable::{self, write_synced},
-    owner::{Msg, Owner},
+    mailbox::Msg,
+    owner::Owner,
     program,
 };
 use crate::{

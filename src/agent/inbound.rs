@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Agent, arrival, owner::Msg, receiving};
+use super::{Agent, arrival, mailbox::Msg, receiving};
 use crate::{
     transport::{Channel, Connection},
     wire::message::{Reply, Request},

@@ -3,7 +3,7 @@
 //! | file | owns |
 //! |---|---|
 //! | [`api`], `http`, `calls` | the control API: its shapes, its socket, its answers |
-//! | `owner`, `roles`, `fencing`, `handoff`, `orders`, `rejoin`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
+//! | `owner`, `mailbox`, `roles`, `fencing`, `handoff`, `orders`, `rejoin`, `ending`, `telling` | one task a workload: executes what [`crate::ha`] decides |
 //! | `command`, `hooks`, `program` | the fence command; commands for a change of roles; how both are run |
 //! | `examining` | this host and a peer's compared, for the doctor |
 //! | `verifying` | the warm image, compared again with what was received |
@@ -37,6 +37,7 @@ mod http;
 mod inbound;
 mod inventory;
 mod links;
+mod mailbox;
 mod orders;
 mod output;
 mod owner;
@@ -74,7 +75,8 @@ use self::{
     durable::Durable,
     home::Home,
     links::Links,
-    owner::{Msg, Offer, Owner, QUEUE_MAX},
+    mailbox::{Msg, Offer, QUEUE_MAX},
+    owner::Owner,
     standby::lock,
     supply::Shipment,
 };

@@ -4,7 +4,8 @@
 
 use super::{
     api::{ApiError, FailoverRequest, WorkloadStatus},
-    owner::{Answer, Msg, Owner},
+    mailbox::{Answer, Msg},
+    owner::Owner,
     rejoin::Rejoin,
 };
 use crate::{

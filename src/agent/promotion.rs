@@ -11,8 +11,9 @@ use super::{
     drill::TAKEN_OVER,
     home::Home,
     hooks::Cause,
+    mailbox::Msg,
     orders::BY_OPERATOR,
-    owner::{Msg, Owner, Promotion},
+    owner::{Owner, Promotion},
     standby::{RestorePlan, Standby},
     trees,
 };

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     Agent, inventory,
-    owner::Msg,
+    mailbox::Msg,
     standby::{KeptFiles, Standby},
 };
 use crate::{

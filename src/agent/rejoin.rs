@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::{
     api::{ApiError, WorkloadStatus},
+    mailbox::Answer,
     orders::Order,
-    owner::{Answer, Owner},
+    owner::Owner,
 };
 use crate::{
     ha::{Message, Standing},

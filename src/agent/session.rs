@@ -23,8 +23,8 @@ use super::{
     flight::{self, Capturing, Committed, Failed, Final, Hand, Judged, Shipping},
     inventory::{self, Wanted},
     links::Link,
+    mailbox::Msg,
     output,
-    owner::Msg,
     throttle::{Brake, FULL_SPEED},
 };
 use crate::{

@@ -19,7 +19,7 @@ use std::{
 use anyhow::Context;
 use tokio::sync::mpsc;
 
-use super::{Agent, durable, home::Home, owner::Msg, trees};
+use super::{Agent, durable, home::Home, mailbox::Msg, trees};
 use crate::{
     capture::Note,
     config::StoreKind,

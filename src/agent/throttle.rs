@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::owner::{Msg, Owner};
+use super::{mailbox::Msg, owner::Owner};
 use crate::transport::block_in_place;
 
 /// The whole of its time.

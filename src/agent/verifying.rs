@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::{
     api::{ApiError, VerifyReport},
-    owner::{Answer, Msg, Owner},
+    mailbox::{Answer, Msg},
+    owner::Owner,
 };
 use crate::{
     ha::{Input, Standing},
