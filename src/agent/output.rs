@@ -82,9 +82,10 @@ pub(super) fn release(hold: Option<&Arc<Hold>>, epoch: EpochId) {
 
 /// Where output waits, an epoch is due as soon as some does; how often otherwise is what the operator says.
 pub(super) fn pace(spec: &WorkloadSpec, commit: Commit) -> Pace {
+    let wanted = spec.pace.within(commit);
     Pace::new(match commit {
-        Commit::Async => spec.pace,
-        Commit::Output => PaceSpec { mode: PaceMode::Continuous, ..spec.pace },
+        Commit::Async => wanted,
+        Commit::Output => PaceSpec { mode: PaceMode::Continuous, ..wanted },
     })
 }
 

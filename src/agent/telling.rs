@@ -89,7 +89,7 @@ impl Owner {
                 .and_then(|home| home.hold())
                 .map(|hold| hold.held()),
             pace: PaceStatus {
-                wanted: self.durable.spec.pace,
+                wanted: self.durable.spec.pace.within(self.durable.spec.commit),
                 interval_ms: pace.interval.map(|interval| interval.as_secs_f64() * 1e3),
                 stretched_by: pace.stretched_by,
             },

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::workload::spec::{PaceMode, PaceSpec};
+use crate::workload::spec::{FROZEN_PERCENT, PaceMode, PaceSpec};
 
 /// Longest wait after failures in a row, unless the operator's interval is longer.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
@@ -239,7 +239,7 @@ impl Pace {
 
     /// The shortest interval in which a freeze is no more than its share.
     fn freeze_floor(&self, frozen: Duration) -> Duration {
-        frozen * 100 / u32::from(self.spec.frozen_percent_max.max(1))
+        frozen * 100 / u32::from(self.spec.frozen_percent_max.unwrap_or(FROZEN_PERCENT).max(1))
     }
 
     /// Finds what holds the epochs up, and believes it when it holds for some of them.
@@ -373,7 +373,7 @@ mod tests {
             percent in 1..=90_u8,
             loads in prop::collection::vec(any_load(), 2..60),
         ) {
-            let mut pace = Pace::new(PaceSpec { mode, frozen_percent_max: percent });
+            let mut pace = Pace::new(PaceSpec { mode, frozen_percent_max: Some(percent) });
             let all = simulate(&mut pace, &loads);
             for pair in all.windows(2) {
                 let frozen = pair[0].thawed - pair[0].froze;

@@ -86,7 +86,8 @@ struct Pace {
     /// Instead: one epoch after the other without a pause
     #[arg(long, conflicts_with_all = ["every", "lag"])]
     continuous: bool,
-    /// Most of its time that the workload may be frozen for; epochs get rarer to keep it [default: 25]
+    /// Most of its time that the workload may be frozen for; epochs get rarer to keep it [default: 25, with
+    /// `--commit output` 50]
     #[arg(long, value_name = "PERCENT")]
     max_frozen: Option<u8>,
 }
@@ -100,7 +101,7 @@ impl Pace {
             (None, None) if self.continuous => PaceMode::Continuous,
             (None, None) => default.mode,
         };
-        PaceSpec { mode, frozen_percent_max: self.max_frozen.unwrap_or(default.frozen_percent_max) }
+        PaceSpec { mode, frozen_percent_max: self.max_frozen }
     }
 }
 

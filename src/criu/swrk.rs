@@ -87,7 +87,7 @@ pub enum CriuError {
 }
 
 /// What to dump and what becomes of it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DumpOptions {
     /// Root of the tree, as CRIU sees pids.
     pub pid: u32,
@@ -172,6 +172,8 @@ pub struct Swrk {
     stderr: File,
     inherit: Vec<String>,
     version: Version,
+    /// The dump that it was asked for.
+    begun: Option<DumpOptions>,
 }
 
 impl Swrk {
@@ -206,6 +208,7 @@ impl Swrk {
             stderr: ends.stderr,
             inherit,
             version: install.version,
+            begun: None,
         })
     }
 
@@ -238,6 +241,16 @@ impl Swrk {
         self.version
     }
 
+    /// Asks for a dump ahead of time: CRIU makes itself ready, two milliseconds, and waits before it has looked at the tree
+    /// (cr_dump_tasks up to ACT_PRE_DUMP) until [`Self::dump`] is called with the same options.
+    pub fn begin(&mut self, options: &DumpOptions) -> Result<(), CriuError> {
+        let request = Request { opts: Some(self.dump_request(options)), ..Request::with_kind(Kind::Dump) };
+        let sent = self.send(&request);
+        sent.map_err(|silence| self.explain("dump", silence, options.silence_max, DUMP_LOG))?;
+        self.begun = Some(options.clone());
+        Ok(())
+    }
+
     /// Dumps a tree. `notify` hears each stage (`pre-dump`, `network-lock`, `post-dump`, …) while
     /// CRIU waits; if it answers false, the dump fails and the tree runs on. At `post-dump` all is
     /// written and the tree still frozen: the last moment to call a handoff off.
@@ -247,6 +260,23 @@ impl Swrk {
         notify: &mut dyn FnMut(&str) -> bool,
     ) -> Result<(), CriuError> {
         self.gate = None;
+        match &self.begun {
+            None => self.begin(options)?,
+            Some(begun) if begun == options => {}
+            Some(_) => {
+                let source = io::Error::other("it was asked for another dump before");
+                return Err(CriuError::Rpc { what: "dump", source });
+            }
+        }
+        self.run("dump", Kind::Dump, options.silence_max, DUMP_LOG, notify)?;
+        if !options.leave_running {
+            self.end();
+        }
+        // Otherwise the tree runs, and nobody waits for CRIU's own end.
+        Ok(())
+    }
+
+    fn dump_request(&self, options: &DumpOptions) -> Options {
         let mut wanted = common_options(DUMP_LOG, &options.external);
         wanted.pid = Some(options.pid as i32);
         wanted.leave_running = Some(options.leave_running);
@@ -262,8 +292,7 @@ impl Swrk {
         wanted.empty_ns = options.empty_net.then_some(nix::sched::CloneFlags::CLONE_NEWNET.bits() as u32);
         wanted.ext_unix_sk = options.root.is_some().then_some(true);
         wanted.ps = self.has_pages.then_some(rpc::PageServerInfo { fd: Some(slot::PAGES) });
-        self.run("dump", Kind::Dump, wanted, options.silence_max, DUMP_LOG, notify)?;
-        Ok(())
+        wanted
     }
 
     /// Restores the tree of the images directory and returns the pid of its root, as CRIU sees
@@ -283,7 +312,11 @@ impl Swrk {
         }
         let keys = options.inherit.clone().unwrap_or_else(|| std::mem::take(&mut self.inherit));
         wanted.inherit_fd = (slot::INHERIT..).zip(keys).map(|(fd, key)| rpc::InheritFd { key, fd }).collect();
-        let answer = self.run("restore", Kind::Restore, wanted, options.silence_max, RESTORE_LOG, notify)?;
+        let request = Request { opts: Some(wanted), ..Request::with_kind(Kind::Restore) };
+        let sent = self.send(&request);
+        sent.map_err(|silence| self.explain("restore", silence, options.silence_max, RESTORE_LOG))?;
+        let answer = self.run("restore", Kind::Restore, options.silence_max, RESTORE_LOG, notify)?;
+        self.end();
         let pid = answer.restore.and_then(|restored| u32::try_from(restored.pid).ok());
         pid.ok_or_else(|| CriuError::Rpc {
             what: "restore",
@@ -324,27 +357,24 @@ impl Swrk {
         Err(CriuError::Refused { what, reason: self.reason(&answer, DUMP_LOG) })
     }
 
+    /// Hears what was asked for through to its end. After an error CRIU has ended, or is left to.
     fn run(
         &mut self,
         what: &'static str,
         kind: Kind,
-        options: Options,
         silence_max: Duration,
         log: &'static str,
         notify: &mut dyn FnMut(&str) -> bool,
     ) -> Result<Answer, CriuError> {
-        let mut request = Request { opts: Some(options), ..Request::with_kind(kind) };
         let mut called_off = None;
+        let mut heard = self.receive(silence_max);
         loop {
-            let answer = self
-                .send(&request)
-                .and_then(|()| self.receive(silence_max))
-                .map_err(|silence| self.explain(what, silence, silence_max, log))?;
+            let answer = heard.map_err(|silence| self.explain(what, silence, silence_max, log))?;
             if answer.kind != Kind::Notify as i32 {
-                self.end();
                 if answer.success && answer.kind == kind as i32 {
                     return Ok(answer);
                 }
+                self.end();
                 return Err(match called_off {
                     Some(stage) => CriuError::CalledOff { what, stage },
                     None => CriuError::Refused { what, reason: self.reason(&answer, log) },
@@ -355,7 +385,8 @@ impl Swrk {
             if !agreed {
                 called_off.get_or_insert(script);
             }
-            request = Request { notify_success: Some(agreed), ..Request::with_kind(Kind::Notify) };
+            let go_on = Request { notify_success: Some(agreed), ..Request::with_kind(Kind::Notify) };
+            heard = self.send(&go_on).and_then(|()| self.receive(silence_max));
         }
     }
 

@@ -473,8 +473,9 @@ impl std::fmt::Display for Commit {
 pub struct PaceSpec {
     /// When the next one starts.
     pub mode: PaceMode,
-    /// Most of its time that the workload may be frozen for, in percent; epochs get rarer to keep it.
-    pub frozen_percent_max: u8,
+    /// Most of its time that the workload may be frozen for, in percent; epochs get rarer to keep it. None: what its mode of
+    /// commit has ([`Self::within`]).
+    pub frozen_percent_max: Option<u8>,
 }
 
 /// When the next epoch starts.
@@ -495,10 +496,14 @@ pub const PACE_MS_MIN: u64 = 10;
 pub const PACE_MS_MAX: u64 = 3_600_000;
 /// The most that a workload may be frozen for: with more it would hardly run.
 pub const FROZEN_PERCENT_MAX: u8 = 90;
+/// For so much of its time a workload may be frozen unless said otherwise.
+pub const FROZEN_PERCENT: u8 = 25;
+/// The same where its clients wait for epochs: what it loses, they gain.
+pub const FROZEN_PERCENT_OF_OUTPUT: u8 = 50;
 
 impl Default for PaceSpec {
     fn default() -> Self {
-        Self { mode: PaceMode::EveryMs(200), frozen_percent_max: 25 }
+        Self { mode: PaceMode::EveryMs(200), frozen_percent_max: None }
     }
 }
 
@@ -522,11 +527,23 @@ impl PaceSpec {
             PaceMode::EveryMs(ms) | PaceMode::LagMs(ms) if !(PACE_MS_MIN..=PACE_MS_MAX).contains(&ms) => {
                 Err(PaceSpecError::Time(ms))
             }
-            _ if !(1..=FROZEN_PERCENT_MAX).contains(&self.frozen_percent_max) => {
-                Err(PaceSpecError::Frozen(self.frozen_percent_max))
-            }
-            _ => Ok(()),
+            _ => match self.frozen_percent_max {
+                Some(percent) if !(1..=FROZEN_PERCENT_MAX).contains(&percent) => {
+                    Err(PaceSpecError::Frozen(percent))
+                }
+                _ => Ok(()),
+            },
         }
+    }
+
+    /// What is meant where it says nothing.
+    #[must_use]
+    pub fn within(self, commit: Commit) -> Self {
+        let usual = match commit {
+            Commit::Async => FROZEN_PERCENT,
+            Commit::Output => FROZEN_PERCENT_OF_OUTPUT,
+        };
+        Self { frozen_percent_max: self.frozen_percent_max.or(Some(usual)), ..self }
     }
 }
 

@@ -48,7 +48,8 @@ struct Outlet<'a, 'e> {
 }
 
 impl Capturer {
-    fn dump_options(&self, finish: &Finish<'_>) -> DumpOptions {
+    /// For an epoch after which the tree runs on, or for one that hands it off.
+    pub(super) fn dump_options(&self, runs_on: bool) -> DumpOptions {
         let mut options = DumpOptions::new(self.source.root_inside);
         if let Some(whole) = &self.source.whole {
             options.pid = self.source.root.unsigned_abs();
@@ -56,7 +57,7 @@ impl Capturer {
             options.external.clone_from(&whole.external);
             options.empty_net = whole.empty_net;
         }
-        options.leave_running = matches!(*finish, Finish::Continue);
+        options.leave_running = runs_on;
         options.parent = Some(format!("../{}", parent::DIRECTORY));
         options.silence_max = DUMP_SILENCE_MAX;
         options
@@ -84,7 +85,7 @@ impl Capturer {
     ) -> Result<(bool, FreezeParts), CaptureError> {
         let Spare { mut swrk, dir } = self.spare.take().ok_or(CaptureError::NoMemory)?;
         let (socket, page_version) = (swrk.take_page_server().ok_or(CaptureError::NoMemory)?, swrk.version());
-        let options = self.dump_options(finish);
+        let options = self.dump_options(matches!(*finish, Finish::Continue));
         figures.frozen_at_unix_ms = unix_ms();
         let note = self.note(figures.frozen_at_unix_ms);
         let mut outlet = Outlet { encoder: &mut self.encoder, dir, note, figures, emit };

@@ -321,7 +321,13 @@ impl Capturer {
         }
         let began = Instant::now();
         self.look_at_ipc()?;
-        self.spawn_ahead()?;
+        if matches!(finish, Finish::Continue) {
+            self.spawn_ahead()?;
+        } else {
+            // The one that waits was asked to let the tree run on.
+            self.spare = None;
+            self.spawn()?;
+        }
         self.track()?;
         let told = self.told.take();
         let mut resync = told.as_ref().map(|told| Resync { resync_bytes: told.bytes, full_bytes: 0 });
@@ -400,11 +406,23 @@ impl Capturer {
         self.source.tracking == Tracking::SoftDirty && self.unsure
     }
 
-    /// Makes sure that a CRIU waits for the next freeze.
+    /// Makes sure that a CRIU waits for the next freeze, after which the tree runs on.
     pub fn spawn_ahead(&mut self) -> Result<(), CaptureError> {
         if self.spare.is_some() {
             return Ok(());
         }
+        self.spawn()?;
+        let options = self.dump_options(true);
+        if let Some(spare) = &mut self.spare
+            && let Err(error) = spare.swrk.begin(&options)
+        {
+            self.spare = None;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    fn spawn(&mut self) -> Result<(), CaptureError> {
         let dir = self.source.work.join(format!("dump-{}", self.next_dir % 2));
         self.next_dir += 1;
         fresh_dir(&dir)?;

@@ -60,6 +60,9 @@ enum {
 #define TMPFS_MAGIC 0x01021994
 #define MSG_PEEK 2
 #define SOL_TCP 6
+#define TCP_REPAIR 19
+#define TCP_REPAIR_OFF 0
+#define TCP_REPAIR_OFF_NO_WP -1
 #define TCP_REPAIR_QUEUE 20
 #define TCP_NO_QUEUE 0
 #define MSG_TRUNC 0x20
