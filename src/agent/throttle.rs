@@ -75,3 +75,34 @@ impl Owner {
         block_in_place(|| home.keeper().throttle(run_percent)).map_err(|error| error.to_string())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_not_done_is_asked_for_again_and_what_was_is_not() {
+        let (owner, mut inbox) = mpsc::channel(4);
+        let brake = Brake::new(owner);
+        let answering = tokio::spawn(async move {
+            let mut asked = Vec::new();
+            while let Some(Msg::Throttle { run_percent, answer }) = inbox.recv().await {
+                let done = if asked.is_empty() { Err("not now".to_owned()) } else { Ok(()) };
+                asked.push(run_percent);
+                answer.send(done).unwrap();
+            }
+            asked
+        });
+        brake.set(20).await.unwrap_err();
+        brake.set(20).await.unwrap();
+        brake.set(20).await.unwrap();
+        brake.release().await;
+        brake.release().await;
+        assert!(brake.is_slack());
+        brake.press().await;
+        assert!(!brake.is_slack());
+        brake.set(FULL_SPEED).await.unwrap();
+        drop(brake);
+        assert_eq!(answering.await.unwrap(), [20, 20, FULL_SPEED, 20, FULL_SPEED]);
+    }
+}

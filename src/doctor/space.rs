@@ -1,13 +1,14 @@
 //! Cgroups, directories and their room.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, ErrorKind},
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
 };
 
 use nix::{
+    fcntl::{Flock, FlockArg},
     sys::{
         signal::SigSet,
         statfs::{TMPFS_MAGIC, statfs},
@@ -50,7 +51,10 @@ pub(super) fn cgroup() -> Check {
         }
     };
     let held = SigSet::all().thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_SETMASK);
+    // One doctor after the other: what one removes the other would find missing.
+    let alone = File::open(&root).map(|root| Flock::lock(root, FlockArg::LockExclusive));
     let tried = try_cgroup(&root.join(CGROUP));
+    drop(alone);
     if let Ok(mask) = held {
         // Restoring what was just in force cannot fail.
         let _ = mask.thread_set_mask();
@@ -76,7 +80,7 @@ fn try_cgroup(dir: &Path) -> io::Result<Vec<&'static str>> {
     let needed = ["cgroup.procs", "cgroup.events", "cgroup.freeze", "cgroup.kill"];
     let missing = needed.into_iter().filter(|file| !dir.join(file).exists()).collect();
     match fs::remove_dir(dir) {
-        // Another doctor was faster.
+        // A doctor that could not be waited for was faster.
         Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
         _ => Ok(missing),
     }

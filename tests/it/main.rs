@@ -25,5 +25,6 @@ mod refusals;
 mod rejoin;
 mod restoring;
 mod shipping;
+mod sockets;
 mod turns;
 mod whole;
