@@ -154,6 +154,16 @@ impl Lab {
         self.verb(&["cut", &format!("{one}-{other}")]);
     }
 
+    /// Lets nothing pass from `one` to `other`, which `one` still hears.
+    pub(crate) fn cut_one_way(&self, one: Host, other: Host) {
+        self.verb(&["cut", &format!("{one}>{other}")]);
+    }
+
+    /// Whether `host` has power.
+    pub(crate) fn is_up(&self, host: Host) -> bool {
+        self.on(host, &["true"]).status.success()
+    }
+
     /// Undoes all cuts.
     pub(crate) fn heal(&self) {
         self.verb(&["heal"]);

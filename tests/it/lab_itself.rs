@@ -183,6 +183,26 @@ fn a_cut_between_two_leaves_the_third_connected_to_both() {
 }
 
 #[test]
+fn a_cut_one_way_lets_pass_what_goes_the_other_way() {
+    let lab = Lab::up("cut-way");
+    let says = |from: Host, to: Host| {
+        // Datagrams to a port that nobody has.
+        let unheard = || lab.ok(to, &["awk", "/^Udp:/ { n = $3 } END { print n }", "/proc/net/snmp"]);
+        let before = unheard();
+        lab.ok(from, &["bash", "-c", &format!("echo hello > /dev/udp/{}/9", to.ipv4())]);
+        sleep(Duration::from_millis(50));
+        unheard() != before
+    };
+    assert!(says(Host::A, Host::B) && says(Host::B, Host::A));
+    lab.cut_one_way(Host::A, Host::B);
+    assert!(!says(Host::A, Host::B), "what A sends does not reach B");
+    assert!(says(Host::B, Host::A), "what B sends reaches A");
+    assert!(reaches(&lab, Host::A, Host::Client.ipv4()) && reaches(&lab, Host::B, Host::Client.ipv4()));
+    lab.heal();
+    assert_eq!(connected(&lab), ALL_PAIRS);
+}
+
+#[test]
 fn a_cut_host_reaches_nobody_until_it_is_healed() {
     let lab = Lab::up("cut-host");
     lab.cut(Host::A);
