@@ -12,8 +12,14 @@ use super::{
 const LONG: Duration = Duration::from_millis(1500);
 const FENCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/fence.sh");
 
-fn by_command(hint: &str) -> Cluster {
-    Cluster::with(hint, &["--arbiter", "fence-command", "--fence-command", FENCE])
+/// Two agents of which neither takes over before a command has switched the other's host off.
+pub(crate) fn by_command(hint: &str) -> Cluster {
+    by_command_with(hint, &[])
+}
+
+/// The same, with more flags.
+pub(crate) fn by_command_with(hint: &str, flags: &[&'static str]) -> Cluster {
+    Cluster::with(hint, &[&["--arbiter", "fence-command", "--fence-command", FENCE], flags].concat())
 }
 
 #[test]

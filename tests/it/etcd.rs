@@ -28,6 +28,11 @@ const CERTIFICATES: &str = "set -e; cd \"$1\"
 
 /// Two agents that ask an etcd, which is not started yet: its certificates are in the directory.
 pub(crate) fn cluster(hint: &str) -> (Cluster, TempDir) {
+    cluster_with(hint, &[])
+}
+
+/// The same, with more flags.
+pub(crate) fn cluster_with(hint: &str, more: &[&'static str]) -> (Cluster, TempDir) {
     // Where hosts see what this one has.
     let dir = TempDir::new_in("/var/tmp").unwrap();
     let made = Command::new("sh").args(["-c", CERTIFICATES, "sh"]).arg(dir.path()).output().unwrap();
@@ -43,7 +48,7 @@ pub(crate) fn cluster(hint: &str) -> (Cluster, TempDir) {
         "--etcd-ca",
         ca,
     ];
-    (Cluster::with(hint, &flags), dir)
+    (Cluster::with(hint, &[&flags, more].concat()), dir)
 }
 
 /// The third host's etcd. It goes with the lab, or before.

@@ -4,28 +4,44 @@ use std::time::{Duration, Instant};
 
 use super::{
     cluster::{Cluster, wait_for},
+    deciding::{by_command, by_command_with},
     etcd::{self, Etcd},
+    handoff::NO_ROOM,
     lab::Host,
+    output::seeded,
     redis::longest_gap,
 };
 
+/// How long a link flaps: a minute, if there is time.
+fn flaps_for() -> Duration {
+    let seconds = std::env::var("STANDIN_FLAP_S").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(10))
+}
+
 /// What a fault does to a cluster whose primary is the first host.
 type Deed = fn(&mut Cluster, Host, Host);
+
+/// What becomes of the workload.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// It runs on, and clients notice nothing.
+    Stays,
+    /// It runs on where it was when the fault is over, and clients wait until then.
+    Waits,
+    /// The other host takes over.
+    Moves,
+    /// One of the hosts runs it, and which is not said.
+    Either,
+}
+
+use Outcome::{Either, Moves, Stays, Waits};
 
 struct Fault {
     name: &'static str,
     done: Deed,
     lasts: Duration,
-    mended: Deed,
-    /// Who runs it in the end, with the peer alone deciding, and with an etcd.
-    moves: [bool; 2],
-    /// Whether clients wait for the other host, or for the end of the fault, in either.
-    waits: [bool; 2],
-}
-
-fn boot(cluster: &mut Cluster, host: Host) {
-    cluster.lab.boot(host);
-    cluster.start_agent(host);
+    /// With the peer alone deciding, with an etcd, with a fence command.
+    outcomes: [Outcome; 3],
 }
 
 fn signal(cluster: &Cluster, host: Host, signal: &str) {
@@ -33,74 +49,92 @@ fn signal(cluster: &Cluster, host: Host, signal: &str) {
     cluster.lab.ok(host, &["kill", signal, &pid]);
 }
 
-const NOTHING: Deed = |_, _, _| {};
-const HEAL: Deed = |cluster, _, _| cluster.lab.heal();
+/// Cuts the link and heals it again and again, for times that are drawn from these of milliseconds.
+fn flap(cluster: &Cluster, one: Host, other: Host, lasts: Duration, ms: [usize; 2]) {
+    let mut random = seeded();
+    let mut time = || Duration::from_millis((ms[0] + random.below(ms[1] - ms[0])) as u64);
+    let until = Instant::now() + lasts;
+    while Instant::now() < until {
+        cluster.lab.cut_between(one, other);
+        std::thread::sleep(time());
+        cluster.lab.heal();
+        std::thread::sleep(time());
+        do_as_fence_commands_say(cluster);
+        for host in [one, other] {
+            // What was switched off is on again before long.
+            if !cluster.lab.is_up(host) {
+                return;
+            }
+        }
+    }
+}
 
-const FAULTS: [Fault; 9] = [
+/// Leaves a file system that is in memory no room; what it needs to be written to goes on failing.
+const NO_ROOM_ON_DISK: &str = "size=$(df --output=used -k /var/lib/standin | tail -n 1)
+    until mount -o remount,size=$((size + 8))k /var/lib/standin; do size=$((size + 8)); done
+    dd if=/dev/zero of=/var/lib/standin/filler bs=4k 2>/dev/null; true";
+
+const FAULTS: [Fault; 15] = [
     Fault {
         name: "the primary's host dies",
         done: |cluster, primary, _| cluster.lab.kill(primary),
         lasts: Duration::from_secs(4),
-        mended: |cluster, primary, _| boot(cluster, primary),
-        moves: [true, true],
-        waits: [true, true],
+        outcomes: [Moves; 3],
     },
     Fault {
         name: "the standby's host dies",
         done: |cluster, _, standby| cluster.lab.kill(standby),
         lasts: Duration::from_secs(3),
-        mended: |cluster, _, standby| boot(cluster, standby),
         // Without anybody else to ask the primary is frozen, and goes on when its standby is back.
-        moves: [false, false],
-        waits: [true, false],
+        outcomes: [Waits, Stays, Stays],
     },
     Fault {
         name: "the link between the hosts is cut",
         done: |cluster, primary, standby| cluster.lab.cut_between(primary, standby),
         lasts: Duration::from_secs(4),
-        mended: HEAL,
-        moves: [true, false],
-        waits: [true, false],
+        outcomes: [Moves, Stays, Moves],
     },
     Fault {
         name: "the primary's host is cut off from all",
         done: |cluster, primary, _| cluster.lab.cut(primary),
         lasts: Duration::from_secs(4),
-        mended: HEAL,
-        moves: [true, true],
-        waits: [true, true],
+        outcomes: [Moves; 3],
+    },
+    Fault {
+        name: "the standby does not hear the primary",
+        done: |cluster, primary, standby| cluster.lab.cut_one_way(primary, standby),
+        lasts: Duration::from_secs(4),
+        outcomes: [Moves, Stays, Moves],
+    },
+    Fault {
+        name: "the primary does not hear the standby",
+        done: |cluster, primary, standby| cluster.lab.cut_one_way(standby, primary),
+        lasts: Duration::from_secs(4),
+        outcomes: [Moves, Stays, Moves],
     },
     Fault {
         name: "the primary's agent hangs",
         done: |cluster, primary, _| signal(cluster, primary, "-STOP"),
         lasts: Duration::from_secs(4),
-        mended: |cluster, primary, _| signal(cluster, primary, "-CONT"),
-        moves: [true, true],
-        waits: [true, true],
+        outcomes: [Moves; 3],
     },
     Fault {
         name: "the standby's agent hangs",
         done: |cluster, _, standby| signal(cluster, standby, "-STOP"),
         lasts: Duration::from_secs(2),
-        mended: |cluster, _, standby| signal(cluster, standby, "-CONT"),
-        moves: [false, false],
-        waits: [true, false],
+        outcomes: [Waits, Stays, Stays],
     },
     Fault {
         name: "the primary's agent is killed",
         done: |cluster, primary, _| cluster.end_agent(primary, "KILL"),
         lasts: Duration::from_secs(4),
-        mended: |cluster, primary, _| cluster.start_agent(primary),
-        moves: [true, true],
-        waits: [true, true],
+        outcomes: [Moves; 3],
     },
     Fault {
         name: "the standby's agent is killed",
         done: |cluster, _, standby| cluster.end_agent(standby, "KILL"),
         lasts: Duration::from_secs(2),
-        mended: |cluster, _, standby| cluster.start_agent(standby),
-        moves: [false, false],
-        waits: [true, false],
+        outcomes: [Waits, Stays, Stays],
     },
     Fault {
         name: "the link flaps, shorter than a lease",
@@ -112,11 +146,83 @@ const FAULTS: [Fault; 9] = [
             }
         },
         lasts: Duration::ZERO,
-        mended: NOTHING,
-        moves: [false, false],
-        waits: [false, false],
+        outcomes: [Stays; 3],
+    },
+    Fault {
+        name: "the link flaps, shorter and longer",
+        done: |cluster, primary, standby| flap(cluster, primary, standby, flaps_for(), [50, 900]),
+        lasts: Duration::from_secs(1),
+        outcomes: [Either, Stays, Either],
+    },
+    Fault {
+        name: "the primary's disk is full",
+        done: |cluster, primary, _| {
+            cluster.lab.ok(primary, &["sh", "-c", NO_ROOM_ON_DISK]);
+        },
+        lasts: Duration::from_secs(2),
+        outcomes: [Stays; 3],
+    },
+    Fault {
+        name: "the standby has no room for epochs",
+        done: |cluster, _, standby| {
+            cluster.lab.ok(standby, &["sh", "-c", NO_ROOM]);
+        },
+        lasts: Duration::from_secs(2),
+        outcomes: [Stays; 3],
+    },
+    Fault {
+        name: "the primary's host dies, B's disk full",
+        done: |cluster, primary, standby| {
+            cluster.lab.ok(standby, &["sh", "-c", NO_ROOM_ON_DISK]);
+            cluster.lab.kill(primary);
+        },
+        // The new term cannot be kept, so nobody promotes until there is room.
+        lasts: Duration::from_secs(4),
+        outcomes: [Moves; 3],
     },
 ];
+
+/// Cuts the power of whom a fence command was told to switch off, and tells it so.
+fn do_as_fence_commands_say(cluster: &Cluster) {
+    for (host, other) in [(Host::A, Host::B), (Host::B, Host::A)] {
+        let asked = cluster.lab.on(host, &["test", "-e", "/srv/asked", "-a", "!", "-e", "/srv/off"]);
+        if asked.status.success() {
+            if cluster.lab.is_up(other) {
+                cluster.lab.kill(other);
+            }
+            cluster.lab.ok(host, &["touch", "/srv/off"]);
+        }
+    }
+}
+
+/// Everything is as it should be again, whatever was done: links, power, disks, agents.
+fn mend(cluster: &mut Cluster) {
+    cluster.lab.heal();
+    for host in [Host::A, Host::B] {
+        let was_up = cluster.lab.is_up(host);
+        if !was_up {
+            cluster.lab.boot(host);
+        }
+        let mended = "rm -f /var/lib/standin/filler /srv/asked /srv/off
+            mount -o remount,size=50% /var/lib/standin && mount -o remount,size=50% /dev/shm
+            pkill -CONT -o -f 'standin agen[t]'";
+        let has_agent = cluster.lab.on(host, &["sh", "-c", mended]).status.success();
+        if !was_up || !has_agent {
+            cluster.start_agent(host);
+        }
+    }
+}
+
+/// Waits until one host runs it and the other is its standby; returns the one.
+fn wait_until_well(cluster: &Cluster, after: &str) -> Host {
+    let is = |host: Host, role: &str, state: &str| {
+        let status = cluster.status(host, "redis");
+        status["role"] == role && status["state"] == state
+    };
+    let runs = |one, other| is(one, "primary", "protected") && is(other, "standby", "ready");
+    wait_for(after, || runs(Host::A, Host::B) || runs(Host::B, Host::A));
+    if is(Host::A, "primary", "protected") { Host::A } else { Host::B }
+}
 
 /// Lets a fault happen and end; returns who was primary before and is now, and the longest time without a reply.
 fn suffer(cluster: &mut Cluster, fault: &Fault, primary: Host, standby: Host) -> (Host, Duration) {
@@ -131,22 +237,16 @@ fn suffer(cluster: &mut Cluster, fault: &Fault, primary: Host, standby: Host) ->
     (fault.done)(cluster, primary, standby);
     let until = Instant::now() + fault.lasts;
     while Instant::now() < until {
+        do_as_fence_commands_say(cluster);
         // A host that is off has no copy that could be asked for.
-        let runs =
-            |host| cluster.lab.on(host, &["true"]).status.success() && cluster.running_copies(host) == 1;
+        let runs = |host| cluster.lab.is_up(host) && cluster.running_copies(host) == 1;
         // Before the other one was seen to run, and after it.
         let both = runs(primary) && runs(standby) && runs(primary);
         assert!(!both, "{}: two copies run", fault.name);
         std::thread::sleep(Duration::from_millis(100));
     }
-    (fault.mended)(cluster, primary, standby);
-    let is_well = |host: Host, role: &str, state: &str| {
-        let status = cluster.status(host, "redis");
-        status["role"] == role && status["state"] == state
-    };
-    let well = |one, other| is_well(one, "primary", "protected") && is_well(other, "standby", "ready");
-    wait_for(fault.name, || well(primary, standby) || well(standby, primary));
-    let now = if is_well(primary, "primary", "protected") { primary } else { standby };
+    mend(cluster);
+    let now = wait_until_well(cluster, fault.name);
     std::thread::sleep(Duration::from_millis(300));
     let gap = longest_gap(&counter.stop());
     assert_eq!(cluster.digest(), digest, "{}", fault.name);
@@ -157,20 +257,79 @@ fn suffer(cluster: &mut Cluster, fault: &Fault, primary: Host, standby: Host) ->
 /// All faults, one after the other: the host that is left with the workload suffers the next.
 fn suffer_all(cluster: &mut Cluster, arbiter: usize) {
     let (mut primary, mut standby) = (Host::A, Host::B);
-    let name = ["peer", "etcd"][arbiter];
+    let name = ["peer", "etcd", "command"][arbiter];
     for fault in &FAULTS {
         let (now, gap) = suffer(cluster, fault, primary, standby);
         let outcome = if now == primary { "stays" } else { "moves" };
-        println!("{:<42} {name:<6} {outcome:<6} {:>6.0} ms", fault.name, gap.as_secs_f64() * 1e3);
-        assert_eq!(now != primary, fault.moves[arbiter], "{} ({name})", fault.name);
+        println!("{:<42} {name:<7} {outcome:<6} {:>6.0} ms", fault.name, gap.as_secs_f64() * 1e3);
+        let expected = fault.outcomes[arbiter];
+        if expected != Either {
+            assert_eq!(now != primary, expected == Moves, "{} ({name})", fault.name);
+        }
         // A takeover's clients wait from the guard's deadline to the restore, which is little.
         let least = Duration::from_millis(if now == primary { 200 } else { 40 });
-        assert!(gap > least || !fault.waits[arbiter], "{} ({name}): nobody waited ({gap:?})?", fault.name);
-        assert!(!fault.waits[arbiter] || gap < Duration::from_secs(12), "{} ({name}): {gap:?}", fault.name);
+        let waits = matches!(expected, Moves | Waits);
+        assert!(gap > least || !waits, "{} ({name}): nobody waited ({gap:?})?", fault.name);
+        assert!(gap < Duration::from_secs(12), "{} ({name}): {gap:?}", fault.name);
         if now != primary {
             std::mem::swap(&mut primary, &mut standby);
         }
     }
+}
+
+/// Both hosts die and are booted again, one of them first; the image is on the standby's disk.
+fn lose_both(cluster: &mut Cluster, arbiter: &str) {
+    cluster.protect_redis();
+    let (mut primary, mut standby) = (Host::A, Host::B);
+    for returns_first in ["the primary", "the standby"] {
+        let digest = cluster.digest();
+        let epoch = || cluster.status(standby, "redis")["epoch"].clone();
+        for _ in 0..2 {
+            let before = epoch();
+            wait_for("an epoch", || epoch() != before);
+        }
+        cluster.lab.kill(primary);
+        cluster.lab.kill(standby);
+        let (first, last) =
+            if returns_first == "the primary" { (primary, standby) } else { (standby, primary) };
+        for host in [first, last] {
+            if !cluster.lab.is_up(host) {
+                cluster.lab.boot(host);
+                cluster.start_agent(host);
+            }
+            let until = Instant::now() + Duration::from_secs(4);
+            while Instant::now() < until {
+                // A host that says that it has no copy any more is switched off nevertheless.
+                do_as_fence_commands_say(cluster);
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        mend(cluster);
+        let now = wait_until_well(cluster, returns_first);
+        println!("both hosts die, {returns_first} is back first  {arbiter:<7} {now} runs it");
+        assert_eq!(cluster.digest(), digest);
+        assert_eq!(cluster.running_copies(Host::A) + cluster.running_copies(Host::B), 1);
+        assert_eq!(now, standby, "only the standby's host has it");
+        std::mem::swap(&mut primary, &mut standby);
+    }
+}
+
+#[test]
+fn when_both_hosts_have_died_one_copy_runs_whichever_is_back_first() {
+    lose_both(&mut Cluster::with("both-peer", &["--store", "disk"]), "peer");
+}
+
+#[test]
+fn when_both_hosts_have_died_one_copy_runs_where_a_fence_command_decides() {
+    lose_both(&mut by_command_with("both-command", &["--store", "disk"]), "command");
+}
+
+#[test]
+fn when_both_hosts_have_died_one_copy_runs_where_an_etcd_decides() {
+    let (mut cluster, dir) = etcd::cluster_with("both-etcd", &["--store", "disk"]);
+    let mut etcd = Etcd::start(&cluster.lab, dir.path());
+    lose_both(&mut cluster, "etcd");
+    etcd.kill(&cluster.lab, dir.path());
 }
 
 #[test]
@@ -187,4 +346,11 @@ fn after_every_fault_one_copy_runs_where_an_etcd_decides() {
     cluster.protect_redis();
     suffer_all(&mut cluster, 1);
     etcd.kill(&cluster.lab, dir.path());
+}
+
+#[test]
+fn after_every_fault_one_copy_runs_where_a_fence_command_decides() {
+    let mut cluster = by_command("faults-command");
+    cluster.protect_redis();
+    suffer_all(&mut cluster, 2);
 }

@@ -155,7 +155,8 @@ impl Clients {
     }
 }
 
-fn seeded() -> Random {
+/// Drawn anew each time, and told.
+pub(crate) fn seeded() -> Random {
     let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
     let seed = seed.as_nanos() as u64;
     println!("seed {seed}");
