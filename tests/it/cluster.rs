@@ -71,10 +71,15 @@ impl Cluster {
 
     /// The same, with more flags.
     pub(crate) fn start_agent_with(&mut self, host: Host, flags: &[&str]) {
+        self.start_agent_by(host, &[], flags);
+    }
+
+    /// The same, through a command that is told what to run.
+    pub(crate) fn start_agent_by(&mut self, host: Host, command: &[&str], flags: &[&str]) {
         let name = host.to_string().to_lowercase();
         let log = format!("/tmp/standin-it-{}-{name}.log", self.lab.name());
         let log = File::options().create(true).append(true).open(log).expect("a log file");
-        let mut args = vec![STANDIN, "agent", "--name", &name];
+        let mut args = [command, &[STANDIN, "agent", "--name", &name]].concat();
         if !self.flags.contains(&"--log") {
             args.extend(["--log", "info,standin=debug"]);
         }

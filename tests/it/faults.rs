@@ -1,6 +1,11 @@
 //! Every fault by every arbiter, under load: who runs the workload afterwards, and how long clients waited. Prints a table.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::Command,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tempfile::TempDir;
 
 use super::{
     cluster::{Cluster, wait_for},
@@ -312,6 +317,60 @@ fn lose_both(cluster: &mut Cluster, arbiter: &str) {
         assert_eq!(now, standby, "only the standby's host has it");
         std::mem::swap(&mut primary, &mut standby);
     }
+}
+
+/// Agents by whose wall clocks it is another time, and then yet another: leases go by none of it.
+fn jump(cluster: &mut Cluster, arbiter: &str) {
+    let dir = TempDir::new_in("/var/tmp").unwrap();
+    let library = dir.path().join("clock.so");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/clock.c");
+    let made = Command::new("gcc").args(["-shared", "-fPIC", "-O", "-o"]).arg(&library).arg(source).status();
+    assert!(made.unwrap().success());
+    let preload = format!("LD_PRELOAD={}", library.display());
+    for host in [Host::A, Host::B] {
+        cluster.end_agent(host, "TERM");
+        cluster.start_agent_by(host, &["env", &preload, "CLOCK_OFFSET=/run/clock"], &[]);
+    }
+    cluster.protect_redis();
+    let digest = cluster.digest();
+    let counter = cluster.count();
+    for (host, seconds) in [(Host::A, 3600), (Host::B, -3600), (Host::B, 7200), (Host::A, -3600)] {
+        let before = cluster.status(Host::A, "redis")["epoch"].clone();
+        cluster.lab.ok(host, &["sh", "-c", &format!("echo {seconds} > /run/clock")]);
+        std::thread::sleep(Duration::from_secs(1));
+        println!("the clock of {host} is off by {seconds:>5} s  {arbiter}");
+        cluster.wait_state(Host::A, "primary", "protected");
+        cluster.wait_state(Host::B, "standby", "ready");
+        assert_ne!(cluster.status(Host::A, "redis")["epoch"], before);
+    }
+    let gap = longest_gap(&counter.stop());
+    assert!(gap < Duration::from_millis(300), "{gap:?}");
+    assert_eq!(cluster.digest(), digest);
+    // With clocks three hours apart it can be handed off, and taken over.
+    cluster.json(Host::A, &["handoff", "redis"]);
+    cluster.wait_state(Host::B, "primary", "protected");
+    cluster.wait_state(Host::A, "standby", "ready");
+    assert_eq!(cluster.digest(), digest);
+    let events = cluster.json(Host::B, &["history", "redis"])["events"].clone();
+    let newest = events.as_array().and_then(|events| events.last()?["at_unix_ms"].as_u64()).unwrap();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis() as u64;
+    assert!(newest.abs_diff(now + 7_200_000) < 60_000, "the agent has another clock: {newest}, {now}");
+    cluster.lab.kill(Host::B);
+    cluster.wait_state(Host::A, "primary", "alone");
+    assert_eq!(cluster.digest(), digest);
+}
+
+#[test]
+fn a_wall_clock_that_jumps_is_not_noticed() {
+    jump(&mut Cluster::up("clock-peer"), "peer");
+}
+
+#[test]
+fn a_wall_clock_that_jumps_is_not_noticed_where_an_etcd_decides() {
+    let (mut cluster, dir) = etcd::cluster("clock-etcd");
+    let mut etcd = Etcd::start(&cluster.lab, dir.path());
+    jump(&mut cluster, "etcd");
+    etcd.kill(&cluster.lab, dir.path());
 }
 
 #[test]
