@@ -242,12 +242,15 @@ impl Home {
 
     /// Whether a tree can be restored into it: it is there, whole, and not somebody's.
     pub(super) fn can_take_a_tree(&self) -> bool {
-        match &self.place {
+        let waits = match &self.place {
             Place::Sandbox(sandbox) => sandbox.keeper().is_alive(),
             Place::Container(container) => container.is_alive(),
             Place::Whole(whole) => whole.is_waiting(),
             Place::Bare(_) => false,
-        }
+        };
+        // One that was silenced, its tree ended since, would silence the next one from its first moment on.
+        let keeper = self.keeper();
+        waits && !keeper.guard().fired() && !keeper.cgroup().is_frozen().unwrap_or(true)
     }
 
     /// The tree's root, while it runs.

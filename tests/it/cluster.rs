@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    path::PathBuf,
     process::{Child, Stdio},
     time::{Duration, Instant},
 };
@@ -77,7 +78,7 @@ impl Cluster {
     /// The same, through a command that is told what to run.
     pub(crate) fn start_agent_by(&mut self, host: Host, command: &[&str], flags: &[&str]) {
         let name = host.to_string().to_lowercase();
-        let log = format!("/tmp/standin-it-{}-{name}.log", self.lab.name());
+        let log = self.log(host);
         let log = File::options().create(true).append(true).open(log).expect("a log file");
         let mut args = [command, &[STANDIN, "agent", "--name", &name]].concat();
         if !self.flags.contains(&"--log") {
@@ -96,6 +97,11 @@ impl Cluster {
         self.agents.retain(|(other, _)| *other != host);
         self.agents.push((host, child));
         wait_for("the agent to answer", || self.lab.on(host, &[STANDIN, "status"]).status.success());
+    }
+
+    /// Where a host's agent logs.
+    pub(crate) fn log(&self, host: Host) -> PathBuf {
+        format!("/tmp/standin-it-{}-{}.log", self.lab.name(), host.to_string().to_lowercase()).into()
     }
 
     /// Pid of a host's agent as the host sees it.
@@ -247,6 +253,33 @@ impl Cluster {
         self.lab.ok(host, &["sh", "-c", &script]).trim().parse().expect("a number")
     }
 
+    /// Looks for so long whether both hosts run the redis.
+    pub(crate) fn assert_never_both(&self, during: Duration, after: &str) {
+        // A host that is off has no copy that could be asked for.
+        let runs = |host| self.lab.is_up(host) && self.running_copies(host) == 1;
+        let until = Instant::now() + during;
+        loop {
+            // Before the other one was seen to run, and after it.
+            let both = runs(Host::A) && runs(Host::B) && runs(Host::A);
+            assert!(!both, "{after}: two copies run");
+            if Instant::now() >= until {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until one host runs the redis and the other is its standby; returns the one.
+    pub(crate) fn wait_until_well(&self, after: &str) -> Host {
+        let is = |host: Host, role: &str, state: &str| {
+            let status = self.status(host, "redis");
+            status["role"] == role && status["state"] == state
+        };
+        let runs = |one, other| is(one, "primary", "protected") && is(other, "standby", "ready");
+        wait_for(after, || runs(Host::A, Host::B) || runs(Host::B, Host::A));
+        if is(Host::A, "primary", "protected") { Host::A } else { Host::B }
+    }
+
     /// The kinds of event in a workload's history, oldest first.
     pub(crate) fn history(&self, host: Host) -> Vec<String> {
         let history = self.json(host, &["history", "redis"]);
@@ -266,9 +299,9 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         if !std::thread::panicking() {
-            for host in ["a", "b"] {
+            for host in [Host::A, Host::B] {
                 // Logs are for the test that fails.
-                let _ = std::fs::remove_file(format!("/tmp/standin-it-{}-{host}.log", self.lab.name()));
+                let _ = std::fs::remove_file(self.log(host));
             }
         }
         for (_, child) in &mut self.agents {

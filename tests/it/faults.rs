@@ -218,17 +218,6 @@ fn mend(cluster: &mut Cluster) {
     }
 }
 
-/// Waits until one host runs it and the other is its standby; returns the one.
-fn wait_until_well(cluster: &Cluster, after: &str) -> Host {
-    let is = |host: Host, role: &str, state: &str| {
-        let status = cluster.status(host, "redis");
-        status["role"] == role && status["state"] == state
-    };
-    let runs = |one, other| is(one, "primary", "protected") && is(other, "standby", "ready");
-    wait_for(after, || runs(Host::A, Host::B) || runs(Host::B, Host::A));
-    if is(Host::A, "primary", "protected") { Host::A } else { Host::B }
-}
-
 /// Lets a fault happen and end; returns who was primary before and is now, and the longest time without a reply.
 fn suffer(cluster: &mut Cluster, fault: &Fault, primary: Host, standby: Host) -> (Host, Duration) {
     cluster.wait_state(primary, "primary", "protected");
@@ -243,15 +232,10 @@ fn suffer(cluster: &mut Cluster, fault: &Fault, primary: Host, standby: Host) ->
     let until = Instant::now() + fault.lasts;
     while Instant::now() < until {
         do_as_fence_commands_say(cluster);
-        // A host that is off has no copy that could be asked for.
-        let runs = |host| cluster.lab.is_up(host) && cluster.running_copies(host) == 1;
-        // Before the other one was seen to run, and after it.
-        let both = runs(primary) && runs(standby) && runs(primary);
-        assert!(!both, "{}: two copies run", fault.name);
-        std::thread::sleep(Duration::from_millis(100));
+        cluster.assert_never_both(Duration::from_millis(100), fault.name);
     }
     mend(cluster);
-    let now = wait_until_well(cluster, fault.name);
+    let now = cluster.wait_until_well(fault.name);
     std::thread::sleep(Duration::from_millis(300));
     let gap = longest_gap(&counter.stop());
     assert_eq!(cluster.digest(), digest, "{}", fault.name);
@@ -310,7 +294,7 @@ fn lose_both(cluster: &mut Cluster, arbiter: &str) {
             }
         }
         mend(cluster);
-        let now = wait_until_well(cluster, returns_first);
+        let now = cluster.wait_until_well(returns_first);
         println!("both hosts die, {returns_first} is back first  {arbiter:<7} {now} runs it");
         assert_eq!(cluster.digest(), digest);
         assert_eq!(cluster.running_copies(Host::A) + cluster.running_copies(Host::B), 1);

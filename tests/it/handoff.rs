@@ -94,6 +94,6 @@ fn a_handoff_goes_on_when_what_criu_refuses_is_gone() {
     let done = cluster.json(Host::A, &["handoff", "moment"]);
     eprintln!("{done}");
     cluster.wait_state_of("moment", Host::B, "primary", "protected");
-    let log = std::fs::read_to_string(format!("/tmp/standin-it-{}-a.log", cluster.lab.name())).unwrap();
+    let log = std::fs::read_to_string(cluster.log(Host::A)).unwrap();
     assert!(log.contains("another round"), "nothing was refused: {log}");
 }

@@ -13,6 +13,7 @@ mod etcd;
 mod failover;
 mod faults;
 mod handoff;
+mod handoff_kills;
 mod hooks;
 mod lab;
 mod lab_itself;
