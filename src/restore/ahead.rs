@@ -6,6 +6,7 @@ use std::{
     ops::RangeInclusive,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use crate::criu::{
@@ -23,6 +24,8 @@ const PIDS_OF_CRIU: u32 = 64;
 const POST_RESTORE: &str = "post-restore";
 /// Its next one: whatever is answered, the tasks run.
 const PRE_RESUME: &str = "pre-resume";
+/// A restore that reads no pages takes milliseconds: what holds it up for so long holds it up for ever.
+const LAZY_SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// What a restore has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +115,7 @@ impl Ahead {
             lazy,
             directory: Some(name.to_owned()),
             inherit: Some(keys),
+            silence_max: if lazy { LAZY_SILENCE_MAX } else { RestoreOptions::default().silence_max },
             ..RestoreOptions::default()
         };
         self.criu.restore(&options, &mut |stage| {
