@@ -59,7 +59,8 @@ impl Oci {
         Self::unprepared_in(Cluster::up(&format!("{runtime}-{name}")), runtime, name, programs, command)
     }
 
-    fn unprepared_in(
+    /// The same in a cluster that is there.
+    pub(crate) fn unprepared_in(
         cluster: Cluster,
         runtime: &'static str,
         name: &'static str,
