@@ -69,6 +69,11 @@ impl Owner {
             tracing::warn!(%error, name = %self.name, "letting the workload run again");
             return Some(Input::GuardFired);
         }
+        // The guard has ended whatever slowed it down.
+        self.speed.forget();
+        if let Err(error) = self.throttle() {
+            tracing::warn!(error, name = %self.name, "the workload is not slowed down");
+        }
         let detail = if rolled_back {
             self.tree_goes_on();
             // CRIU lets the tree go when it hears no.

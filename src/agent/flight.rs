@@ -139,7 +139,7 @@ pub(super) fn begin(
     (id, head): (EpochId, FrameHead),
     how: How,
     owner: mpsc::Sender<Msg>,
-    brake: Arc<Brake>,
+    brake: Brake,
 ) -> (Hand, Capturing) {
     let How { freeze_after, judged, around } = how;
     let (frames_tx, frames) = mpsc::channel::<Frame>(FRAMES_MAX);
@@ -148,7 +148,7 @@ pub(super) fn begin(
     let rate = capturer.link();
     let (waiting, runtime, began) = (Arc::clone(&waits), Handle::current(), Instant::now());
     let thread = tokio::task::spawn_blocking(move || {
-        let (freezing, releasing, running) = (Arc::clone(&waiting), Arc::clone(&brake), runtime.clone());
+        let (freezing, releasing, running) = (Arc::clone(&waiting), brake.clone(), runtime.clone());
         capturer.on_stages(Box::new(move |stage| {
             if stage == Stage::Freezing {
                 let early =
@@ -185,6 +185,9 @@ pub(super) fn begin(
         let finish =
             if last { Finish::Final { hold: &mut hold, conclude: &mut conclude } } else { Finish::Continue };
         let result = capturer.capture(head, finish, &mut emit);
+        if !last && brake.is_slack() {
+            runtime.block_on(brake.press());
+        }
         drop(frames_tx);
         let goes_on = result.as_ref().is_ok_and(|captured| !captured.killed);
         // Nobody waits any more if the session has ended.

@@ -145,11 +145,8 @@ pub(super) enum Msg {
         term: Term,
         error: SessionError,
     },
-    /// The workload is to run for a share of its time only.
-    Throttle {
-        run_percent: u8,
-        answer: oneshot::Sender<Result<(), String>>,
-    },
+    /// How fast the workload is to run has changed.
+    Throttle(oneshot::Sender<Result<(), String>>),
     Hold(oneshot::Sender<bool>),
     FinalCommitted {
         id: EpochId,

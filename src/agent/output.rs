@@ -5,7 +5,7 @@
 //! It waits no longer once no standby could promote: then nobody would lose what clients were told. With the next standby it
 //! begins to wait as with the first.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -17,7 +17,6 @@ use super::{
     home::Home,
     owner::Owner,
     session::{Permit, Progress, Session},
-    throttle::FULL_SPEED,
 };
 use crate::{
     capture::{Stage, pace::Pace},
@@ -27,9 +26,6 @@ use crate::{
     transport::block_in_place,
     workload::spec::{Commit, PaceMode, PaceSpec, WorkloadSpec},
 };
-
-/// Share of its time for which a workload runs whose output fills its queue, percent.
-const SLOWED_PERCENT: u8 = 20;
 
 /// Handles packets at the stages of one epoch.
 pub(super) struct Around {
@@ -91,7 +87,7 @@ pub(super) fn pace(spec: &WorkloadSpec, commit: Commit) -> Pace {
 
 /// Waits until an epoch is due.
 pub(super) struct Awaited {
-    output: Option<(Arc<Hold>, AsyncFd<std::os::fd::OwnedFd>)>,
+    output: Option<(Arc<Hold>, AsyncFd<OwnedFd>)>,
     /// After so much time without output one is due all the same.
     idle: Duration,
 }
@@ -103,12 +99,9 @@ impl Awaited {
             PaceMode::LagMs(ms) => Duration::from_millis(ms / 2),
             PaceMode::Continuous => Duration::ZERO,
         };
-        let watched = hold.filter(|_| commit == Commit::Output && !idle.is_zero()).and_then(|hold| {
-            let fd = hold.output_waits().try_clone().ok()?;
-            // SAFETY: an owned descriptor, which is open until it is dropped with what registers it.
-            let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
-            Some((Arc::clone(hold), fd.ok()?))
-        });
+        let watched = hold
+            .filter(|_| commit == Commit::Output && !idle.is_zero())
+            .and_then(|hold| Some((Arc::clone(hold), watch(hold)?)));
         Self { output: watched, idle }
     }
 
@@ -123,7 +116,14 @@ impl Awaited {
     }
 }
 
-async fn output_waits(hold: &Hold, fd: &AsyncFd<std::os::fd::OwnedFd>) {
+/// Readable when output has come to wait.
+pub(super) fn watch(hold: &Hold) -> Option<AsyncFd<OwnedFd>> {
+    let fd = hold.output_waits().try_clone().ok()?;
+    // SAFETY: an owned descriptor, which is open until it is dropped with what registers it.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.ok()
+}
+
+async fn output_waits(hold: &Hold, fd: &AsyncFd<OwnedFd>) {
     // Looking empties the socket: what comes later makes it readable again.
     while !hold.has_unmarked() {
         match fd.readable().await {
@@ -145,14 +145,6 @@ impl Session {
             at.pace = pace(&self.spec, commit);
             // The standby is told with the next offer.
             at.offered = false;
-        }
-    }
-
-    /// Slows the workload down while too much of its output waits, before the kernel would drop it.
-    pub(super) async fn slow_down(&self, at: &mut Progress) {
-        let fills = at.commit == Commit::Output && self.hold.as_ref().is_some_and(|hold| hold.is_filling());
-        if let Err(error) = self.brake.set(if fills { SLOWED_PERCENT } else { FULL_SPEED }).await {
-            tracing::warn!(error, name = %self.name, "output fills its queue");
         }
     }
 }
@@ -222,6 +214,7 @@ impl Owner {
             self.event("commit-mode", &format!("{mode}: {}", told(mode)), None);
             self.drive_session();
             self.look_at_held();
+            self.tend_valve();
         }
         Ok(self.status())
     }

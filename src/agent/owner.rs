@@ -35,6 +35,7 @@ use super::{
     receiving::Received,
     session::{Order, Permit, SessionError},
     standby::Standby,
+    throttle::{Speed, Valve},
 };
 use crate::{
     arbiter::{Claimant, Wanted},
@@ -125,6 +126,8 @@ pub(super) struct Owner {
     /// Processes of it that were killed for want of memory, as far as that was told.
     pub(super) oom_kills: u64,
     pub(super) hooks: Hooks,
+    pub(super) speed: Arc<Speed>,
+    pub(super) valve: Option<Valve>,
 }
 
 impl Owner {
@@ -140,6 +143,8 @@ impl Owner {
             hooks: Hooks::start(&agent.config, &place, to_self.clone()),
             history: HistoryLog::open(&place.history()),
             drill: None,
+            speed: Speed::full(),
+            valve: None,
             last_drill: place.last_drill(),
             agent,
             name,
@@ -201,6 +206,7 @@ impl Owner {
             self.look_at_order();
             self.drive_session();
             self.look_at_held();
+            self.tend_valve();
             self.watch_drill();
             self.watch_hooks();
         }
@@ -295,8 +301,8 @@ impl Owner {
                 self.epoch_committed(figures);
             }
             Msg::EpochFailed { error, .. } => self.epoch_failed(&error),
-            Msg::Throttle { run_percent, answer } => {
-                let _ = answer.send(self.throttle(run_percent));
+            Msg::Throttle(answer) => {
+                let _ = answer.send(self.throttle());
             }
             Msg::Hold(answer) => {
                 let _ = answer.send(self.hold());

@@ -272,7 +272,7 @@ impl Owner {
             orders,
             permit: self.permit_epochs.subscribe(),
             hold: home.hold().cloned(),
-            brake: Arc::new(Brake::new(self.to_self.clone())),
+            brake: Brake::new(self.to_self.clone(), Arc::clone(&self.speed)),
         };
         let owner = self.to_self.clone();
         let reference_bytes = self.agent.config.reference_bytes;
@@ -448,6 +448,7 @@ impl Owner {
             return Err(error);
         }
         self.home = Some(home);
+        self.speed.forget();
         Ok(())
     }
 

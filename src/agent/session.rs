@@ -144,7 +144,7 @@ pub(super) struct Session {
     /// The workload's packets.
     pub(super) hold: Option<Arc<Hold>>,
     /// Of the workload's speed.
-    pub(super) brake: Arc<Brake>,
+    pub(super) brake: Brake,
 }
 
 /// What the owner permits.
@@ -258,7 +258,6 @@ impl Session {
     /// Waits until the next epoch is due, or something is ordered. What ships meanwhile is concluded.
     async fn pause(&mut self, at: &mut Progress) -> Option<Next> {
         self.follow_mode(at);
-        self.slow_down(at).await;
         let output = output::Awaited::new(self.hold.as_ref(), at.commit, self.spec.pace);
         loop {
             let due = tokio::time::Instant::from_std(at.pace.due(Instant::now()));
@@ -421,7 +420,7 @@ impl Session {
         };
         let how = flight::How { freeze_after, judged, around };
         let (hand, capturing) =
-            flight::begin(capturer, (id, head), how, self.owner.clone(), Arc::clone(&self.brake));
+            flight::begin(capturer, (id, head), how, self.owner.clone(), self.brake.clone());
         at.hand = hand;
         Some(capturing)
     }

@@ -145,7 +145,7 @@ pub(super) enum Request {
     },
     /// Let the tree run for a share of its time only, until told otherwise or the asker's connection closes.
     Throttle {
-        /// 1 to 100, which ends it.
+        /// From 0, for which it stands, to 100, which ends it.
         run_percent: u8,
     },
     /// Leave, and the tree as it is (a bare tree's guard process only).

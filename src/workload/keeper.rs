@@ -236,8 +236,8 @@ impl Keeper {
         self.command(&Request::Unfence { deadline_ns, steps: steps.to_owned() })
     }
 
-    /// Lets the tree run for so many percent of its time, in turns of a few milliseconds; 100 ends it, as does the end of
-    /// this process or the guard. A task that waits in the kernel is not slowed down.
+    /// Lets the tree run for so many percent of its time, in turns of a few milliseconds; with 0 it stands; 100 ends it, as does the
+    /// end of this process or the guard. A task that waits in the kernel is not slowed down.
     pub fn throttle(&self, run_percent: u8) -> Result<(), ControlError> {
         self.command(&Request::Throttle { run_percent })
     }

@@ -1,6 +1,7 @@
 //! `--commit output`: what a client was told is never taken back, and its connection goes on.
 
 use std::{
+    net::UdpSocket,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -8,6 +9,8 @@ use std::{
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+
+use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 
 use super::{
     cluster::{Cluster, wait_for},
@@ -122,6 +125,89 @@ fn nothing_leaves_while_the_agent_is_dead() {
     cluster.wait_state(Host::A, "primary", "protected");
     witness.await_more();
     println!("gaps: {:?}", witness.end());
+}
+
+/// Sends numbers to the client as fast as it can.
+const FLOOD: &str = "
+import socket
+to = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+number = 0
+while True:
+    try:
+        to.sendto(b'%d' % number, ('10.77.0.9', 7200))
+        number += 1
+    except InterruptedError:
+        pass
+";
+
+/// Hears numbers, of which none may be missing; how many there were.
+fn hear_numbers(cluster: &Cluster) -> (Arc<AtomicU64>, JoinHandle<()>) {
+    let told = Arc::new(AtomicU64::new(0));
+    let counting = Arc::clone(&told);
+    let thread = inside(cluster.client_network(), move || {
+        let socket = UdpSocket::bind("0.0.0.0:7200").expect("it is free");
+        setsockopt(&socket, RcvBufForce, &(512 << 20)).expect("root may have as much as it likes");
+        socket.set_read_timeout(Some(OUTLASTS)).expect("a limit");
+        let (mut buffer, mut next) = ([0; 32], None);
+        loop {
+            let length = socket.recv(&mut buffer).expect("numbers keep coming");
+            let text = std::str::from_utf8(&buffer[..length]).expect("a number");
+            if text == "end" {
+                return;
+            }
+            let number: u64 = text.parse().expect("a number");
+            assert!(next.is_none_or(|next| next == number), "{next:?} is missing, {number} came");
+            next = Some(number + 1);
+            counting.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    (told, thread)
+}
+
+/// A standby that takes nothing for a while leaves output waiting; before there is more than fits, the workload is slowed
+/// down, and then stopped: nothing is dropped.
+#[test]
+fn output_that_fills_its_queue_stops_the_workload_and_is_not_dropped() {
+    let cluster = Cluster::with("flood", &["--on-standby-loss", "continue"]);
+    let (heard, hearing) = hear_numbers(&cluster);
+    let flood = ["run", "flood", "--ip", "10.77.0.100/24", "--", "/usr/bin/python3", "-c", FLOOD];
+    cluster.standin(Host::A, &flood);
+    cluster.standin(Host::A, &["protect", "flood", "--to", "b", "--commit", "output"]);
+    let held = || cluster.status(Host::A, "flood")["held"].clone();
+    let goes_on = || {
+        let before = heard.load(Ordering::Relaxed);
+        wait_for("numbers to come", || heard.load(Ordering::Relaxed) > before + 1000);
+    };
+    wait_for("output to wait", || held()["output"] == true);
+    goes_on();
+    let pid = cluster.agent_pid(Host::B);
+    for _ in 0..2 {
+        cluster.lab.ok(Host::B, &["kill", "-STOP", &pid]);
+        wait_for("the workload to be stopped", || held()["packets"].as_u64() > Some(8192));
+        let mut full = 0;
+        for _ in 0..20 {
+            std::thread::sleep(Duration::from_millis(50));
+            let held = held();
+            assert_eq!(held["dropped"], 0, "{held}");
+            let packets = held["packets"].as_u64().unwrap();
+            assert!(packets < 16_384, "{held}");
+            full = packets.max(full);
+        }
+        println!("{} heard, {full} packets waited", heard.load(Ordering::Relaxed));
+        cluster.lab.ok(Host::B, &["kill", "-CONT", &pid]);
+        goes_on();
+        goes_on();
+    }
+    cluster.wait_state_of("flood", Host::A, "primary", "protected");
+    assert_eq!(held()["dropped"], 0);
+    // With nothing to wait for any more it runs as fast as it can.
+    cluster.standin(Host::A, &["unprotect", "flood"]);
+    goes_on();
+    cluster.standin(Host::A, &["remove", "flood"]);
+    let end =
+        "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'end', ('10.77.0.9', 7200))";
+    cluster.lab.ok(Host::A, &["python3", "-c", end]);
+    hearing.join().expect("none was missing");
 }
 
 #[test]

@@ -61,16 +61,20 @@ fn a_throttled_tree_runs_for_its_share_and_wholly_again_afterwards() {
         assert!(used > Duration::ZERO && used < TURNS / 3, "{used:?} of {TURNS:?}");
         sandbox.keeper().throttle(100).unwrap();
         assert_eq!(turns(&sandbox), (false, true));
-        for nonsense in [0, 101] {
-            assert!(matches!(sandbox.keeper().throttle(nonsense), Err(ControlError::Refused(_))));
-        }
+        sandbox.keeper().throttle(0).unwrap();
+        await_true("it to stand", || turns(&sandbox) == (true, false));
+        let used = used_within(pid, TURNS);
+        assert_eq!(used, Duration::ZERO, "it stands");
+        sandbox.keeper().throttle(100).unwrap();
+        await_true("it to run", || turns(&sandbox) == (false, true));
+        assert!(matches!(sandbox.keeper().throttle(101), Err(ControlError::Refused(_))));
     });
 }
 
 #[test]
 fn a_throttle_ends_with_the_agent_that_asked_for_it() {
     spinning(|place, sandbox, _| {
-        sandbox.keeper().throttle(1).unwrap();
+        sandbox.keeper().throttle(0).unwrap();
         assert!(turns(&sandbox).0);
         // As when the agent is killed: its connection closes, whatever was going on.
         drop(sandbox);

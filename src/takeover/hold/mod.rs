@@ -82,6 +82,17 @@ pub struct Held {
     pub dropped: u64,
 }
 
+/// How full the kernel's queue is: what does not fit is dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// Less than a quarter.
+    Little,
+    /// Up to a half.
+    Quarter,
+    /// More than that.
+    Half,
+}
+
 /// The packets of one workload.
 #[derive(Debug)]
 pub struct Hold {
@@ -312,11 +323,21 @@ impl Hold {
         Held { output, packets, bytes, delay_ms, dropped: queue::dropped(&queues).unwrap_or(0) }
     }
 
-    /// Whether so much waits that the workload must be slowed down, before the kernel drops packets.
-    pub fn is_filling(&self) -> bool {
+    /// How full the queue of output is.
+    pub fn fill(&self) -> Fill {
         let mut state = self.state();
+        // The next call that needs it tells of an error.
         let _ = state.output.look();
-        state.output.waiting().0 > u64::from(PACKETS_MAX) / 4
+        match state.output.waiting().0 {
+            packets if packets > u64::from(PACKETS_MAX) / 2 => Fill::Half,
+            packets if packets > u64::from(PACKETS_MAX) / 4 => Fill::Quarter,
+            _ => Fill::Little,
+        }
+    }
+
+    /// Whether any output waits, as far as was looked.
+    pub fn has_any(&self) -> bool {
+        self.state().output.waiting().0 > 0
     }
 }
 

@@ -42,6 +42,8 @@ const LOGGER_PAUSE: Duration = Duration::from_secs(1);
 /// for a millisecond.
 const THROTTLE_PERIOD_MIN: Duration = Duration::from_millis(20);
 const THROTTLE_RUN_MIN: Duration = Duration::from_millis(1);
+/// A tree that is not to run at all is told so again after this time.
+const THROTTLE_STANDS: Duration = Duration::from_secs(1);
 
 /// Slows the tree down for as long as a client wants it and is there.
 struct Throttle {
@@ -207,10 +209,16 @@ impl Server {
         if now_ns < throttle.next_ns {
             return;
         }
-        let frozen = !throttle.frozen;
+        let stands = throttle.run_percent == 0;
+        let frozen = stands || !throttle.frozen;
         // Failed: the next turn tries again, and a tree that is gone needs none.
         if (&self.hands.freeze).write_all(if frozen { b"1" } else { b"0" }).is_ok() {
             throttle.frozen = frozen;
+        }
+        if stands {
+            let turn = if throttle.frozen { THROTTLE_STANDS } else { THROTTLE_RUN_MIN };
+            throttle.next_ns = now_ns + turn.as_nanos() as u64;
+            return;
         }
         let percent = u32::from(if frozen { 100 - throttle.run_percent } else { throttle.run_percent });
         let period = THROTTLE_PERIOD_MIN.max(THROTTLE_RUN_MIN * 100 / u32::from(throttle.run_percent));
@@ -400,7 +408,7 @@ impl Server {
     }
 
     fn set_throttle(&mut self, run_percent: u8, client: RawFd) -> Result<Reply, String> {
-        if !(1..=100).contains(&run_percent) {
+        if run_percent > 100 {
             return Err(format!("a tree cannot run for {run_percent} % of its time"));
         }
         self.tend_guard();
