@@ -6,6 +6,7 @@
 //! | `kernel` | the features of memory tracking, and which tracker follows from them |
 //! | `criu` | CRIU, its version, a dump and restore of a process that holds a TCP connection |
 //! | `network` | iproute2, a veth pair, nftables, the agent's port |
+//! | `firewall` | others' rules in the packet filter |
 //! | `space` | cgroups, directories and their room |
 //! | `engines` | the engines whose containers can be protected |
 //! | `render` | the report for people |
@@ -16,6 +17,7 @@
 
 mod criu;
 mod engines;
+mod firewall;
 mod host;
 mod kernel;
 mod network;
@@ -161,6 +163,7 @@ pub fn examine(config: &Config, launcher: &Path) -> Report {
     checks.extend(kernel_checks);
     checks.extend(criu_checks);
     checks.extend(network);
+    checks.extend(firewall::check());
     checks.push(cgroup);
     checks.extend(space::directories(config));
     checks.extend(engines::check());

@@ -1,10 +1,13 @@
 //! `standin doctor --peer`: what would break a restore is found before anything is moved.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use super::{
     cluster::Cluster,
     lab::{Host, STANDIN},
+    redis::{Redis, inside},
 };
 
 /// A program with a library of its own, the same on both hosts.
@@ -113,4 +116,33 @@ fn what_a_workload_has_with_it_is_not_asked_for_and_hosts_that_disagree_are_told
     cluster.end_agent(Host::B, "TERM");
     let (code, said) = cluster.refused(Host::A, &["doctor", "--peer", "b"]);
     assert!(code == 5 && said.contains("is its agent running"), "{said}");
+}
+
+/// As a host has it on which Docker runs.
+#[test]
+fn rules_of_others_that_keep_clients_away_are_told_with_what_to_type() {
+    let cluster = Cluster::up("doctor-firewall");
+    cluster.protect_redis();
+    let policy = || {
+        let output = cluster.lab.on(Host::A, &[STANDIN, "doctor", "--json"]);
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a report");
+        let checks = report["checks"].as_array().expect("checks").clone();
+        checks.into_iter().find(|check| check["id"] == "forward-policy").expect("it is looked at")
+    };
+    let is_reached = || {
+        let ping = || Redis::connect(Duration::from_secs(2)).and_then(|mut redis| redis.call(&["PING"]));
+        inside(cluster.client_network(), ping).join().expect("the client lives").is_ok()
+    };
+    assert!(is_reached());
+    assert_eq!(policy()["state"], "ok");
+    cluster.lab.ok(Host::A, &["iptables", "-P", "FORWARD", "DROP"]);
+    assert!(!is_reached());
+    let told = policy();
+    assert_eq!(told["state"], "warn");
+    assert!(told["found"].as_str().unwrap().contains("FORWARD of table ip filter"), "{told}");
+    let remedy = told["remedy"].as_str().unwrap();
+    let commands = remedy.split('`').nth(1).expect("commands to type");
+    cluster.lab.ok(Host::A, &["sh", "-c", commands]);
+    assert!(is_reached(), "{commands}");
+    assert_eq!(policy()["state"], "ok");
 }
