@@ -25,6 +25,7 @@ mod refusals;
 mod rejoin;
 mod restoring;
 mod shipping;
+mod silence;
 mod sockets;
 mod turns;
 mod whole;
