@@ -494,11 +494,27 @@ pub struct AgentStatus {
     pub version: String,
     /// Where peers reach it.
     pub listen: String,
+    /// What resets this host, if the settings name it.
+    #[serde(default)]
+    pub watchdog: Option<WatchdogStatus>,
     /// All workloads.
     pub workloads: Vec<WorkloadStatus>,
     /// What is on its way to standbys.
     #[serde(default)]
     pub shipments: Vec<ShipmentStatus>,
+}
+
+/// A watchdog device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchdogStatus {
+    /// Its path.
+    pub device: PathBuf,
+    /// So long after it was petted last it resets the host, seconds.
+    pub timeout_s: u32,
+    /// Whether it counts: a workload here has a lease.
+    pub open: bool,
+    /// Why it cannot be used.
+    pub error: Option<String>,
 }
 
 /// Something that happened to a workload, kept across restarts.

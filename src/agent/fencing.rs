@@ -82,6 +82,9 @@ impl Owner {
         if boot_now() >= until {
             return Some(Input::GuardLate { until });
         }
+        if let Some(watchdog) = &self.agent.watchdog {
+            watchdog.watch(&self.name, home.keeper().shared_guard());
+        }
         // Should this thread be paused right here, the guard fires, which is safe and reported.
         match block_in_place(|| home.arm(until)) {
             Ok(()) => Some(Input::GuardArmed { until }),
@@ -145,5 +148,12 @@ impl Owner {
         self.hooks.cause = Some(Cause::Unfenced);
         self.event("unfenced", detail, None);
         None
+    }
+
+    /// Its place is taken down, and the guard with it.
+    pub(super) fn forget_guard(&self) {
+        if let Some(watchdog) = &self.agent.watchdog {
+            watchdog.forget(&self.name);
+        }
     }
 }

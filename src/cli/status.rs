@@ -5,7 +5,8 @@ use std::{io::IsTerminal, path::Path, time::Duration};
 use super::{Outcome, client, human_bytes, print_json};
 use crate::{
     agent::api::{
-        AgentStatus, EtcdStatus, HookState, HookStatus, KernelLease, PaceStatus, Role, WorkloadStatus,
+        AgentStatus, EtcdStatus, HookState, HookStatus, KernelLease, PaceStatus, Role, WatchdogStatus,
+        WorkloadStatus,
     },
     capture::pace::StretchedBy,
     drill::Last,
@@ -59,6 +60,9 @@ fn show(socket: &Path, args: &Args) -> Outcome {
         (false, _) => {}
     }
     println!("agent {} ({}) on {}", status.name, status.version, status.listen);
+    if let Some(watchdog) = &status.watchdog {
+        println!("watchdog {}: {}", watchdog.device.display(), watchdog_line(watchdog));
+    }
     if status.workloads.is_empty() {
         println!("no workloads; start one with: standin run NAME -- CMD");
     }
@@ -178,6 +182,16 @@ fn held_line(held: &Held) -> String {
     let bytes = human_bytes(held.bytes);
     let dropped = if held.dropped > 0 { format!("; {} dropped", held.dropped) } else { String::new() };
     format!("{waits}, of late {:.1} ms; {} packets, {bytes} now{dropped}", held.delay_ms, held.packets)
+}
+
+/// What resets this host.
+fn watchdog_line(watchdog: &WatchdogStatus) -> String {
+    let after = watchdog.timeout_s;
+    match &watchdog.error {
+        Some(error) => format!("NOT USED: {error}"),
+        None if watchdog.open => format!("open, resets this host {after} s after the last sign of order"),
+        None => format!("closed until a workload here has a lease; {after} s then"),
+    }
 }
 
 /// Who silences it when its lease ends.

@@ -147,3 +147,17 @@ fn an_agent_that_is_killed_and_back_within_its_lease_mutes_nothing() {
     cluster.standin(Host::A, &["remove", NAME]);
     assert_eq!(cluster.lab.ok(Host::A, &["nft", "list", "tables"]), "", "nothing is left");
 }
+
+/// This machine has no watchdog: one that is none is told of, and nothing is harmed.
+#[test]
+fn a_device_that_is_no_watchdog_is_told_of_and_harms_no_protection() {
+    let (cluster, ear) = talking("no-watchdog", &["--lease-ms", "3000", "--watchdog", "/dev/null"]);
+    let watchdog = || cluster.json(Host::A, &["status"])["watchdog"].clone();
+    wait_for("the watchdog to be tried", || watchdog()["error"].is_string());
+    assert_eq!((&watchdog()["open"], &watchdog()["timeout_s"]), (&false.into(), &2.into()));
+    assert!(watchdog()["error"].as_str().is_some_and(|error| error.contains("wdctl")), "{}", watchdog());
+    assert_eq!(cluster.json(Host::B, &["status"])["watchdog"]["error"], serde_json::Value::Null);
+    ear.assert_whole();
+    let (_, refused) = cluster.refused(Host::B, &["agent", "--watchdog", "/dev/watchdog"]);
+    assert!(refused.contains("lease_ms to 1200"), "{refused}");
+}
