@@ -26,6 +26,7 @@ fn talking(hint: &str, flags: &[&'static str]) -> (Cluster, Ear) {
     let ear = inside(client, Ear::here).join().expect("the client can listen");
     let script = format!("exec {}", talk_script(Host::Client.ipv4()));
     cluster.standin(Host::A, &["run", NAME, "--ip", VIP, "--", "sh", "-c", &script]);
+    ear.settle();
     cluster
         .standin(Host::A, &["protect", NAME, "--to", "b", "--vip", &format!("{VIP}@eth0"), "--every", "2s"]);
     cluster.wait_state_of(NAME, Host::A, "primary", "protected");

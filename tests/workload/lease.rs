@@ -103,7 +103,7 @@ fn heard_by_a_client(test: impl FnOnce(&Stage<'_>) + Send) {
         addresses.up(sandbox.keeper()).unwrap();
         gate::open(sandbox.keeper(), sandbox.gate()).unwrap();
         talk(&sandbox, CLIENT);
-        ear.await_next();
+        ear.settle();
         test(&Stage { place: &place, sandbox: &sandbox, addresses: &addresses, ear: &ear });
         Lease::remove(&place.spec.name).unwrap();
         assert_eq!(tables(), "");
