@@ -13,7 +13,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    agent::{FenceCommand, HookCommands},
+    agent::{FenceCommand, HookCommands, WatchdogSettings},
     arbiter,
     delta::REFERENCE_BYTES_MAX,
     ha::{self, Timing, TimingError},
@@ -147,6 +147,10 @@ pub struct Settings {
     /// Time kept free before the lease ends for freezing and silencing the workload [default: lease / 6]
     #[arg(long, value_name = "MS")]
     pub fence_margin_ms: Option<u64>,
+    /// A hardware watchdog that resets this host if the guard of a workload does not fire in time; needs a lease of more than a
+    /// second [default: none]
+    #[arg(long, value_name = "DEVICE")]
+    pub watchdog: Option<PathBuf>,
     /// Who decides that this host, as a standby, runs a workload; both hosts must say the same [default: peer]
     #[arg(long, value_enum)]
     pub arbiter: Option<ArbiterKind>,
@@ -234,6 +238,8 @@ pub struct Config {
     pub criu: Option<PathBuf>,
     /// Heartbeat, lease and margin.
     pub timing: Timing,
+    /// What resets this host.
+    pub watchdog: Option<WatchdogSettings>,
     /// Who decides that a standby runs a workload.
     pub arbiter: ArbiterConfig,
     /// What is run when a workload's role changes.
@@ -273,6 +279,9 @@ pub enum ConfigError {
     /// The host's name cannot serve.
     #[error("{0:?} cannot be this host's name: use 1 to 63 characters of a-z, 0-9, '-' and '.'; set `name`")]
     Name(String),
+    /// The watchdog would not fire in time.
+    #[error("{0}")]
+    Watchdog(String),
     /// Who decides cannot do so safely.
     #[error("{0}")]
     Arbiter(String),
@@ -319,6 +328,7 @@ impl Settings {
             heartbeat_ms: self.heartbeat_ms.or(other.heartbeat_ms),
             lease_ms: self.lease_ms.or(other.lease_ms),
             fence_margin_ms: self.fence_margin_ms.or(other.fence_margin_ms),
+            watchdog: self.watchdog.or(other.watchdog),
             arbiter: self.arbiter.or(other.arbiter),
             on_standby_loss: self.on_standby_loss.or(other.on_standby_loss),
             fence_command: self.fence_command.or(other.fence_command),
@@ -363,7 +373,10 @@ impl Settings {
             ("store_dir", &store_dir),
             ("run_dir", &run_dir),
             ("work_dir", &work_dir),
-        ] {
+        ]
+        .into_iter()
+        .chain(self.watchdog.as_ref().map(|path| ("watchdog", path)))
+        {
             if !path.is_absolute() {
                 return Err(ConfigError::Relative { key, path: path.clone() });
             }
@@ -373,6 +386,8 @@ impl Settings {
         let fence_margin = self.fence_margin_ms.map_or(timing.fence_margin, Duration::from_millis);
         let timing = Timing { fence_margin, ..timing };
         timing.validate()?;
+        let watchdog = self.watchdog.map(|path| WatchdogSettings::of(path, &timing)).transpose();
+        let watchdog = watchdog.map_err(ConfigError::Watchdog)?;
         let drill_every = self.drill_every.as_deref().map(drill_interval).transpose()?;
         Ok(Config {
             drill_every,
@@ -387,6 +402,7 @@ impl Settings {
             reference_bytes: self.reference_mb.map_or(REFERENCE_BYTES_MAX, |mb| u64::from(mb) << 20),
             criu: self.criu,
             timing,
+            watchdog,
             arbiter,
             hooks,
             log: self.log.unwrap_or_else(|| "info".into()),

@@ -33,7 +33,7 @@
 //! | [`store`] | the warm image: staging, atomic commit, fold, recovery |
 //! | [`restore`] | from the image to what CRIU restores |
 //! | [`drill`] | what a drill is asked for and finds: its probe, its report as text, JSON and a page |
-//! | [`takeover`] | actuators on the host's network: gate, held packets, addresses, announcements |
+//! | [`takeover`] | actuators on the host's network: gate, the lease that the kernel keeps, held packets, addresses, announcements |
 //! | [`doctor`] | every prerequisite, tried, with its remedy; two paired hosts compared |
 //! | [`observe`] | history and figures for people |
 //! | [`extents`] | sets of pages as sorted runs |
@@ -42,7 +42,7 @@
 //! # Architecture invariants
 //!
 //! - **One runs.** Only [`ha`] decides who may run a workload; only its owner in [`agent`] acts on it; the guard in
-//!   [`workload`] enforces the lease without the agent.
+//!   [`workload`] enforces the lease without the agent, and the kernel ([`takeover::lease`]) without either.
 //! - **Only whole epochs.** [`store`] makes an epoch visible by one rename, after the whole was verified.
 //! - **No dirty page is lost.** Which mappings an image must have comes from CRIU, which pages those have from CRIU or the
 //!   frozen tree's page map, the content from [`memory`]; [`delta`] remembers what the standby holds and forgets it at the

@@ -36,7 +36,7 @@ use crate::{
     drill::Last,
     ha::Arbiter,
     model::{EpochFigures, EpochId, Name, Term},
-    takeover::hold::Held,
+    takeover::{hold::Held, lease::Hook},
     workload::spec::{Cidr, Commit, Daemon, MountRule, PaceSpec, Runtime, Vip, Way},
 };
 
@@ -328,6 +328,9 @@ pub struct WorkloadStatus {
     /// How etcd stands to it, if that decides.
     #[serde(default)]
     pub etcd: Option<EtcdStatus>,
+    /// Who silences it here when its lease ends, beside its guard.
+    #[serde(default)]
+    pub kernel_lease: Option<KernelLease>,
     /// When what it sends leaves.
     #[serde(default)]
     pub commit: Commit,
@@ -354,6 +357,18 @@ pub struct WorkloadStatus {
     pub hook: Option<HookStatus>,
     /// What went wrong last, if it still matters.
     pub error: Option<String>,
+}
+
+/// Whether the kernel keeps the lease too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelLease {
+    /// It does, looking there.
+    At(Hook),
+    /// It will when there is one: until then no other host may run the workload.
+    Idle,
+    /// The guard alone does, for this reason.
+    Absent(String),
 }
 
 /// A container as its engine knows it.
@@ -479,11 +494,27 @@ pub struct AgentStatus {
     pub version: String,
     /// Where peers reach it.
     pub listen: String,
+    /// What resets this host, if the settings name it.
+    #[serde(default)]
+    pub watchdog: Option<WatchdogStatus>,
     /// All workloads.
     pub workloads: Vec<WorkloadStatus>,
     /// What is on its way to standbys.
     #[serde(default)]
     pub shipments: Vec<ShipmentStatus>,
+}
+
+/// A watchdog device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WatchdogStatus {
+    /// Its path.
+    pub device: PathBuf,
+    /// So long after it was petted last it resets the host, seconds.
+    pub timeout_s: u32,
+    /// Whether it counts: a workload here has a lease.
+    pub open: bool,
+    /// Why it cannot be used.
+    pub error: Option<String>,
 }
 
 /// Something that happened to a workload, kept across restarts.

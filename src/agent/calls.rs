@@ -17,6 +17,7 @@ use super::{
     standby::lock,
     supply::Shipped,
     trees,
+    watchdog::Watchdog,
 };
 use crate::{
     ha::Arbiter,
@@ -65,6 +66,7 @@ impl Agent {
             name: self.config.name.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             listen: self.config.listen.to_string(),
+            watchdog: self.watchdog.as_ref().map(Watchdog::status),
             workloads,
             shipments: self.shipments(),
         }

@@ -1,16 +1,80 @@
 //! The guard and the gate of a workload's copy, as its owner works them: what the core says of leases becomes deadlines
 //! of the guard, and only the guard (through the keeper) lets a fenced copy run again.
+//!
+//! The lease that the kernel keeps ([`crate::takeover::lease`]) follows the guard in each of these, and decides nothing.
 
 use std::time::Duration;
 
 use super::{
+    home::Home,
     hooks::Cause,
     owner::{Owner, boot_now},
 };
-use crate::{ha::Input, transport::block_in_place};
+use crate::{
+    ha::Input,
+    takeover::{address::Addresses, gate},
+    transport::block_in_place,
+    workload::guard::{GuardError, boot_time_ns},
+};
 
 /// How long freezing may take before it is reported.
 pub(super) const FENCE_LIMIT: Duration = Duration::from_secs(2);
+
+impl Home {
+    /// Sets the guard's deadline, earlier or later than it was.
+    fn arm(&self, until: Duration) -> Result<(), GuardError> {
+        let armed = self.keeper().guard().arm(until.as_nanos() as u64);
+        self.follow_guard();
+        armed
+    }
+
+    /// Moves it on.
+    fn extend(&self, until: Duration) -> Result<(), GuardError> {
+        let extended = self.keeper().guard().extend(until.as_nanos() as u64);
+        self.follow_guard();
+        extended
+    }
+
+    /// No lease is needed any more.
+    fn disarm(&self) -> Result<(), GuardError> {
+        let disarmed = self.keeper().guard().disarm();
+        self.follow_guard();
+        disarmed
+    }
+
+    /// Freezes and silences it now.
+    pub(super) fn fence_now(&self, limit: Duration) -> Result<(), GuardError> {
+        let fenced = self.keeper().guard().fence_now(limit);
+        // Also if the guard does not answer.
+        self.follow_guard();
+        fenced
+    }
+
+    /// Undoes a fence; without a deadline the guard is left disarmed.
+    fn unfence_until(&self, until: Option<Duration>) -> anyhow::Result<()> {
+        // Far enough for what follows, and a deadline all the same until it is disarmed.
+        const GRACE_NS: u64 = 60_000_000_000;
+        let deadline_ns = until.map_or_else(|| boot_time_ns() + GRACE_NS, |until| until.as_nanos() as u64);
+        let steps = self.addresses.as_ref().map_or(&[][..], Addresses::up_steps);
+        if let Ok(lease) = self.lease() {
+            // Nothing leaves before the gate is open; then nothing is to be lost.
+            lease.grant(deadline_ns);
+        }
+        let unfenced = gate::unfence(self.keeper(), self.place.gate(), deadline_ns, steps);
+        self.follow_guard();
+        unfenced?;
+        if until.is_none() {
+            self.disarm()?;
+        }
+        Ok(())
+    }
+
+    fn follow_guard(&self) {
+        if let Ok(lease) = self.lease() {
+            lease.follow();
+        }
+    }
+}
 
 impl Owner {
     pub(super) fn arm_guard(&mut self, until: Duration) -> Option<Input> {
@@ -18,8 +82,11 @@ impl Owner {
         if boot_now() >= until {
             return Some(Input::GuardLate { until });
         }
+        if let Some(watchdog) = &self.agent.watchdog {
+            watchdog.watch(&self.name, home.keeper().shared_guard());
+        }
         // Should this thread be paused right here, the guard fires, which is safe and reported.
-        match home.keeper().guard().arm(until.as_nanos() as u64) {
+        match block_in_place(|| home.arm(until)) {
             Ok(()) => Some(Input::GuardArmed { until }),
             Err(error) => {
                 tracing::warn!(%error, name = %self.name, "arming the guard");
@@ -33,8 +100,7 @@ impl Owner {
             return None;
         }
         let home = self.home.as_ref()?;
-        let extended = home.keeper().guard().extend(until.as_nanos() as u64);
-        extended.err().map(|error| {
+        home.extend(until).err().map(|error| {
             tracing::warn!(%error, name = %self.name, "extending the guard");
             Input::GuardFired
         })
@@ -42,7 +108,7 @@ impl Owner {
 
     pub(super) fn disarm_guard(&mut self) -> Option<Input> {
         let home = self.home.as_ref().filter(|_| !self.holding)?;
-        home.keeper().guard().disarm().err().map(|_| Input::GuardFired)
+        home.disarm().err().map(|_| Input::GuardFired)
     }
 
     pub(super) fn fence(&mut self) {
@@ -53,7 +119,7 @@ impl Owner {
             None,
         );
         let Some(home) = &self.home else { return };
-        if let Err(error) = block_in_place(|| home.keeper().guard().fence_now(FENCE_LIMIT)) {
+        if let Err(error) = block_in_place(|| home.fence_now(FENCE_LIMIT)) {
             tracing::error!(%error, name = %self.name, "fencing");
         }
     }
@@ -65,7 +131,7 @@ impl Owner {
         }
         let rolled_back = std::mem::take(&mut self.holding);
         let home = self.home.as_ref()?;
-        if let Err(error) = block_in_place(|| home.unfence(until.map(|until| until.as_nanos() as u64))) {
+        if let Err(error) = block_in_place(|| home.unfence_until(until)) {
             tracing::warn!(%error, name = %self.name, "letting the workload run again");
             return Some(Input::GuardFired);
         }
@@ -87,5 +153,12 @@ impl Owner {
         self.hooks.cause = Some(Cause::Unfenced);
         self.event("unfenced", detail, None);
         None
+    }
+
+    /// Its place is taken down, and the guard with it.
+    pub(super) fn forget_guard(&self) {
+        if let Some(watchdog) = &self.agent.watchdog {
+            watchdog.forget(&self.name);
+        }
     }
 }

@@ -178,7 +178,7 @@ impl Owner {
         handoff.frozen = Some(Instant::now());
         let held = block_in_place(|| {
             home.outlives_its_tree(true)?;
-            anyhow::Ok(home.keeper().guard().fence_now(FENCE_LIMIT)?)
+            anyhow::Ok(home.fence_now(FENCE_LIMIT)?)
         });
         match held {
             Ok(()) => true,

@@ -14,9 +14,10 @@ use crate::{
     model::Name,
     restore::Site,
     takeover::{
-        self,
         address::Addresses,
+        gate,
         hold::{Hold, HoldError, Marks},
+        lease::{Lease, LeaseError},
         nudge::nudge,
         stale::Watch,
     },
@@ -49,9 +50,11 @@ pub(super) enum Place {
 /// A place and the addresses that belong to it.
 pub(super) struct Home {
     pub(super) place: Place,
-    addresses: Option<Addresses>,
+    pub(super) addresses: Option<Addresses>,
     /// None if nothing tells its packets from others'.
     hold: Option<std::result::Result<Arc<Hold>, HoldError>>,
+    /// The guard's deadline, kept by the kernel.
+    lease: std::result::Result<Lease, LeaseError>,
     /// Of the tree that was restored here.
     connections: Vec<TcpConnection>,
     /// Their other ends may have had more than was sent by then.
@@ -77,7 +80,7 @@ impl Place {
         }
     }
 
-    fn gate(&self) -> Option<&Gate> {
+    pub(super) fn gate(&self) -> Option<&Gate> {
         match self {
             Self::Sandbox(sandbox) => sandbox.gate(),
             Self::Container(container) => container.gate(),
@@ -89,7 +92,14 @@ impl Place {
 
 impl Home {
     fn at(place: Place) -> Self {
-        Self { place, addresses: None, hold: None, connections: Vec::new(), may_be_stale: false }
+        Self {
+            place,
+            addresses: None,
+            hold: None,
+            lease: Err(LeaseError::NoDevice),
+            connections: Vec::new(),
+            may_be_stale: false,
+        }
     }
 
     /// Finds the place that an earlier agent made.
@@ -175,8 +185,8 @@ impl Home {
         } else {
             Sandbox::destroy(&dir, name)?;
         }
-        // Not before: nothing of it leaves that was held.
-        forget_held(name);
+        // Not before: nothing of it leaves that was held, or after its lease.
+        forget_packets(name);
         Ok(())
     }
 
@@ -190,7 +200,7 @@ impl Home {
         } else {
             return Self::destroy(agent, name);
         }
-        forget_held(name);
+        forget_packets(name);
         Ok(())
     }
 
@@ -301,13 +311,17 @@ impl Home {
         self.keeper().cgroup().pids().is_ok_and(|pids| pids.iter().all(|pid| ours.contains(pid)))
     }
 
-    /// Looks the addresses up, tells the guard what to silence, and makes ready to hold packets. Must come before anything
-    /// opens. `held`: its output waits for commits from now on.
+    /// Looks the addresses up, tells the guard what to silence, has the kernel keep the lease too, and makes ready to hold
+    /// packets. Must come before anything opens. `held`: its output waits for commits from now on.
     pub(super) fn prepare(&mut self, spec: &WorkloadSpec, held: bool) -> Result<()> {
         let addresses = Addresses::prepare(&spec.place.net(), &spec.vips)?;
         addresses.guard(self.keeper(), self.place.gate())?;
         self.addresses = Some(addresses);
         let marks = self.marks(&spec.vips);
+        self.lease = Lease::new(spec.place.name(), &marks, self.keeper().shared_guard());
+        if let Err(error) = &self.lease {
+            tracing::info!(%error, name = %spec.place.name(), "the guard alone keeps the lease");
+        }
         let has_none = !marks.has_device() && marks.addresses.is_empty();
         // Its queues are free for the next one.
         self.hold = None;
@@ -331,6 +345,7 @@ impl Home {
             Marks { addresses: vips.iter().map(|vip| vip.cidr.addr).collect(), ..Marks::default() };
         if let Some(gate) = self.place.gate() {
             let Behind { bridges, macs, addresses } = gate.behind().clone();
+            marks.ports = gate.ports().to_vec();
             marks.devices = gate.devices().to_vec();
             (marks.bridges, marks.macs, marks.inner) = (bridges, macs, addresses);
             marks.addresses.extend(gate.ips());
@@ -350,26 +365,17 @@ impl Home {
         self.hold.as_ref()?.as_ref().err()
     }
 
+    /// Where the kernel keeps the lease, or why it does not.
+    pub(super) fn lease(&self) -> std::result::Result<&Lease, &LeaseError> {
+        self.lease.as_ref()
+    }
+
     /// Lets the workload be heard: the gate, then the addresses. The caller announces.
     pub(super) fn open_up(&self) -> Result<()> {
         let (keeper, gate) = (self.place.keeper(), self.place.gate());
-        takeover::gate::open(keeper, gate)?;
+        gate::open(keeper, gate)?;
         if let Some(addresses) = &self.addresses {
             addresses.up(keeper)?;
-        }
-        Ok(())
-    }
-
-    /// Undoes a fence; without a deadline the guard is left disarmed.
-    pub(super) fn unfence(&self, until_ns: Option<u64>) -> Result<()> {
-        // Far enough for what follows, and a deadline all the same until it is disarmed.
-        const GRACE_NS: u64 = 60_000_000_000;
-        let deadline = until_ns.unwrap_or_else(|| crate::workload::guard::boot_time_ns() + GRACE_NS);
-        let steps = self.addresses.as_ref().map_or(&[][..], Addresses::up_steps);
-        let (keeper, gate) = (self.place.keeper(), self.place.gate());
-        takeover::gate::unfence(keeper, gate, deadline, steps)?;
-        if until_ns.is_none() {
-            keeper.guard().disarm()?;
         }
         Ok(())
     }
@@ -512,18 +518,21 @@ fn container_options(agent: &Agent, name: &Name) -> container::Options {
     }
 }
 
-/// Nobody holds its packets any more.
-fn forget_held(name: &Name) {
-    if let Err(error) = Hold::remove(name) {
-        // Without nf_tables there is nothing to remove.
-        tracing::debug!(%error, %name, "removing its table of the packet filter");
+/// Nobody holds or drops its packets any more.
+fn forget_packets(name: &Name) {
+    let held = Hold::remove(name).map_err(|error| error.to_string());
+    for forgotten in [held, Lease::remove(name).map_err(|error| error.to_string())] {
+        if let Err(error) = forgotten {
+            // Without nf_tables there is nothing to remove.
+            tracing::debug!(%error, %name, "removing its tables of the packet filter");
+        }
     }
 }
 
 /// Gives what somebody else started back to them, running.
 pub(super) fn release(agent: &Agent, name: &Name) -> Result<()> {
     let dir = agent.sandboxes_dir();
-    forget_held(name);
+    forget_packets(name);
     if Container::is_known(&dir, name) {
         return Ok(Container::release(&dir, name)?);
     }

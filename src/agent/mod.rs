@@ -14,6 +14,7 @@
 //! | `home` | the workload's place and addresses |
 //! | `trees` | the files of its declared paths |
 //! | `supply`, `arrival` | what a container needs and its standby lacks: sent, taken in |
+//! | `watchdog` | the device that resets this host if a guard is not in order |
 //! | `links`, `inbound` | connections to and from peers |
 //! | `durable` | what survives restarts and power cuts |
 //!
@@ -53,6 +54,7 @@ mod telling;
 mod throttle;
 mod trees;
 mod verifying;
+mod watchdog;
 
 use std::{
     collections::BTreeMap,
@@ -79,6 +81,7 @@ use self::{
     owner::Owner,
     standby::lock,
     supply::Shipment,
+    watchdog::Watchdog,
 };
 use crate::{
     arbiter,
@@ -88,12 +91,12 @@ use crate::{
     memory::Vmas,
     model::{Name, Term},
     observe::in_full,
-    transport::{Endpoint, Identity, PeerName, Peers},
+    transport::{Endpoint, Identity, PeerName, Peers, block_in_place},
     wire::message::Reply,
     workload::spec::WorkloadSpec,
 };
 
-pub use self::{command::FenceCommand, hooks::HookCommands};
+pub use self::{command::FenceCommand, hooks::HookCommands, watchdog::WatchdogSettings};
 
 /// How long a stopping agent waits for its peers' word.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -110,6 +113,8 @@ pub struct Agent {
     pub(crate) vmas: Option<Arc<Vmas>>,
     links: Links,
     fencer: Fencer,
+    /// Resets this host, if the settings name one.
+    watchdog: Option<Watchdog>,
     /// Where keys are, if etcd decides.
     etcd: Option<arbiter::Etcd>,
     owners: Mutex<BTreeMap<Name, mpsc::Sender<Msg>>>,
@@ -126,6 +131,9 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
     // Before anything is made: an agent that cannot work leaves no trace.
     let etcd = config.arbiter.etcd().cloned().map(arbiter::Etcd::new).transpose()?;
     let install = Install::find(config.criu.as_deref())?;
+    let watchdog = config.watchdog.clone().map(Watchdog::start).transpose();
+    let watchdog =
+        watchdog.context("`watchdog` names a device that is not there: load its driver (see `wdctl`)")?;
     for dir in [&config.state_dir, &config.run_dir, &config.store_dir, &config.work_dir] {
         private_dir(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
@@ -158,6 +166,7 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
         vmas: vmas.ok().map(Arc::new),
         links: Links::default(),
         fencer: Fencer::default(),
+        watchdog,
         etcd,
         owners: Mutex::new(BTreeMap::new()),
         shipments: Mutex::new(BTreeMap::new()),
@@ -172,6 +181,9 @@ pub async fn main(config: Config) -> anyhow::Result<()> {
     tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
     notify_systemd("STOPPING=1");
     agent.stop().await;
+    if let Some(watchdog) = &agent.watchdog {
+        block_in_place(|| watchdog.end());
+    }
     let _ = fs::remove_file(agent.config.control_socket());
     Ok(())
 }

@@ -510,6 +510,7 @@ impl Owner {
 
     /// Cuts the copy off, then ends it and takes its place down.
     pub(super) fn kill_copy(&mut self) {
+        self.forget_guard();
         let bare = std::mem::take(&mut self.durable.bare);
         self.home = None;
         let destroyed = block_in_place(|| Home::destroy(&self.agent, &self.name));
@@ -523,6 +524,7 @@ impl Owner {
 
     /// Gives what somebody else started back to them, running.
     pub(super) fn release(&mut self) {
+        self.forget_guard();
         self.home = None;
         if let Err(error) = block_in_place(|| super::home::release(&self.agent, &self.name)) {
             tracing::warn!(%error, name = %self.name, "giving the workload back");
@@ -531,6 +533,7 @@ impl Owner {
 
     /// For good.
     pub(super) fn destroy_home(&mut self) {
+        self.forget_guard();
         self.home = None;
         if let Err(error) = block_in_place(|| Home::remove(&self.agent, &self.name)) {
             tracing::error!(%error, name = %self.name, "taking the place down");

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    api::{ContainerStatus, EtcdStatus, Event, PaceStatus, Role, WorkloadStatus},
+    api::{ContainerStatus, EtcdStatus, Event, KernelLease, PaceStatus, Role, WorkloadStatus},
     home::Home,
     owner::{Owner, boot_now},
 };
@@ -15,11 +15,23 @@ use crate::{
     ha::{Core, Standing},
     model::{EpochId, Term},
     observe::unix_ms,
+    takeover::lease::Lease,
     workload::spec::PlaceSpec,
 };
 
 /// The history tells of the pace no more often than this.
 const PACE_TELLING_INTERVAL: Duration = Duration::from_secs(60);
+
+impl Home {
+    fn kernel_lease(&self) -> KernelLease {
+        let hook = self.lease().map_err(Clone::clone).and_then(Lease::hook);
+        match hook {
+            Ok(Some(hook)) => KernelLease::At(hook),
+            Ok(None) => KernelLease::Idle,
+            Err(error) => KernelLease::Absent(error.to_string()),
+        }
+    }
+}
 
 impl Owner {
     pub(super) fn status(&self) -> WorkloadStatus {
@@ -81,6 +93,7 @@ impl Owner {
                     held_for_ms: left.filter(|left| *left > 0),
                 }
             }),
+            kernel_lease: self.home.as_ref().filter(|_| standing.is_some()).map(Home::kernel_lease),
             commit: self.durable.spec.commit,
             held: self
                 .home

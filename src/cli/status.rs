@@ -4,12 +4,15 @@ use std::{io::IsTerminal, path::Path, time::Duration};
 
 use super::{Outcome, client, human_bytes, print_json};
 use crate::{
-    agent::api::{AgentStatus, EtcdStatus, HookState, HookStatus, PaceStatus, Role, WorkloadStatus},
+    agent::api::{
+        AgentStatus, EtcdStatus, HookState, HookStatus, KernelLease, PaceStatus, Role, WatchdogStatus,
+        WorkloadStatus,
+    },
     capture::pace::StretchedBy,
     drill::Last,
     model::Name,
     observe::utc,
-    takeover::hold::Held,
+    takeover::{hold::Held, lease::Hook},
     workload::spec::{Commit, Way},
 };
 
@@ -57,6 +60,9 @@ fn show(socket: &Path, args: &Args) -> Outcome {
         (false, _) => {}
     }
     println!("agent {} ({}) on {}", status.name, status.version, status.listen);
+    if let Some(watchdog) = &status.watchdog {
+        println!("watchdog {}: {}", watchdog.device.display(), watchdog_line(watchdog));
+    }
     if status.workloads.is_empty() {
         println!("no workloads; start one with: standin run NAME -- CMD");
     }
@@ -130,6 +136,9 @@ fn print_workload(status: &WorkloadStatus) {
     if let Some(age) = status.lease_age_ms {
         println!("  lease     renewed {age} ms ago");
     }
+    if let Some(lease) = &status.kernel_lease {
+        println!("  fence     {}", fence_line(lease));
+    }
     if status.peer.is_some() {
         println!(
             "  decides   {}{}",
@@ -173,6 +182,26 @@ fn held_line(held: &Held) -> String {
     let bytes = human_bytes(held.bytes);
     let dropped = if held.dropped > 0 { format!("; {} dropped", held.dropped) } else { String::new() };
     format!("{waits}, of late {:.1} ms; {} packets, {bytes} now{dropped}", held.delay_ms, held.packets)
+}
+
+/// What resets this host.
+fn watchdog_line(watchdog: &WatchdogStatus) -> String {
+    let after = watchdog.timeout_s;
+    match &watchdog.error {
+        Some(error) => format!("NOT USED: {error}"),
+        None if watchdog.open => format!("open, resets this host {after} s after the last sign of order"),
+        None => format!("closed until a workload here has a lease; {after} s then"),
+    }
+}
+
+/// Who silences it when its lease ends.
+fn fence_line(lease: &KernelLease) -> String {
+    match lease {
+        KernelLease::At(Hook::Device) => "the guard, and the kernel at its devices".to_owned(),
+        KernelLease::At(Hook::Prerouting) => "the guard, and the kernel where it is routed".to_owned(),
+        KernelLease::Idle => "none: no other host may take it over now".to_owned(),
+        KernelLease::Absent(reason) => format!("the guard alone: {reason}"),
+    }
 }
 
 /// The hook that was run last.

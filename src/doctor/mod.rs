@@ -5,7 +5,7 @@
 //! | `host` | user, capabilities, architecture, kernel release, clocks |
 //! | `kernel` | the features of memory tracking, and which tracker follows from them |
 //! | `criu` | CRIU, its version, a dump and restore of a process that holds a TCP connection |
-//! | `network` | iproute2, a veth pair, nftables, the agent's port |
+//! | `network` | iproute2, a veth pair, the lease that the kernel keeps, nftables, the agent's port |
 //! | `firewall` | others' rules in the packet filter |
 //! | `space` | cgroups, directories and their room |
 //! | `engines` | the engines whose containers can be protected |

@@ -7,10 +7,17 @@ use std::{
     process::{Command, Stdio},
 };
 
-use nix::sched::{CloneFlags, unshare};
+use nix::{
+    net::if_::if_nametoindex,
+    sched::{CloneFlags, unshare},
+};
 
 use super::{Check, Group};
-use crate::{config::Config, workload::network::enable_forwarding};
+use crate::{
+    config::Config,
+    takeover::lease::{self, Hook},
+    workload::network::enable_forwarding,
+};
 
 /// The ends of the pair that is tried.
 const DEVICES: [&str; 2] = ["sd-doctor0", "sd-doctor1"];
@@ -46,6 +53,7 @@ fn devices() -> Vec<Check> {
         return checks;
     }
     checks.push(Check::ok(Group::Network, "veth", "a pair can be made"));
+    checks.push(kernel_lease());
     checks.push(match enable_forwarding(DEVICES[0], false) {
         Ok(()) => Check::ok(Group::Network, "forwarding", "can be switched on for a device"),
         Err(error) => {
@@ -57,7 +65,27 @@ fn devices() -> Vec<Check> {
     checks
 }
 
-/// Nothing that the agent does needs it.
+/// On one of the devices.
+fn kernel_lease() -> Check {
+    const ID: &str = "kernel-lease";
+    let found = if_nametoindex(DEVICES[0]).map_err(|errno| errno.to_string());
+    match found.and_then(|index| lease::probe(index).map_err(|error| error.to_string())) {
+        Ok(Hook::Device) => Check::ok(Group::Network, ID, "kept by nf_tables at a workload's devices"),
+        Ok(Hook::Prerouting) => {
+            let found = "kept by nf_tables where packets are routed, not where a bridge passes them on";
+            let remedy = "for workloads behind bridges use a kernel with CONFIG_NF_TABLES_NETDEV and \
+                          CONFIG_NETFILTER_INGRESS; for all others this does";
+            Check::warn(Group::Network, ID, found, remedy)
+        }
+        Err(reason) => {
+            let remedy = "use a kernel with CONFIG_NF_TABLES, so that a workload falls silent in time even if nothing else on \
+                          its host runs any more; without it the guard process alone sees to that";
+            Check::warn(Group::Network, ID, reason, remedy)
+        }
+    }
+}
+
+/// The program; nothing that the agent does needs it.
 fn nft() -> Check {
     match run("nft", &["add", "table", "inet", TABLE]) {
         Ok(_) => Check::ok(Group::Network, "nftables", "a table can be made"),

@@ -7,16 +7,21 @@
 //! 4. [`announce`], repeated; restored connections are [`nudge`]d, and those that cannot go on
 //!    [ended](stale).
 //!
+//! While another host could take over, what a workload sends leaves only as long as the kernel has a [lease] of it.
+//!
 //! What a workload sends, and what is sent to it while it is frozen, can be [held](hold).
 //!
 //! What lets a workload speak is done by its keeper, which refuses once its guard has fired; what silences
-//! it is done here, and needs nobody.
+//! it is done here, and needs nobody. The packet filter is told by messages of our own (`netfilter`, `tables`).
 
 pub mod address;
 pub mod announce;
 pub mod check;
 pub mod gate;
 pub mod hold;
+pub mod lease;
+mod netfilter;
 pub mod nudge;
 pub mod stale;
 mod sys;
+mod tables;

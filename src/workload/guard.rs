@@ -24,6 +24,8 @@
 //!   down was sent before the fence was complete, which is the instant FIRED is stored.
 //! - Out of FIRED leads only `unfence`, which the init itself carries out: it arms the new deadline before it
 //!   thaws and opens, and as it is also the one that fires, no thaw can overtake a firing.
+//! - Nor do the deeds need the init to be in time for what leaves the workload: the kernel's own filter has the same deadline from
+//!   the agent where it can ([`lease`](crate::takeover::lease)), and drops what is sent after it.
 //! - `extend` makes no system call. The init sleeps until the deadline that it knows; it reads the word again
 //!   when it wakes. Only shortening a deadline (arm, fence) must wake it, by an eventfd.
 
@@ -193,6 +195,15 @@ impl Guard {
     /// Whether the guard has ended the lease, even if freezing is still under way.
     pub fn fired(&self) -> bool {
         matches!(self.state(), GuardState::Firing | GuardState::Fired { .. })
+    }
+
+    /// Whether the workload may be heard. A guard that is stopped has not fired, however long ago its deadline was.
+    pub fn permits(&self) -> bool {
+        match self.state() {
+            GuardState::Disarmed => true,
+            GuardState::Armed { deadline_ns } => boot_time_ns() < deadline_ns,
+            GuardState::Firing | GuardState::Fired { .. } => false,
+        }
     }
 
     /// Sets the deadline, earlier or later than it was.

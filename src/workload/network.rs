@@ -397,6 +397,11 @@ impl Gate {
         Ok(Some(Self { outside, ips: Vec::new(), inside: (socket, inside), doors, alone, behind }))
     }
 
+    /// The host's ends of all devices that lead to the workload, whether bridges have them or not.
+    pub fn ports(&self) -> &[u32] {
+        &self.outside
+    }
+
     /// The host's ends of devices that lead to the workload alone.
     pub fn devices(&self) -> &[u32] {
         &self.alone.0

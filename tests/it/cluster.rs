@@ -121,6 +121,9 @@ impl Cluster {
     pub(crate) fn reap_agent(&mut self, host: Host) {
         let position = self.agents.iter().position(|(other, _)| *other == host).expect("it was started");
         let (_, mut child) = self.agents.remove(position);
+        // What started an agent that was stopped has stopped with it, and would not see its end.
+        let starter = nix::unistd::Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(starter, nix::sys::signal::Signal::SIGCONT).expect("it is not waited for yet");
         child.wait().expect("the agent's end can be waited for");
     }
 

@@ -26,6 +26,7 @@ mod refusals;
 mod rejoin;
 mod restoring;
 mod shipping;
+mod silence;
 mod sockets;
 mod turns;
 mod whole;

@@ -2,8 +2,10 @@
 
 mod bare;
 mod criu;
+mod ear;
 mod guard;
 mod lab;
+mod lease;
 mod network;
 mod sandbox;
 mod throttle;

@@ -16,7 +16,6 @@
 //! - It fails closed. Packets wait in the kernel, in queues of this process; when it ends they are dropped, as are all that
 //!   come later until the next process has made the table anew. A device's end that the guard sets down drops what waits by it.
 
-mod netfilter;
 mod queue;
 mod rules;
 
@@ -30,6 +29,7 @@ use std::{
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::rules::AFTER_QUEUES;
 pub use self::rules::Marks;
 use self::{
     queue::{PACKETS_MAX, PacketId, Queue},
@@ -136,7 +136,7 @@ fn table(name: &Name) -> String {
 
 impl Hold {
     /// Makes ready, in place of what a former process has left: nothing is held, but for output if `holds_output`.
-    /// Nothing that was held leaves once `guard` has fired.
+    /// Nothing that was held leaves once the deadline of `guard` has passed.
     pub fn make(
         name: &Name,
         marks: Marks,
@@ -289,9 +289,10 @@ impl Hold {
         Ok(())
     }
 
-    /// A device's end that was set down has dropped what waits; what is behind a bridge waits still.
+    /// A device's end that was set down has dropped what waits; what is behind a bridge waits still, as does all while the guard
+    /// is stopped: what has passed the device before the deadline would leave after it.
     fn is_fenced(&self) -> bool {
-        self.guard.as_ref().is_some_and(|guard| guard.fired())
+        self.guard.as_ref().is_some_and(|guard| !guard.permits())
     }
 
     /// Whether output waits that no mark covers.

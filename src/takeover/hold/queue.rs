@@ -11,7 +11,7 @@ use std::{
 
 use nix::errno::Errno;
 
-use super::netfilter::{Batch, Messages, Socket};
+use crate::takeover::netfilter::{Batch, Messages, Socket};
 
 /// Packets that may wait; more are dropped, and counted. With segmentation offload one holds up to 64 KiB.
 pub(super) const PACKETS_MAX: u32 = 16_384;

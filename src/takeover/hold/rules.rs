@@ -22,31 +22,19 @@ use std::net::IpAddr;
 
 use nix::errno::Errno;
 
-use super::netfilter::{Attributes, Batch, Socket};
-
-const SUBSYSTEM: u16 = 10 << 8;
-const BATCH_BEGIN: u16 = 0x10;
-const BATCH_END: u16 = 0x11;
-/// `NFNL_SUBSYS_NFTABLES`, as a batch names it.
-const NF_TABLES: u16 = 10;
-
-const NEW_TABLE: u16 = SUBSYSTEM;
-const DEL_TABLE: u16 = SUBSYSTEM | 2;
-const NEW_CHAIN: u16 = SUBSYSTEM | 3;
-const NEW_RULE: u16 = SUBSYSTEM | 6;
-const NEW_SET: u16 = SUBSYSTEM | 9;
-const NEW_ELEMENT: u16 = SUBSYSTEM | 0x0c;
-const DEL_ELEMENT: u16 = SUBSYSTEM | 0x0e;
-
-const INET: u8 = 1;
-
-/// Of chains.
-const PREROUTING: u32 = 0;
-const OUTPUT: u32 = 3;
-const POSTROUTING: u32 = 4;
+use crate::takeover::{
+    netfilter::{Attributes, Batch, Socket},
+    tables::{
+        AT_LEAST, AT_MOST, EQUAL, INET, LINK_HEADER, META_IIF, META_PROTOCOL, META_TRANSPORT, NETWORK_HEADER,
+        OUTPUT, POSTROUTING, PREROUTING, TRANSPORT_HEADER, Table, accept, compare, expression, is_in, meta,
+        payload, transact,
+    },
+};
 
 /// Before everything else, connection tracking included.
-const FIRST: i32 = -500;
+pub(in crate::takeover) const FIRST: i32 = -500;
+/// For what is to see packets again that have waited.
+pub(in crate::takeover) const AFTER_QUEUES: i32 = FIRST + 1;
 /// Behind the engines' own rules.
 const LAST: i32 = 300;
 
@@ -62,6 +50,8 @@ pub(super) enum Direction {
 /// By what a workload's packets are known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Marks {
+    /// The host's ends of all devices that lead to it, whether bridges have them or not.
+    pub ports: Vec<u32>,
     /// The host's ends of devices that lead to it alone.
     pub devices: Vec<u32>,
     /// Bridges behind which it is.
@@ -85,7 +75,7 @@ impl Marks {
 #[derive(Debug)]
 pub(super) struct Rules {
     socket: Socket,
-    table: String,
+    table: Table,
     marks: Marks,
 }
 
@@ -109,7 +99,7 @@ impl Rules {
         queues: (u16, u16),
         held: &[Direction],
     ) -> nix::Result<Self> {
-        let rules = Self { socket: Socket::open()?, table, marks };
+        let rules = Self { socket: Socket::open()?, table: of(table), marks };
         match rules.commit(|batch| rules.describe(batch, queues, Verdict::Native, held)) {
             Err(Errno::ENOENT | Errno::EOPNOTSUPP) => {
                 rules.commit(|batch| rules.describe(batch, queues, Verdict::Target, held))?;
@@ -121,7 +111,7 @@ impl Rules {
 
     /// Removes a workload's table; none is fine.
     pub(super) fn remove(table: &str) -> nix::Result<()> {
-        transact(&Socket::open()?, |batch| clear(batch, table))
+        transact(&Socket::open()?, |batch| of(table.to_owned()).clear(batch))
     }
 
     /// From now on they wait, or no longer do.
@@ -159,44 +149,34 @@ impl Rules {
     }
 
     fn elements(&self, batch: &mut Batch, set: &str, keys: &[Vec<u8>], are_in: bool) {
-        if keys.is_empty() {
-            return;
+        if are_in {
+            self.table.put(batch, set, keys);
+        } else {
+            self.table.take(batch, set, keys);
         }
-        let (kind, flags) = if are_in { (NEW_ELEMENT, libc::NLM_F_CREATE) } else { (DEL_ELEMENT, 0) };
-        batch.add(kind, flags | libc::NLM_F_ACK, (INET, 0), |attributes| {
-            attributes.text(1, &self.table);
-            attributes.text(2, set);
-            attributes.nest(3, |list| {
-                for key in keys {
-                    list.nest(1, |element| element.nest(1, |data| data.bytes(1, key)));
-                }
-            });
-        });
     }
 
     fn describe(&self, batch: &mut Batch, (output, input): (u16, u16), verdict: Verdict, held: &[Direction]) {
-        clear(batch, &self.table);
-        batch.add(NEW_TABLE, libc::NLM_F_CREATE | libc::NLM_F_ACK, (INET, 0), |attributes| {
-            attributes.text(1, &self.table);
-        });
+        let table = &self.table;
+        table.make(batch);
         for (i, (name, key_length)) in SETS.into_iter().enumerate() {
-            self.set(batch, name, i as u32 + 1, key_length);
+            table.set(batch, name, i as u32 + 1, key_length);
         }
         self.elements(batch, "bridges", &numbers(&self.marks.bridges), true);
         for (name, hook, priority) in
             [("prerouting", PREROUTING, FIRST), ("output", OUTPUT, FIRST), ("postrouting", POSTROUTING, LAST)]
         {
-            self.chain(batch, name, hook, priority);
+            table.chain(batch, name, hook, priority);
         }
         for chain in ["prerouting", "output"] {
-            self.rule(batch, chain, pass_neighbours);
+            table.rule(batch, chain, pass_neighbours);
         }
-        self.rule(batch, "prerouting", |list| {
+        table.rule(batch, "prerouting", |list| {
             meta(list, META_IIF);
             is_in(list, "devices");
             queue(list, output, verdict);
         });
-        self.rule(batch, "prerouting", |list| {
+        table.rule(batch, "prerouting", |list| {
             meta(list, META_IIF);
             is_in(list, "bridges");
             payload(list, LINK_HEADER, (6, 6));
@@ -209,7 +189,7 @@ impl Rules {
             for (set, (family, place)) in
                 sets.into_iter().zip([(libc::AF_INET, (16, 4)), (libc::AF_INET6, (24, 16))])
             {
-                self.rule(batch, chain, |list| {
+                table.rule(batch, chain, |list| {
                     by_protocol(list, family as u8);
                     payload(list, NETWORK_HEADER, place);
                     is_in(list, set);
@@ -221,39 +201,11 @@ impl Rules {
             self.fill(batch, *direction, true);
         }
     }
+}
 
-    fn set(&self, batch: &mut Batch, name: &str, id: u32, key_length: u32) {
-        batch.add(NEW_SET, libc::NLM_F_CREATE | libc::NLM_F_ACK, (INET, 0), |attributes| {
-            attributes.text(1, &self.table);
-            attributes.text(2, name);
-            // No flags, and keys of no type but their length.
-            attributes.number(3, 0);
-            attributes.number(4, 0);
-            attributes.number(5, key_length);
-            attributes.number(10, id);
-        });
-    }
-
-    fn chain(&self, batch: &mut Batch, name: &str, hook: u32, priority: i32) {
-        batch.add(NEW_CHAIN, libc::NLM_F_CREATE | libc::NLM_F_ACK, (INET, 0), |attributes| {
-            attributes.text(1, &self.table);
-            attributes.text(3, name);
-            attributes.nest(4, |at| {
-                at.number(1, hook);
-                at.bytes(2, &priority.to_be_bytes());
-            });
-            attributes.text(7, "filter");
-        });
-    }
-
-    fn rule(&self, batch: &mut Batch, chain: &str, expressions: impl FnOnce(&mut Attributes<'_>)) {
-        let flags = libc::NLM_F_CREATE | libc::NLM_F_APPEND | libc::NLM_F_ACK;
-        batch.add(NEW_RULE, flags, (INET, 0), |attributes| {
-            attributes.text(1, &self.table);
-            attributes.text(2, chain);
-            attributes.nest(4, expressions);
-        });
-    }
+/// The table of that name.
+fn of(name: String) -> Table {
+    Table { family: INET, name }
 }
 
 fn numbers(indexes: &[u32]) -> Vec<Vec<u8>> {
@@ -267,65 +219,6 @@ fn octets(addresses: &[IpAddr], is_v4: bool) -> Vec<Vec<u8>> {
         IpAddr::V6(v6) => v6.octets().to_vec(),
     };
     addresses.iter().filter(|address| address.is_ipv4() == is_v4).map(octets).collect()
-}
-
-/// A transaction: all of it or nothing.
-fn transact(socket: &Socket, describe: impl FnOnce(&mut Batch)) -> nix::Result<()> {
-    let mut batch = Batch::default();
-    batch.add(BATCH_BEGIN, 0, (0, NF_TABLES), |_| {});
-    describe(&mut batch);
-    batch.add(BATCH_END, 0, (0, NF_TABLES), |_| {});
-    socket.ask(&batch)?.map_err(|(_, errno)| errno)
-}
-
-/// Removes the table, whether it is there or not.
-fn clear(batch: &mut Batch, table: &str) {
-    for (kind, flags) in [(NEW_TABLE, libc::NLM_F_CREATE), (DEL_TABLE, 0)] {
-        batch.add(kind, flags | libc::NLM_F_ACK, (INET, 0), |attributes| attributes.text(1, table));
-    }
-}
-
-// Expressions. A value goes through the first 16 bytes of the registers.
-const REGISTER: u32 = 1;
-const META_IIF: u32 = 4;
-const META_PROTOCOL: u32 = 15;
-const META_TRANSPORT: u32 = 16;
-const LINK_HEADER: u32 = 0;
-const NETWORK_HEADER: u32 = 1;
-const TRANSPORT_HEADER: u32 = 2;
-
-fn expression(list: &mut Attributes<'_>, name: &str, data: impl FnOnce(&mut Attributes<'_>)) {
-    list.nest(1, |element| {
-        element.text(1, name);
-        element.nest(2, data);
-    });
-}
-
-fn meta(list: &mut Attributes<'_>, key: u32) {
-    expression(list, "meta", |data| {
-        data.number(1, REGISTER);
-        data.number(2, key);
-    });
-}
-
-fn is_in(list: &mut Attributes<'_>, set: &str) {
-    expression(list, "lookup", |data| {
-        data.text(1, set);
-        data.number(2, REGISTER);
-    });
-}
-
-/// How a byte is compared.
-const EQUAL: u32 = 0;
-const AT_MOST: u32 = 3;
-const AT_LEAST: u32 = 5;
-
-fn compare(list: &mut Attributes<'_>, how: u32, byte: u8) {
-    expression(list, "cmp", |data| {
-        data.number(1, REGISTER);
-        data.number(2, how);
-        data.nest(3, |value| value.bytes(1, &[byte]));
-    });
 }
 
 fn by_protocol(list: &mut Attributes<'_>, family: u8) {
@@ -343,21 +236,7 @@ fn pass_neighbours(list: &mut Attributes<'_>) {
     payload(list, TRANSPORT_HEADER, (0, 1));
     compare(list, AT_LEAST, ROUTER_SOLICITATION);
     compare(list, AT_MOST, REDIRECT);
-    expression(list, "immediate", |data| {
-        // Into the register of verdicts: accept.
-        data.number(1, 0);
-        data.nest(2, |value| value.nest(2, |verdict| verdict.number(1, 1)));
-    });
-}
-
-/// So many bytes from this one of the header on.
-fn payload(list: &mut Attributes<'_>, header: u32, (offset, length): (u32, u32)) {
-    expression(list, "payload", |data| {
-        data.number(1, REGISTER);
-        data.number(2, header);
-        data.number(3, offset);
-        data.number(4, length);
-    });
+    accept(list);
 }
 
 /// No bypass: without an owner of the queue the packet is dropped.
