@@ -388,6 +388,15 @@ fn after_every_fault_one_copy_runs_where_an_etcd_decides() {
     let mut etcd = Etcd::start(&cluster.lab, dir.path());
     cluster.protect_redis();
     suffer_all(&mut cluster, 1);
+
+    let counter = cluster.count();
+    etcd.kill(&cluster.lab, dir.path());
+    cluster.assert_never_both(Duration::from_secs(4), "etcd is killed");
+    let mut etcd = Etcd::start(&cluster.lab, dir.path());
+    cluster.wait_until_well("etcd is back");
+    let gap = longest_gap(&counter.stop());
+    println!("{:<42} etcd    stays  {:>6.0} ms", "etcd is killed", gap.as_secs_f64() * 1e3);
+    assert!(gap < Duration::from_secs(1), "{gap:?}");
     etcd.kill(&cluster.lab, dir.path());
 }
 
