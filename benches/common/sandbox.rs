@@ -38,7 +38,7 @@ impl Home {
             shm_dir: dir.join("shm"),
             log: dir.join("log"),
             log_bytes_max: 1 << 20,
-            drill_of: None,
+            isolated: None,
         };
         Ok(Self { sandbox: Sandbox::create(&spec, &options)?, name, run_dir })
     }

@@ -8,14 +8,17 @@
 //!  whenever this host is to be more than a standby: ended at once ─────────────────────►└──► taken away, reported
 //! ```
 //!
-//! A thread of its own conducts it (`conductor`); the owner only tells it to end ([`Owner::watch_drill`]). What it makes has
-//! names of its own (the place `NAME.drill`, directories `drills/NAME`), and of the warm image it has a view: epochs are
-//! committed behind it, but not folded, which is why a drill that takes too long for that ends.
+//! A thread of its own conducts it (`conductor`); the owner only tells it to end ([`Owner::watch_drill`]). What it makes is
+//! made after what waits for a takeover (`model`) and has names of its own: the place `NAME.drill`, directories `drills/NAME`.
+//! Of the warm image it has a view: epochs are committed behind it, but not folded, which is why a drill that takes too long
+//! for that ends.
 //!
-//! Invariants: a takeover waits for no drill; nothing of a drill has a way out; whatever is left of one is found by
+//! Invariants: a takeover waits for no drill; nothing of a drill has a way out, or changes what waits; whatever is left of one is found by
 //! `drills/NAME` in the state directory, which is made first and removed last, and swept when an agent starts.
 
 mod conductor;
+mod model;
+mod output;
 
 use std::{
     fs::{self, DirBuilder},
@@ -31,7 +34,7 @@ use std::{
 
 use anyhow::Context as _;
 
-use self::conductor::Conductor;
+use self::{conductor::Conductor, model::Model};
 use super::{
     api::ApiError,
     mailbox::{Answer, Msg},
@@ -49,7 +52,7 @@ use crate::{
     workload::{
         cgroup::Cgroup,
         sandbox::Sandbox,
-        spec::{Net, PlaceSpec, SandboxSpec},
+        spec::{PlaceSpec, Way},
     },
 };
 
@@ -80,6 +83,23 @@ impl Dirs {
             store: config.store_dir.join("drills").join(name.as_str()),
             run: config.run_dir.join("drills"),
         }
+    }
+
+    fn paths(&self) -> PathBuf {
+        self.base.join("paths")
+    }
+
+    fn shm(&self) -> PathBuf {
+        self.store.join("shm")
+    }
+
+    /// What a container writes elsewhere.
+    fn layers(&self) -> PathBuf {
+        self.base.join("layers")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.base.join("output.log")
     }
 
     fn make(&self) -> io::Result<()> {
@@ -179,7 +199,7 @@ pub(super) struct Drill {
 impl Owner {
     /// Begins a drill; nobody asked for one that was due.
     pub(super) fn begin_drill(&mut self, request: drill::Request, answer: Option<Answer<Report>>) {
-        let (standby, spec) = match self.check_drill() {
+        let (standby, model) = match self.check_drill() {
             Ok(found) => found,
             Err(error) => return self.drill_refused(error, answer),
         };
@@ -192,7 +212,7 @@ impl Owner {
             dirs: Dirs::of(&self.agent.config, &self.name),
             agent: Arc::clone(&self.agent),
             name: self.name.clone(),
-            spec,
+            model,
             request,
             standby,
             ender: Arc::clone(&ender),
@@ -212,7 +232,7 @@ impl Owner {
         });
     }
 
-    fn check_drill(&mut self) -> Result<(Arc<Standby>, SandboxSpec), ApiError> {
+    fn check_drill(&mut self) -> Result<(Arc<Standby>, Model), ApiError> {
         let name = &self.name;
         match self.standing() {
             None => {
@@ -238,28 +258,25 @@ impl Owner {
                 "a drill of {name} is under way here, or its workload was kept: wait, or `standin drill {name} --end`"
             )));
         }
-        let spec = match &self.durable.spec.place {
-            PlaceSpec::Sandbox(spec) if matches!(spec.net, Net::Own { .. }) => spec.clone(),
-            PlaceSpec::Sandbox(_) => {
-                return Err(ApiError::refused(format!(
-                    "{name} uses its host's network (--pid), and cannot be cut off from it: only what `standin run` \
-                     started can be drilled"
-                )));
-            }
-            PlaceSpec::Container(_) => {
-                return Err(ApiError::refused(format!(
-                    "{name} is a container, and drills of containers are not supported yet: only what `standin run` \
-                     started can be drilled; try a `standin handoff {name}` there and back in a quiet hour"
-                )));
-            }
-        };
+        let spec = &self.durable.spec;
+        if let PlaceSpec::Container(container) = &spec.place
+            && container.way == Way::Whole
+        {
+            let engine = container.engine.name();
+            return Err(ApiError::refused(format!(
+                "{name} is restored whole, namespaces and all, by {engine}, which would have to know the drill's copy as a \
+                 container of its own. Have it restored from inside, which can be drilled: `standin wrap {name}` says how its \
+                 pid 1 becomes a small init; or try a `standin handoff {name}` there and back in a quiet hour"
+            )));
+        }
+        let model = Model { spec: spec.place.clone(), vips: spec.vips.clone() };
         // One of an older term is a base for the next, and nothing to run.
         let is_current = |held: EpochId| held.term == self.term();
         let standby = self.standby.clone().filter(|standby| standby.held().is_some_and(is_current));
         let standby = standby.ok_or_else(|| {
             ApiError::refused(format!("no epoch of {name} is held here yet; see `standin status {name}`"))
         })?;
-        Ok((standby, spec))
+        Ok((standby, model))
     }
 
     /// Tells a drill to end, if there is one; does not wait for it.

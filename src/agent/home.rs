@@ -1,7 +1,7 @@
 //! The place in which a workload runs on this host, with its addresses: what is opened when it may speak and closed when
 //! it may not, in the order that `takeover/` gives.
 
-use std::{path::Path, sync::Arc};
+use std::{os::fd::OwnedFd, path::Path, sync::Arc};
 
 use super::{Agent, durable, trees};
 use crate::{
@@ -129,7 +129,7 @@ impl Home {
                     shm_dir: trees::shm_of(&agent.config, &spec.name),
                     log: durable.log(),
                     log_bytes_max: LOG_BYTES_MAX,
-                    drill_of: None,
+                    isolated: None,
                 };
                 Place::Sandbox(Box::new(Sandbox::create(spec, &options)?))
             }
@@ -206,6 +206,15 @@ impl Home {
 
     pub(super) fn keeper(&self) -> &Keeper {
         self.place.keeper()
+    }
+
+    /// Pid 1 of the place, and a descriptor by which its namespaces are entered.
+    pub(super) fn init(&self) -> Result<(u32, OwnedFd)> {
+        Ok(match &self.place {
+            Place::Sandbox(sandbox) => (sandbox.keeper().pid(), sandbox.keeper().pidfd()?),
+            Place::Container(container) => (container.pid(), container.init()?),
+            Place::Whole(_) | Place::Bare(_) => anyhow::bail!("nobody of ours is its pid 1"),
+        })
     }
 
     pub(super) fn sandbox(&self) -> Option<&Sandbox> {

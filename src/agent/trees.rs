@@ -133,7 +133,7 @@ fn of_standby(config: &Config, place: &Place, spec: &PlaceSpec) -> io::Result<Ve
 }
 
 /// Where a standby has one of a container's file systems in memory.
-fn kept_of(config: &Config, name: &Name, number: usize) -> PathBuf {
+pub(super) fn kept_of(config: &Config, name: &Name, number: usize) -> PathBuf {
     shm_of(config, name).join(number.to_string())
 }
 

@@ -18,9 +18,11 @@ use crate::{
 pub(super) struct Args {
     /// Name of the workload; this host is its standby
     name: Name,
-    /// A command for `sh -c`, run beside the restored workload: the drill passes if its exit status is 0
+    /// A command for `sh -c`, run beside the restored workload (inside, if that is a container): the drill passes if its exit
+    /// status is 0
     ///
-    /// It has STANDIN_WORKLOAD, STANDIN_EPOCH and STANDIN_ADDRESS (the first --ip) in its environment; see scripts/probe.
+    /// It has STANDIN_WORKLOAD, STANDIN_EPOCH and STANDIN_ADDRESS (the first --ip, a container's address, the first --vip, or
+    /// 127.0.0.1) in its environment; see scripts/probe.
     #[arg(long, value_name = "CMD")]
     probe: Option<String>,
     /// How long the probe may take

@@ -294,7 +294,10 @@ fn probe(cgroup: &Path, command: &OsString) -> Result<Infallible, String> {
         | CloneFlags::CLONE_NEWNS;
     setns(&init, spaces).map_err(failed("joining the place's namespaces"))?;
     pass_on_to_child("becoming a process of the pid namespace")?;
-    Err(format!("executing /bin/sh: {}", Command::new("/bin/sh").arg("-c").arg(command).exec()))
+    Err(format!(
+        "executing /bin/sh, which runs a probe and must be there inside: {}",
+        Command::new("/bin/sh").arg("-c").arg(command).exec()
+    ))
 }
 
 // ---- room ----

@@ -1,4 +1,5 @@
-//! The probe: a command that runs beside the restored workload, in its namespaces and cgroup, for a limited time.
+//! The probe: a command that runs beside the restored workload, in its namespaces and cgroup, for a limited time. What it sees
+//! of files is what the workload sees: of a container those of the container.
 
 use std::{
     io::{self, Read},

@@ -18,6 +18,7 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::devices;
 use crate::model::Name;
 
 /// Why a change of a workload's cgroup failed.
@@ -304,6 +305,12 @@ fn v1_mount(mountinfo: &str, controllers: &str) -> Option<PathBuf> {
         let fits = is_v1 && controllers.split(',').all(|controller| options.contains(&controller));
         fits.then(|| mount.split(' ').nth(4).map(unescape)).flatten()
     })
+}
+
+/// Has processes of a cgroup use no other devices than a process may.
+pub(super) fn allow_devices_as(pid: u32, cgroup: &Cgroup) -> Result<(), CgroupError> {
+    let path = cgroup.work();
+    devices::allow_as(&dir_of_process(pid)?, &path).map_err(file_error("limit the devices of", &path))
 }
 
 /// The directory of a process' cgroup v2.

@@ -6,6 +6,8 @@
 //!   which nothing was prepared is [`whole`](container::whole): on the standby its runtime restores it.
 //! - A [`bare`] tree was started by somebody else in the host's namespaces; a guard process watches over it.
 //!
+//! A drill of any of them has a sandbox, like what waits for a takeover, and isolated.
+//!
 //! All have a [`keeper`]: the process that outlives the agent, carries the [`guard`] and is the only one
 //! that opens the workload's network, so that a fence and an opening cannot overtake each other.
 //! The tree's processes are in a [`cgroup`] of their own.
@@ -14,9 +16,11 @@ pub mod bare;
 pub mod cgroup;
 pub mod container;
 pub mod control;
+mod devices;
 pub mod guard;
 pub mod init;
 pub mod keeper;
+mod mountinfo;
 pub mod netlink;
 pub mod network;
 pub mod sandbox;

@@ -14,6 +14,7 @@
 //! kernel drops the device's routes and IPv6 addresses with that, so opening puts them back.
 //!
 //! An *isolated* network has the same devices and addresses inside and no host's end, hence no gate: nothing leaves it.
+//! Which ones is looked up where the workload would be taken over: that of a sandbox, a container's, the host's.
 
 use std::{
     fs, io,
@@ -41,6 +42,7 @@ use crate::model::Name;
 pub(crate) const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// The other end of an isolated network.
 const NOWHERE: &str = "nowhere";
+const LOOPBACK: &str = "lo";
 
 /// Why a sandbox has no network.
 #[derive(Debug, thiserror::Error)]
@@ -156,19 +158,79 @@ pub(super) fn create(
     within(netns, || create_inside(&device, ips, has_v6)).map_err(NetworkError::Enter)?
 }
 
-/// Makes what looks the same from inside, and leads nowhere: the other end of the pair is in the namespace as well, without
-/// an address. `name` is that of the workload which it is to resemble.
-pub(super) fn create_isolated(name: &Name, netns: BorrowedFd<'_>, ips: &[Cidr]) -> Result<(), NetworkError> {
-    let inner_mac = mac(name, "inside");
-    let has_v6 = ips.iter().any(|cidr| cidr.addr.is_ipv6());
-    let batch = format!(
-        "link add eth0 address {inner_mac} type veth peer name {NOWHERE}\n\
-         link set {NOWHERE} arp off\n\
-         link set {NOWHERE} up\n"
-    );
+/// A device, as it looks from inside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    name: String,
+    mac: Option<String>,
+    mtu: Option<u64>,
+    /// Those by which others reach it.
+    pub addresses: Vec<Cidr>,
+}
+
+/// The devices with addresses that the process behind a pidfd sees.
+pub fn devices(of: BorrowedFd<'_>) -> Result<Vec<Device>, NetworkError> {
+    let links = within(of, || shown(&["-j", "addr", "show"])).map_err(NetworkError::Enter)??;
+    Ok(links.iter().filter_map(Device::parse).filter(|device| !device.addresses.is_empty()).collect())
+}
+
+impl Device {
+    /// The loopback device with more addresses: they alone, since all of a network on that device would be the namespace's own.
+    pub fn loopback(addresses: impl IntoIterator<Item = IpAddr>) -> Self {
+        let alone = |addr: IpAddr| Cidr { addr, prefix: if addr.is_ipv4() { 32 } else { 128 } };
+        let addresses = addresses.into_iter().map(alone).collect();
+        Self { name: LOOPBACK.to_owned(), mac: None, mtu: None, addresses }
+    }
+
+    fn parse(link: &serde_json::Value) -> Option<Self> {
+        let entries = link["addr_info"].as_array().into_iter().flatten();
+        let addresses = entries.filter(|entry| entry["scope"] == "global").filter_map(|entry| {
+            let (addr, prefix) = (entry["local"].as_str()?.parse().ok()?, entry["prefixlen"].as_u64()?);
+            Some(Cidr { addr, prefix: prefix.try_into().ok()? })
+        });
+        Some(Self {
+            name: link["ifname"].as_str()?.to_owned(),
+            mac: link["address"].as_str().filter(|mac| parse_mac(mac).is_some()).map(str::to_owned),
+            mtu: link["mtu"].as_u64(),
+            addresses: addresses.collect(),
+        })
+    }
+
+    /// What makes one that leads nowhere, as `ip` reads it: the other end of a pair is in the same namespace, without an
+    /// address.
+    fn lines(&self, number: usize) -> Vec<String> {
+        let name = &self.name;
+        let mut lines = Vec::new();
+        if name != LOOPBACK {
+            let mac = self.mac.as_ref().map(|mac| format!(" address {mac}")).unwrap_or_default();
+            let mtu = self.mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
+            let peer = if number == 0 { NOWHERE.to_owned() } else { format!("{NOWHERE}{number}") };
+            lines.push(format!("link add {name}{mac}{mtu} type veth peer name {peer}{mtu}"));
+            lines.push(format!("link set {peer} arp off"));
+            lines.extend([peer.as_str(), name].map(|device| format!("link set {device} up")));
+        }
+        lines.extend(self.addresses.iter().map(|cidr| {
+            let nodad = if cidr.addr.is_ipv6() { " nodad" } else { "" };
+            format!("addr add {cidr} dev {name}{nodad}")
+        }));
+        lines
+    }
+}
+
+/// Gives a namespace devices that look the same from inside as others do, and lead nowhere.
+pub(super) fn create_isolated(netns: BorrowedFd<'_>, devices: &[Device]) -> Result<(), NetworkError> {
+    let mut lines = vec![format!("link set {LOOPBACK} up")];
+    lines.extend(devices.iter().enumerate().flat_map(|(number, device)| device.lines(number)));
+    // Whoever has a connection has a way to its other end.
+    for (all, is_it) in [("0.0.0.0/0", IpAddr::is_ipv4 as fn(&IpAddr) -> bool), ("::/0", IpAddr::is_ipv6)] {
+        let has_it = |device: &&Device| device.addresses.iter().any(|cidr| is_it(&cidr.addr));
+        let first = devices.iter().filter(|device| device.name != LOOPBACK).find(has_it);
+        lines.extend(first.map(|device| format!("route add {all} dev {}", device.name)));
+    }
+    lines.push(String::new());
     let make = || {
-        ip(NOWHERE, &batch)?;
-        create_inside(NOWHERE, ips, has_v6)
+        avoid_pacing();
+        ip(NOWHERE, &lines.join("\n"))
     };
     within(netns, make).map_err(NetworkError::Enter)?
 }
@@ -463,6 +525,32 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_isolated_device_looks_as_its_model() {
+        let link = serde_json::json!({
+            "ifname": "eth0", "mtu": 9000, "address": "02:00:00:00:00:05",
+            "addr_info": [
+                { "local": "10.0.0.5", "prefixlen": 24, "scope": "global" },
+                { "local": "fd00::5", "prefixlen": 64, "scope": "global" },
+                { "local": "fe80::5", "prefixlen": 64, "scope": "link" },
+            ],
+        });
+        let device = Device::parse(&link).unwrap();
+        assert_eq!(
+            device.lines(1),
+            [
+                "link add eth0 address 02:00:00:00:00:05 mtu 9000 type veth peer name nowhere1 mtu 9000",
+                "link set nowhere1 arp off",
+                "link set nowhere1 up",
+                "link set eth0 up",
+                "addr add 10.0.0.5/24 dev eth0",
+                "addr add fd00::5/64 dev eth0 nodad",
+            ]
+        );
+        let loopback = Device::loopback(["10.0.0.9".parse().unwrap()]);
+        assert_eq!(loopback.lines(0), ["addr add 10.0.0.9/32 dev lo"]);
+    }
 
     #[test]
     fn device_names_fit_and_differ_for_long_names() {

@@ -7,6 +7,9 @@
 //!                        └──────────────────────────┘
 //! ```
 //!
+//! The place of a drill is a sandbox too, whatever is drilled: *isolated*, without a gate, since nothing leads out of it, and of
+//! a container with mounts like that container's.
+//!
 //! It lives in the kernel and in its init, not in the agent: [`Sandbox`] is a handle, and [`Sandbox::open`]
 //! makes another one after the agent's restart, from the record in the run directory.
 
@@ -25,14 +28,14 @@ use nix::{fcntl::OFlag, sched::CloneFlags, unistd::pipe2};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    cgroup::Cgroup,
+    cgroup::{self, Cgroup},
     control::{Command, ControlError, Reply, Request, Root},
-    init::{self, Log, Place, Setup},
+    init::{self, Likeness, Log, Mounts, Place, Setup},
     keeper::{
         CONTROL, Keeper, KeeperError, ProcessId, SANDBOX_RECORD, TREE_RECORD, boot_id, private_dir,
         read_record, remove_run_dir, write_record,
     },
-    network::{self, Gate, NetworkError},
+    network::{self, Device, Gate, NetworkError},
     spec::{Cidr, Net, SandboxSpec},
 };
 use crate::model::Name;
@@ -57,8 +60,17 @@ pub struct Options {
     pub log: PathBuf,
     /// Bytes at which the log begins anew; the one before is kept.
     pub log_bytes_max: u64,
-    /// Its network leads nowhere, and looks from inside like that of this workload: a drill.
-    pub drill_of: Option<Name>,
+    /// It is the place of a drill.
+    pub isolated: Option<Isolated>,
+}
+
+/// A place of which nobody hears.
+#[derive(Clone, Debug)]
+pub struct Isolated {
+    /// What its network has, which leads nowhere.
+    pub devices: Vec<Device>,
+    /// The container whose mounts it shall have; otherwise it shows the host's files. Of a container it keeps no log.
+    pub container: Option<Likeness>,
 }
 
 /// Why something could not be done to a sandbox.
@@ -168,7 +180,6 @@ impl Sandbox {
 
     fn build(spec: &SandboxSpec, options: &Options, dir: &Path) -> Result<Self, SandboxError> {
         let keeper_error = keeper_error(&spec.name);
-        let file = |what, path: &Path| file_error(&spec.name, what, path);
         private_dir(dir).map_err(&keeper_error)?;
         let mut record = Record {
             spec: spec.clone(),
@@ -176,39 +187,25 @@ impl Sandbox {
             init: None,
             complete: false,
             made_dirs: Vec::new(),
-            isolated: options.drill_of.is_some(),
+            isolated: options.isolated.is_some(),
         };
         let record_path = dir.join(SANDBOX_RECORD);
-        let root = dir.join("root");
-        fs::create_dir_all(&root).map_err(file("make", &root))?;
-        let mut binds = Vec::new();
         record.made_dirs = spec.paths.iter().flat_map(|path| missing_dirs(path)).collect();
         write_record(&record_path, &record).map_err(&keeper_error)?;
-        for (i, path) in spec.paths.iter().enumerate() {
-            fs::create_dir_all(path).map_err(file("make the mount point", path))?;
-            let tree = options.data_dir.join(i.to_string());
-            make_tree(&tree, path).map_err(file("make", &tree))?;
-            binds.push((tree, path.clone()));
-        }
-
-        let shm = &options.shm_dir;
-        make_shm(shm).map_err(file("make", shm))?;
-
         let cgroup = Cgroup::create(&spec.name).map_err(|error| keeper_error(error.into()))?;
-        let place = Place {
-            own_net: matches!(spec.net, Net::Own { .. }),
-            hostname: spec.hostname.clone(),
-            root,
-            shm: shm.clone(),
-            binds,
+        let like = options.isolated.as_ref().and_then(|isolated| isolated.container.as_ref());
+        let (mounts, log) = if let Some(like) = like {
+            let limited = cgroup::allow_devices_as(like.init, &cgroup);
+            limited.map_err(|error| keeper_error(error.into()))?;
+            // Pid 1 has no child then, which might have one of the pids of the container's tree.
+            (Mounts::Container(like.clone()), None)
+        } else {
+            let log = Log { path: options.log.clone(), bytes_max: options.log_bytes_max };
+            (host_mounts(spec, options, dir)?, Some(log))
         };
-        let log = Log { path: options.log.clone(), bytes_max: options.log_bytes_max };
-        let setup = Setup {
-            control: dir.join(CONTROL),
-            work_cgroup: cgroup.work(),
-            place: Some(place),
-            log: Some(log),
-        };
+        let place =
+            Place { own_net: matches!(spec.net, Net::Own { .. }), hostname: spec.hostname.clone(), mounts };
+        let setup = Setup { control: dir.join(CONTROL), work_cgroup: cgroup.work(), place: Some(place), log };
         let keeper = Keeper::spawn(&options.program, "init", &setup, cgroup, |id| {
             record.init = Some(id);
             write_record(&record_path, &record)
@@ -216,8 +213,8 @@ impl Sandbox {
         .map_err(&keeper_error)?;
         if let Net::Own { ips } = &spec.net {
             let netns = netns(&spec.name, &keeper)?;
-            match &options.drill_of {
-                Some(name) => network::create_isolated(name, netns.as_fd(), ips),
+            match &options.isolated {
+                Some(isolated) => network::create_isolated(netns.as_fd(), &isolated.devices),
                 None => network::create(&spec.name, &keeper.pid().to_string(), netns.as_fd(), ips),
             }
             .map_err(network_error(&spec.name))?;
@@ -400,6 +397,23 @@ impl Sandbox {
     }
 }
 
+/// The host's mounts, with the declared paths and /dev/shm, whose directories are made.
+fn host_mounts(spec: &SandboxSpec, options: &Options, dir: &Path) -> Result<Mounts, SandboxError> {
+    let file = |what, path: &Path| file_error(&spec.name, what, path);
+    let root = dir.join("root");
+    fs::create_dir_all(&root).map_err(file("make", &root))?;
+    let mut binds = Vec::new();
+    for (i, path) in spec.paths.iter().enumerate() {
+        fs::create_dir_all(path).map_err(file("make the mount point", path))?;
+        let tree = options.data_dir.join(i.to_string());
+        make_tree(&tree, path).map_err(file("make", &tree))?;
+        binds.push((tree, path.clone()));
+    }
+    let shm = options.shm_dir.clone();
+    make_shm(&shm).map_err(file("make", &shm))?;
+    Ok(Mounts::Host { root, shm, binds })
+}
+
 fn keeper_error(name: &Name) -> impl Fn(KeeperError) -> SandboxError + use<'_> {
     move |source| SandboxError::Keeper { name: name.clone(), source }
 }
@@ -552,7 +566,7 @@ mod tests {
             shm_dir: "/dev/shm/standin/web".into(),
             log: "/var/lib/standin/web/log".into(),
             log_bytes_max: 1,
-            drill_of: None,
+            isolated: None,
         };
         let spec = SandboxSpec {
             name: "web".parse().unwrap(),

@@ -60,7 +60,7 @@ impl Home {
             shm_dir: dir.path().join("shm"),
             log: dir.path().join("log"),
             log_bytes_max: 1 << 20,
-            drill_of: None,
+            isolated: None,
         };
         let sandbox = Sandbox::create(&spec, &options).unwrap();
         Self { dir, name, sandbox }

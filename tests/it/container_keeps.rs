@@ -11,7 +11,7 @@ use super::{
 };
 
 /// It tries a system call that its profile forbids, and has a child with limits of its own.
-const LIMITED: &str = "umask 027
+pub(super) const LIMITED: &str = "umask 027
 (ulimit -n 100; trap '' USR1; exec sleep 1000) &
 while :; do mkdir /tmp/made 2>/dev/null && echo made > /tmp/tried || echo refused > /tmp/tried; sleep 0.05; done";
 
@@ -26,7 +26,7 @@ const CGROUP_LIMITS: [(&str, &str, &str, &str); 3] = [
     ("cpu", "cpu.cfs_quota_us", "cpu.max", "90000"),
 ];
 
-const CONFIGURE: &str = "
+pub(super) const CONFIGURE: &str = "
 process = config['process']
 process['user'] = {'uid': 1000, 'gid': 1000, 'additionalGids': [10, 20], 'umask': 18}
 process['noNewPrivileges'] = True

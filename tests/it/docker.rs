@@ -15,7 +15,7 @@ pub(crate) struct Daemon {
     name: &'static str,
     /// Its containers have our init.
     wraps: bool,
-    command: &'static [&'static str],
+    pub(crate) command: &'static [&'static str],
     start: &'static str,
     /// Of `run`, where a host has no controllers of cgroups.
     flags: &'static [&'static str],

@@ -1,5 +1,7 @@
 //! Drills: what would be taken over is restored beside everything else, heard by nobody, and leaves nothing.
 
+mod places;
+
 use std::{
     process::{Child, Stdio},
     time::{Duration, Instant},
@@ -300,12 +302,6 @@ fn a_drill_that_cannot_be_held_is_refused_with_the_reason() {
     refused(Host::B, &["sleeper", "--report", "/no/such/report.html"], USAGE, &["no directory /no/such"]);
     refused(Host::B, &["sleeper", "--epoch", "1"], USAGE, &["latest"]);
     cluster.drilled("sleeper", &["--probe", "pgrep -x sleep"]);
-
-    let script = "exec 3>&1 >/dev/null 2>&1; echo $$ >&3; exec 3>&-; exec sleep 1000";
-    let pid = cluster.lab.ok(Host::A, &["setsid", "--fork", "sh", "-c", script]);
-    cluster.standin(Host::A, &["protect", "bare", "--pid", pid.trim(), "--to", "b", "--every", "100ms"]);
-    cluster.wait_state_of("bare", Host::B, "standby", "ready");
-    refused(Host::B, &["bare"], REFUSED, &["its host's network", "standin run"]);
 }
 
 #[test]

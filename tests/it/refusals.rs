@@ -50,7 +50,7 @@ impl Cluster {
     }
 
     /// Starts a shell script on A as a session of its own; returns what it writes first.
-    fn start_session(&self, script: &str) -> String {
+    pub(crate) fn start_session(&self, script: &str) -> String {
         let script = format!("exec 3>&1 >/dev/null 2>&1; {script}");
         self.lab.ok(Host::A, &["setsid", "--fork", "sh", "-c", &script]).trim().to_owned()
     }

@@ -130,7 +130,7 @@ impl Place {
             shm_dir: self.dir.path().join("shm"),
             log: self.log(),
             log_bytes_max: 1 << 20,
-            drill_of: None,
+            isolated: None,
         }
     }
 

@@ -20,12 +20,10 @@ use super::{
     super::{
         Agent,
         api::ApiError,
-        durable,
-        home::{Home, LOG_BYTES_MAX},
         standby::{Standby, lazy_extents, lock, pids},
-        trees,
     },
     Dirs, Ender, LOOK_INTERVAL, RESTORE_LIMIT,
+    model::{Copy, Made, Model},
 };
 use crate::{
     capture::Note,
@@ -38,17 +36,14 @@ use crate::{
     observe::{in_full, unix_ms},
     restore::{self, Ahead, Mode, Recency, Step},
     store::View,
-    workload::{
-        sandbox,
-        spec::{Net, SandboxSpec},
-    },
+    workload::cgroup::Cgroup,
 };
 
 /// Conducts one drill, on a thread of its own.
 pub(super) struct Conductor {
     pub(super) agent: Arc<Agent>,
     pub(super) name: Name,
-    pub(super) spec: SandboxSpec,
+    pub(super) model: Model,
     pub(super) request: drill::Request,
     pub(super) standby: Arc<Standby>,
     pub(super) dirs: Dirs,
@@ -126,13 +121,17 @@ impl Conductor {
         self.report.rpo_ms = Some(rpo_ms);
         self.report.lost = Some(Lost { ms: rpo_ms, ..Lost::default() });
         view.for_each_extent(|_, extent| self.report.memory_bytes += extent.bytes());
-        self.check_room()?;
+        let copies = self.model.copies(&self.agent.config, &self.dirs)?;
+        self.check_room(&copies)?;
         self.dirs.make().context("making its directories")?;
         let files = Instant::now();
-        self.copy_files()?;
+        for copy in &copies {
+            self.copy_files(copy)?;
+        }
         self.phase("files", files);
-        let (home, pages) = self.restore(view, &note)?;
-        let probed = self.probe(&home);
+        let (made, pages) = self.restore(view, &note)?;
+        let home = &made.home;
+        let probed = self.probe(&made);
         let ended = self.await_pages(&pages);
         self.viewing.store(false, Ordering::Release);
         probed?;
@@ -142,19 +141,21 @@ impl Conductor {
             return Err(anyhow::anyhow!("the restored workload has ended by itself; see its output").into());
         }
         if self.request.keep {
-            let (init, log) = (home.keeper().pid(), self.dirs.base.join("output.log"));
+            let (init, log) = (home.keeper().pid(), self.dirs.log());
             self.report.kept = Some(Kept { init, log });
         }
         Ok(())
     }
 
-    fn check_room(&self) -> Result<(), Trouble> {
-        let shm = bytes_below(&trees::shm_of(&self.agent.config, &self.name));
-        let image = self.report.memory_bytes + shm;
+    fn check_room(&self, copies: &[Copy]) -> Result<(), Trouble> {
+        let bytes_of = |is_in_memory: bool| {
+            let copies = copies.iter().filter(|copy| copy.is_in_memory == is_in_memory);
+            copies.map(|copy| bytes_below(&copy.from)).sum::<u64>()
+        };
+        let image = self.report.memory_bytes + bytes_of(true);
         let available = memory_available().context("reading /proc/meminfo")?;
         drill::check_memory(available, image).map_err(|error| Trouble::Refused(ApiError::refused(error)))?;
-        let place = durable::Place::of(&self.agent.config.state_dir, &self.name);
-        let (files, free) = (bytes_below(&place.data()), disk_available(&self.agent.config.state_dir)?);
+        let (files, free) = (bytes_of(false), disk_available(&self.agent.config.state_dir)?);
         if files > free {
             let dir = self.agent.config.state_dir.display();
             return Err(Trouble::Refused(ApiError::refused(format!(
@@ -168,62 +169,57 @@ impl Conductor {
     }
 
     /// Copies what is replicated, sharing its blocks where the file system can.
-    fn copy_files(&self) -> anyhow::Result<()> {
-        let config = &self.agent.config;
-        let place = durable::Place::of(&config.state_dir, &self.name);
-        for (from, to) in [
-            (place.data(), self.dirs.base.join("paths")),
-            (trees::shm_of(config, &self.name), self.dirs.store.join("shm")),
-        ] {
-            if !from.exists() {
-                continue;
-            }
-            let mut copy = Command::new("cp")
-                .args(["-a", "--reflink=auto", "--"])
-                .args([&from, &to])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::piped())
-                .spawn()
-                .context("running cp")?;
-            while copy.try_wait()?.is_none() {
-                if let Err(ended) = self.ender.check() {
-                    copy.kill()?;
-                    copy.wait()?;
-                    return Err(ended);
-                }
-                std::thread::sleep(LOOK_INTERVAL);
-            }
-            let output = copy.wait_with_output()?;
-            let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            anyhow::ensure!(output.status.success(), "copying {}: {said}", from.display());
+    fn copy_files(&self, Copy { from, to, .. }: &Copy) -> anyhow::Result<()> {
+        if let Some(parent) = to.parent() {
+            fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
         }
+        let mut copy = Command::new("cp")
+            .args(["-a", "--reflink=auto", "--"])
+            .args([from, to])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("running cp")?;
+        // Should the agent end meanwhile, the next one ends what is there. It may be done already.
+        let is_kept = Cgroup::create(&self.name.of_drill()).and_then(|cgroup| cgroup.enter_work(copy.id()));
+        if let Err(error) = is_kept
+            && copy.try_wait()?.is_none()
+        {
+            copy.kill()?;
+            copy.wait()?;
+            return Err(error.into());
+        }
+        while copy.try_wait()?.is_none() {
+            if let Err(ended) = self.ender.check() {
+                copy.kill()?;
+                copy.wait()?;
+                return Err(ended);
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        let output = copy.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        anyhow::ensure!(output.status.success(), "copying {}: {said}", from.display());
         self.ender.check()
     }
 
     /// Restores the view's epoch as a takeover would: what that has ready is made first.
-    fn restore(&mut self, view: View, note: &Note) -> anyhow::Result<(Home, Pages)> {
+    fn restore(&mut self, view: View, note: &Note) -> anyhow::Result<(Made, Pages)> {
         let making = Instant::now();
-        let spec = SandboxSpec { name: self.name.of_drill(), ..self.spec.clone() };
-        let options = sandbox::Options {
-            program: self.agent.program.clone(),
-            run_dir: self.dirs.run.clone(),
-            data_dir: self.dirs.base.join("paths"),
-            shm_dir: self.dirs.store.join("shm"),
-            log: self.dirs.base.join("output.log"),
-            log_bytes_max: LOG_BYTES_MAX,
-            drill_of: Some(self.name.clone()),
-        };
-        let home = Home::isolated(&spec, &options)?;
+        let mut made = self.model.make(&self.agent, &self.dirs)?;
         self.phase("place", making);
+        self.ender.check()?;
 
         let (making, images) = (Instant::now(), self.dirs.store.join("ready"));
         let criu_dir = view.criu_dir();
         let lazy = |space| lazy_extents(&criu_dir, space).unwrap_or_default();
         let ready = restore::materialise(&view, &images, Mode::Lazy, lazy)?;
         let bridge = Bridge::new(&self.agent.config.work_dir, self.agent.install.version)?;
-        let criu =
-            Ahead::start(&self.agent.install, &bridge, &images, &home.site(note)?, &pids(&ready.dir)?)?;
+        let site = self.model.site(&made, note, &self.dirs)?;
+        let criu = Ahead::start(&self.agent.install, &bridge, &images, &site, &pids(&ready.dir)?)?;
+        // Its ends of the streams are CRIU's now: the tree's alone when that has ended.
+        drop(site);
         self.phase("images", making);
         self.ender.check()?;
 
@@ -242,13 +238,12 @@ impl Conductor {
         if restored.is_err() {
             pages.handle.stop();
         }
-        let mut home = home;
-        home.track(restored?)?;
+        made.home.track(restored?)?;
         self.phase("criu", asked);
         let restore_ms = began.elapsed().as_secs_f64() * 1e3;
         self.report.restore_ms = Some(restore_ms);
         self.report.rto_ms = Some(self.report.detection_ms + restore_ms);
-        Ok((home, pages))
+        Ok((made, pages))
     }
 
     /// Has pages served, the view being held until they all are there.
@@ -271,14 +266,12 @@ impl Conductor {
         Ok(Pages { handle, served })
     }
 
-    fn probe(&mut self, home: &Home) -> anyhow::Result<()> {
+    fn probe(&mut self, Made { home, address }: &Made) -> anyhow::Result<()> {
         let Some(command) = self.request.probe.clone() else { return Ok(()) };
         let limit = Duration::from_millis(self.request.timeout_ms.unwrap_or(PROBE_TIMEOUT_MS));
         let mut env = vec![("STANDIN_WORKLOAD", self.name.to_string())];
         env.extend(self.report.epoch.map(|epoch| ("STANDIN_EPOCH", epoch.to_string())));
-        if let Net::Own { ips } = &self.spec.net {
-            env.extend(ips.first().map(|ip| ("STANDIN_ADDRESS", ip.addr.to_string())));
-        }
+        env.push(("STANDIN_ADDRESS", address.to_string()));
         let prober = Prober {
             program: self.agent.program.clone(),
             init: home.keeper().pidfd()?,

@@ -397,6 +397,11 @@ impl Container {
         self.init.is_alive() && self.keeper.is_alive()
     }
 
+    /// Its pid 1.
+    pub fn pid(&self) -> u32 {
+        self.init.pid
+    }
+
     /// A descriptor of pid 1, by which its namespaces are entered.
     pub fn init(&self) -> Result<OwnedFd, ContainerError> {
         let dead = |_| self.keeper_error(KeeperError::Dead(self.init.pid));

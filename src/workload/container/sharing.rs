@@ -11,41 +11,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::super::cgroup::unescape;
+use super::super::mountinfo::Mount;
 
-/// A line of `mountinfo`, as far as it matters.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Mount {
-    id: u64,
-    /// `major:minor` of its file system.
-    device: String,
-    /// What of that it shows.
-    root: PathBuf,
-    point: PathBuf,
-}
-
-impl Mount {
-    fn parse(line: &str) -> Option<Self> {
-        let mut fields = line.split(' ');
-        let id = fields.next()?.parse().ok()?;
-        let device = fields.nth(1)?.to_owned();
-        let (root, point) = (unescape(fields.next()?), unescape(fields.next()?));
-        Some(Self { id, device, root, point })
-    }
-
-    fn all_of(process: &str) -> io::Result<Vec<Self>> {
-        let text = fs::read_to_string(format!("/proc/{process}/mountinfo"))?;
-        Ok(text.lines().filter_map(Self::parse).collect())
-    }
-
-    /// Whether it shows a directory of a file system, or something below.
-    fn shows(&self, device: &str, dir: &Path) -> bool {
-        self.device == device && self.root.starts_with(dir)
-    }
-
-    fn is_at(&self, other: &Self) -> bool {
-        (&self.device, &self.root, &self.point) == (&other.device, &other.root, &other.point)
-    }
+fn is_at(mount: &Mount, other: &Mount) -> bool {
+    (&mount.device, &mount.root, &mount.point) == (&other.device, &other.root, &other.point)
 }
 
 /// A process that sees a directory, or a part of it, as a mount in a namespace that is neither ours nor that of `init`.
@@ -66,7 +35,7 @@ pub(super) fn other_user(dir: &Path, init: u32) -> io::Result<Option<u32>> {
             continue;
         }
         let theirs = Mount::all_of(&pid.to_string()).unwrap_or_default();
-        let is_copy = |mount: &Mount| ours.iter().any(|our| our.is_at(mount));
+        let is_copy = |mount: &Mount| ours.iter().any(|our| is_at(our, mount));
         if theirs.iter().any(|mount| mount.shows(&device, &root) && !is_copy(mount)) {
             return Ok(Some(pid));
         }
@@ -89,18 +58,6 @@ fn place_of(dir: &Path, mounts: &[Mount]) -> io::Result<Option<(String, PathBuf)
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_mount_shows_a_directory_and_what_is_below_it() {
-        let line = "80 71 0:74 /plain/srv\\040x/data /data rw,relatime shared:1 - tmpfs tmpfs rw";
-        let mount = Mount::parse(line).unwrap();
-        assert_eq!((mount.id, mount.point.as_path()), (80, Path::new("/data")));
-        assert!(mount.shows("0:74", Path::new("/plain/srv x")));
-        assert!(mount.shows("0:74", Path::new("/plain/srv x/data")));
-        assert!(!mount.shows("0:75", Path::new("/plain/srv x")));
-        assert!(!mount.shows("0:74", Path::new("/plain/srv x/data/more")));
-        assert!(!mount.shows("0:74", Path::new("/plain/srv")), "names are compared whole");
-    }
 
     #[test]
     fn a_directory_of_ours_is_nobody_elses() {

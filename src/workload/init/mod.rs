@@ -15,6 +15,7 @@
 //! - It belongs to no checkpoint: it is outside of the tree that CRIU dumps, the same on both hosts.
 //! - From inside it cannot be signalled (pid 1 without handlers); all signals that matter are blocked.
 
+mod alike;
 mod logger;
 mod place;
 mod serve;
@@ -38,6 +39,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use self::alike::{FilesCopy, Likeness};
 use super::{control, guard::Page, netlink::RouteSocket, sys};
 
 /// The longest [`Setup`] and [`Report`].
@@ -72,12 +74,24 @@ pub(super) struct Place {
     pub own_net: bool,
     /// Host name inside.
     pub hostname: String,
-    /// An empty directory on which the new root is put together.
-    pub root: PathBuf,
-    /// The directory to show as /dev/shm.
-    pub shm: PathBuf,
-    /// Directories to show inside: from, to.
-    pub binds: Vec<(PathBuf, PathBuf)>,
+    /// Its mounts.
+    pub mounts: Mounts,
+}
+
+/// What a place shows of files.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Mounts {
+    /// The host's, but for some.
+    Host {
+        /// An empty directory on which the new root is put together.
+        root: PathBuf,
+        /// The directory to show as /dev/shm.
+        shm: PathBuf,
+        /// Directories to show inside: from, to.
+        binds: Vec<(PathBuf, PathBuf)>,
+    },
+    /// As in a container, but its own.
+    Container(Likeness),
 }
 
 impl Place {
@@ -187,7 +201,10 @@ impl Hands {
 /// Returns only with an error.
 fn run(setup: &Setup, hands: Hands) -> Result<(), String> {
     if let Some(place) = &setup.place {
-        place::enter(place)?;
+        match &place.mounts {
+            Mounts::Host { root, shm, binds } => place::enter(&place.hostname, root, shm, binds)?,
+            Mounts::Container(like) => alike::enter(&place.hostname, like)?,
+        }
     }
     std::env::set_current_dir("/").map_err(at("enter /"))?;
     // Best effort: where they are refused (no CAP_IPC_LOCK, no CAP_SYS_NICE), the guard is merely later

@@ -10,21 +10,28 @@
 //! and the workload's declared paths. The host's: everything else, `/run` and `/tmp` included: declare
 //! `--path /tmp/x` for what the workload needs of them after a takeover.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     unistd::{pivot_root, sethostname},
 };
 
-use super::{Place, at};
+use super::at;
 
 const NONE: Option<&Path> = None;
 
-pub(super) fn enter(place: &Place) -> Result<(), String> {
-    sethostname(&place.hostname).map_err(at("set the host name"))?;
+pub(super) fn enter(
+    hostname: &str,
+    root: &Path,
+    shown_as_shm: &Path,
+    binds: &[(PathBuf, PathBuf)],
+) -> Result<(), String> {
+    sethostname(hostname).map_err(at("set the host name"))?;
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE).map_err(at("make mounts private"))?;
-    let root = &place.root;
     mount(Some("/"), root, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE).map_err(at("bind the root"))?;
     std::env::set_current_dir(root).map_err(at("enter the new root"))?;
     // Root and old root in the same place; the old one is then on top and goes with the next call.
@@ -37,7 +44,9 @@ pub(super) fn enter(place: &Place) -> Result<(), String> {
     fs::create_dir_all("/dev/shm").map_err(at("make /dev/shm"))?;
     let shm = Path::new("/dev/shm");
     let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    bind(&place.shm, shm).and_then(|()| mount(NONE, shm, NONE, flags, NONE)).map_err(at("bind /dev/shm"))?;
+    bind(shown_as_shm, shm)
+        .and_then(|()| mount(NONE, shm, NONE, flags, NONE))
+        .map_err(at("bind /dev/shm"))?;
     mount_new(
         "devpts",
         "/dev/pts",
@@ -49,7 +58,7 @@ pub(super) fn enter(place: &Place) -> Result<(), String> {
     if !fs::symlink_metadata("/dev/ptmx").is_ok_and(|meta| meta.is_symlink()) {
         bind("/dev/pts/ptmx".as_ref(), "/dev/ptmx".as_ref()).map_err(at("bind /dev/ptmx"))?;
     }
-    for (from, to) in &place.binds {
+    for (from, to) in binds {
         bind(from, to)
             .map_err(|error| format!("cannot show {} as {}: {error}", from.display(), to.display()))?;
     }
