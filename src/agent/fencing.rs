@@ -56,6 +56,12 @@ impl Home {
         const GRACE_NS: u64 = 60_000_000_000;
         let deadline_ns = until.map_or_else(|| boot_time_ns() + GRACE_NS, |until| until.as_nanos() as u64);
         let steps = self.addresses.as_ref().map_or(&[][..], Addresses::up_steps);
+        if !self.keeper().guard().fired() {
+            // It runs already: of two orders to let it run this is the second.
+            return Ok(until.map_or_else(|| self.disarm(), |until| self.arm(until))?);
+        }
+        // It may not have done yet what it has decided.
+        self.fence_now(FENCE_LIMIT)?;
         if let Ok(lease) = self.lease() {
             // Nothing leaves before the gate is open; then nothing is to be lost.
             lease.grant(deadline_ns);
@@ -129,11 +135,14 @@ impl Owner {
             // Not before the handoff's outcome: see `release_hold`.
             return None;
         }
-        let rolled_back = std::mem::take(&mut self.holding);
+        let is_judged = self.handoff.as_ref().is_some_and(|handoff| handoff.verdict.is_some());
+        let rolled_back = std::mem::take(&mut self.holding) || is_judged;
         let home = self.home.as_ref()?;
         if let Err(error) = block_in_place(|| home.unfence_until(until)) {
             tracing::warn!(%error, name = %self.name, "letting the workload run again");
-            return Some(Input::GuardFired);
+            // With a lease its next renewal tries again, and without one the owner's next look, which finds the guard fired. At
+            // once would be for ever, if its keeper is gone.
+            return until.map(|_| Input::GuardFired);
         }
         // The guard has ended whatever slowed it down.
         self.speed.forget();
