@@ -170,6 +170,9 @@ pub struct EpochFigures {
     /// What was compared so.
     #[serde(default)]
     pub resync: Option<Resync>,
+    /// Whether what the workload sends after the freeze waits for a later epoch's commit.
+    #[serde(default)]
+    pub output_held: bool,
 }
 
 /// What it took to bring a standby up to date that held an image of which the primary knew nothing.

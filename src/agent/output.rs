@@ -5,7 +5,12 @@
 //! It waits no longer once no standby could promote: then nobody would lose what clients were told. With the next standby it
 //! begins to wait as with the first.
 
-use std::{io, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -21,11 +26,14 @@ use super::{
 use crate::{
     capture::{Stage, pace::Pace},
     ha::{Role, Standing},
-    model::EpochId,
+    model::{EpochFigures, EpochId},
     takeover::hold::{Hold, HoldError},
     transport::block_in_place,
     workload::spec::{Commit, PaceMode, PaceSpec, WorkloadSpec},
 };
+
+/// How long a change to `async` waits for an epoch. With none, as when the standby is lost, output is let go all the same.
+const CHANGE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Handles packets at the stages of one epoch.
 pub(super) struct Around {
@@ -33,12 +41,14 @@ pub(super) struct Around {
     pub(super) epoch: EpochId,
     /// Output waits from this epoch's freeze on, if it does not already.
     pub(super) holds: bool,
+    /// The mode in which it was begun: in `async`, output that still waits does so for this epoch, and not for the next.
+    pub(super) commit: Commit,
     /// What the owner permits by now.
     pub(super) permit: watch::Receiver<Permit>,
 }
 
 impl Around {
-    /// Says whether output is held. Where it need not be, what cannot be done is no reason to have no epoch.
+    /// Says whether output waits for a later epoch. Where it need not, what cannot be done is no reason to have no epoch.
     pub(super) fn at(&self, stage: Stage) -> io::Result<bool> {
         let Some(hold) = &self.hold else { return Ok(false) };
         if let Err(error) = self.handle(hold, stage) {
@@ -47,7 +57,7 @@ impl Around {
             }
             tracing::warn!(%error, epoch = %self.epoch, ?stage, "packets around a freeze");
         }
-        Ok(hold.holds_output())
+        Ok(hold.holds_output() && self.commit == Commit::Output)
     }
 
     fn handle(&self, hold: &Hold, stage: Stage) -> Result<(), HoldError> {
@@ -153,8 +163,17 @@ impl Owner {
     /// A standby could promote, so that what clients are told must wait for it.
     pub(super) fn owes_output(&self) -> bool {
         let role = self.durable.record.map(|record| record.role);
-        self.durable.spec.commit == Commit::Output
+        let still_held = self.still_held.is_some_and(|until| Instant::now() < until);
+        (self.durable.spec.commit == Commit::Output || still_held)
             && matches!(role, Some(Role::Primary { armed: Some(_), .. }))
+    }
+
+    /// The standby holds this epoch. After a change to `async` the first one that was begun since is what output still waits for:
+    /// a takeover from one before it would take all connections for such that know no more than it does.
+    pub(super) fn held_until(&mut self, figures: &EpochFigures) {
+        if !figures.output_held {
+            self.still_held = None;
+        }
     }
 
     /// Lets output leave that nobody could lose any more. After [`Owner::drive_session`], which tells the session.
@@ -211,6 +230,10 @@ impl Owner {
             durable.spec.commit = mode;
             block_in_place(|| self.place.write(&durable)).map_err(ApiError::failed)?;
             self.durable = durable;
+            let holds =
+                self.home.as_ref().and_then(|home| home.hold()).is_some_and(|hold| hold.holds_output());
+            let until = Instant::now() + CHANGE_LIMIT;
+            self.still_held = (mode == Commit::Async && holds).then_some(until);
             self.event("commit-mode", &format!("{mode}: {}", told(mode)), None);
             self.drive_session();
             self.look_at_held();
@@ -222,7 +245,7 @@ impl Owner {
 
 fn told(mode: Commit) -> &'static str {
     match mode {
-        Commit::Async => "output leaves at once",
+        Commit::Async => "from the next epoch on output leaves at once",
         Commit::Output => "output waits until the standby has what it depends on",
     }
 }

@@ -128,6 +128,8 @@ pub(super) struct Owner {
     pub(super) hooks: Hooks,
     pub(super) speed: Arc<Speed>,
     pub(super) valve: Option<Valve>,
+    /// Until then output waits at most although the mode was changed, unless an epoch that says so is committed before.
+    pub(super) still_held: Option<Instant>,
 }
 
 impl Owner {
@@ -145,6 +147,7 @@ impl Owner {
             drill: None,
             speed: Speed::full(),
             valve: None,
+            still_held: None,
             last_drill: place.last_drill(),
             agent,
             name,
@@ -477,6 +480,7 @@ impl Owner {
     // Epochs.
 
     fn epoch_committed(&mut self, figures: EpochFigures) {
+        self.held_until(&figures);
         if self.last_committed.is_none() || figures.full {
             self.event("protected", "the standby holds a whole epoch", Some(figures.id));
         }

@@ -271,6 +271,14 @@ impl Session {
                     }
                 }
                 () = output.due(due), if may_begin => return Some(Next::Due),
+                changed = self.permit.changed() => {
+                    changed.ok()?;
+                    if self.permit.borrow().commit != at.commit {
+                        // Clients wait for it.
+                        self.follow_mode(at);
+                        return Some(Next::Due);
+                    }
+                }
                 received = self.orders.recv() => {
                     return received.map(|Order::Handoff(handoff)| Next::Ordered(handoff));
                 }
@@ -416,6 +424,7 @@ impl Session {
             epoch: id,
             // The first epoch takes as long as all memory does; what a takeover needs of it is there with the second.
             holds: at.commit == Commit::Output && follows && !at.told,
+            commit: at.commit,
             permit: self.permit.clone(),
         };
         let how = flight::How { freeze_after, judged, around };

@@ -217,7 +217,8 @@ fn the_mode_can_be_changed_while_it_runs() {
     let witness = Witness::start(&cluster, "counter");
     witness.await_more();
     let status = cluster.json(Host::A, &["commit", "redis", "async"]);
-    assert_eq!((&status["commit"], &status["held"]["output"]), (&"async".into(), &false.into()));
+    assert_eq!(status["commit"], "async");
+    wait_for("output to leave at once", || cluster.status(Host::A, "redis")["held"]["output"] == false);
     witness.await_more();
     wait_for("the standby to know", || cluster.status(Host::B, "redis")["commit"] == "async");
     cluster.standin(Host::A, &["commit", "redis", "output"]);
@@ -257,9 +258,19 @@ fn a_tree_in_the_host_s_network_cannot_have_its_output_held() {
 /// Without output commit a client may know more than the epoch that is restored: it is told at once, and never waits.
 #[test]
 fn a_connection_that_knows_more_than_the_restored_epoch_is_reset() {
-    let cluster = Cluster::up("knows-more");
+    knows_more("knows-more", false);
+}
+
+/// So it is also right after output commit was ended.
+#[test]
+fn a_connection_that_knows_more_since_the_mode_was_changed_is_reset() {
+    knows_more("knows-since", true);
+}
+
+fn knows_more(hint: &str, changes: bool) {
+    let cluster = Cluster::up(hint);
     cluster.run_redis();
-    cluster.protect_with(&["--every", "10s"]);
+    cluster.protect_with(&["--every", "10s", "--commit", if changes { "output" } else { "async" }]);
     let (counts, counted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let (may_count, replies) = (Arc::clone(&counts), Arc::clone(&counted));
     let client = inside(cluster.client_network(), move || {
@@ -280,6 +291,12 @@ fn a_connection_that_knows_more_than_the_restored_epoch_is_reset() {
     });
     let epoch = || cluster.status(Host::A, "redis")["epoch"]["epoch"].as_u64();
     wait_for("an epoch with both connections", || epoch() >= Some(2));
+    if changes {
+        let before = epoch();
+        cluster.standin(Host::A, &["commit", "redis", "async"]);
+        wait_for("output to leave at once", || cluster.status(Host::A, "redis")["held"]["output"] == false);
+        assert!(epoch() > before, "an epoch says that output leaves at once");
+    }
     counts.store(true, Ordering::Relaxed);
     wait_for("the client to be told more", || counted.load(Ordering::Relaxed) > 50);
     cluster.lab.kill(Host::A);

@@ -88,6 +88,7 @@ impl Capturer {
         let options = self.dump_options(matches!(*finish, Finish::Continue));
         figures.frozen_at_unix_ms = unix_ms();
         let note = self.note(figures.frozen_at_unix_ms);
+        figures.output_held = note.output_held;
         let mut outlet = Outlet { encoder: &mut self.encoder, dir, note, figures, emit };
         let root = self.source.root;
         let gate = swrk.take_gate().map(Arc::new);
