@@ -50,15 +50,16 @@ impl Home {
         fenced
     }
 
-    /// Undoes a fence; without a deadline the guard is left disarmed.
-    fn unfence_until(&self, until: Option<Duration>) -> anyhow::Result<()> {
+    /// Undoes a fence; without a deadline the guard is left disarmed. False: there was none, and the guard has the deadline.
+    fn unfence_until(&self, until: Option<Duration>) -> anyhow::Result<bool> {
         // Far enough for what follows, and a deadline all the same until it is disarmed.
         const GRACE_NS: u64 = 60_000_000_000;
         let deadline_ns = until.map_or_else(|| boot_time_ns() + GRACE_NS, |until| until.as_nanos() as u64);
         let steps = self.addresses.as_ref().map_or(&[][..], Addresses::up_steps);
         if !self.keeper().guard().fired() {
             // It runs already: of two orders to let it run this is the second.
-            return Ok(until.map_or_else(|| self.disarm(), |until| self.arm(until))?);
+            until.map_or_else(|| self.disarm(), |until| self.arm(until))?;
+            return Ok(false);
         }
         // It may not have done yet what it has decided.
         self.fence_now(FENCE_LIMIT)?;
@@ -72,7 +73,7 @@ impl Home {
         if until.is_none() {
             self.disarm()?;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn follow_guard(&self) {
@@ -138,11 +139,15 @@ impl Owner {
         let is_judged = self.handoff.as_ref().is_some_and(|handoff| handoff.verdict.is_some());
         let rolled_back = std::mem::take(&mut self.holding) || is_judged;
         let home = self.home.as_ref()?;
-        if let Err(error) = block_in_place(|| home.unfence_until(until)) {
-            tracing::warn!(%error, name = %self.name, "letting the workload run again");
-            // With a lease its next renewal tries again, and without one the owner's next look, which finds the guard fired. At
-            // once would be for ever, if its keeper is gone.
-            return until.map(|_| Input::GuardFired);
+        match block_in_place(|| home.unfence_until(until)) {
+            Ok(false) if !rolled_back => return None,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, name = %self.name, "letting the workload run again");
+                // With a lease its next renewal tries again, and without one the owner's next look, which finds the guard fired.
+                // At once would be for ever, if its keeper is gone.
+                return until.map(|_| Input::GuardFired);
+            }
         }
         // The guard has ended whatever slowed it down.
         self.speed.forget();

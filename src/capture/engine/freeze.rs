@@ -186,11 +186,9 @@ impl Capturer {
             Some(sent) => return sent.map(|()| (dumped.is_ok(), FreezeParts::default())),
             None => dumped.map_err(|source| explained(source, root))?,
         }
-        let (freezing_us, frozen_us) = stats::frozen(&outlet.dir)?;
-        outlet.figures.frozen_us = freezing_us + frozen_us;
-        outlet.figures.capture_us = began.elapsed().as_micros() as u64;
+        let stopping_us = outlet.note_times(began)?;
         let frozen = frozen.ok_or(CaptureError::NoMemory)?;
-        let parts = FreezeParts { stopping_us: freezing_us, ..frozen.parts };
+        let parts = FreezeParts { stopping_us, ..frozen.parts };
         outlet.send(&mut self.known, self.files.as_mut(), frozen)?;
         Ok((false, parts))
     }
@@ -213,6 +211,14 @@ impl Outlet<'_, '_> {
     ) -> (bool, Result<(), CaptureError>) {
         let manifest = self.send(lent.known, lent.files.as_mut(), frozen);
         (manifest.as_ref().is_ok_and(conclude), manifest.map(drop))
+    }
+
+    /// Notes how long the tree stood and the epoch took since `began`; how long (in microseconds) it took to stop it.
+    fn note_times(&mut self, began: Instant) -> Result<u64, CaptureError> {
+        let (stopping_us, frozen_us) = stats::frozen(&self.dir)?;
+        self.figures.frozen_us = stopping_us + frozen_us;
+        self.figures.capture_us = began.elapsed().as_micros() as u64;
+        Ok(stopping_us)
     }
 
     /// Emits what the freeze read, the small images and the manifest.
