@@ -319,7 +319,7 @@ def main():
                 lab.name, lab.name))
         else:
             lab.run("down", check=False)
-        if logs_matter:
+        if logs_matter or options.keep:
             story.say("the agents' logs: %s" % ", ".join(logs.values()))
         else:
             for log in logs.values():

@@ -232,6 +232,7 @@ impl Agent {
         }
         let command = Command { argv: request.command.clone(), env, cwd: request.cwd.clone(), user };
         sandbox.start(&command).map_err(|error| failed(&error))?;
+        home.started().map_err(|error| failed(&in_full(&error)))?;
         home.open_up().map_err(|error| failed(&in_full(&error)))?;
         let root = home.root().map_err(|error| failed(&in_full(&error)))?;
         root.map(|root| root.host as i32).ok_or_else(|| {

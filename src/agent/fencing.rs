@@ -45,6 +45,8 @@ impl Home {
     /// Freezes and silences it now.
     pub(super) fn fence_now(&self, limit: Duration) -> Result<(), GuardError> {
         let fenced = self.keeper().guard().fence_now(limit);
+        // It is no earlier than any step.
+        let _ = self.is_heard(false);
         // Also if the guard does not answer.
         self.follow_guard();
         fenced
@@ -70,6 +72,7 @@ impl Home {
         let unfenced = gate::unfence(self.keeper(), self.place.gate(), deadline_ns, steps);
         self.follow_guard();
         unfenced?;
+        self.is_heard(true)?;
         if until.is_none() {
             self.disarm()?;
         }

@@ -149,24 +149,27 @@ pub(super) fn begin(
     let (waiting, runtime, began) = (Arc::clone(&waits), Handle::current(), Instant::now());
     let thread = tokio::task::spawn_blocking(move || {
         let (freezing, releasing, running) = (Arc::clone(&waiting), brake.clone(), runtime.clone());
+        let last = judged.is_some();
         capturer.on_stages(Box::new(move |stage| {
             if stage == Stage::Freezing {
                 let early =
                     freeze_after.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
                 std::thread::sleep(early);
-                // CRIU's work in the frozen tasks needs all of their time.
-                running.block_on(releasing.release());
                 let mut waits = lock(&freezing);
                 waits.all += early;
                 waits.frozen = true;
             }
-            around.at(stage)
-        }));
-        let last = judged.is_some();
-        let mut emit = |head, body| {
-            if !last && brake.is_slack() {
-                runtime.block_on(brake.press());
+            let held = around.at(stage);
+            match stage {
+                Stage::Freezing => {}
+                // CRIU's work in the frozen tasks needs all of their time; before, they would have it.
+                Stage::Frozen => running.block_on(releasing.release()),
+                Stage::Running if last => {}
+                Stage::Running => running.block_on(releasing.press()),
             }
+            held
+        }));
+        let mut emit = |head, body| {
             let from = Instant::now();
             let sent = frames_tx.blocking_send((head, body));
             lock(&waiting).add(from, Instant::now());
@@ -185,9 +188,6 @@ pub(super) fn begin(
         let finish =
             if last { Finish::Final { hold: &mut hold, conclude: &mut conclude } } else { Finish::Continue };
         let result = capturer.capture(head, finish, &mut emit);
-        if !last && brake.is_slack() {
-            runtime.block_on(brake.press());
-        }
         drop(frames_tx);
         let goes_on = result.as_ref().is_ok_and(|captured| !captured.killed);
         // Nobody waits any more if the session has ended.

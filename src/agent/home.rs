@@ -17,8 +17,10 @@ use crate::{
         address::Addresses,
         gate,
         hold::{Hold, HoldError, Marks},
+        inputs::{self, Input},
         lease::{Lease, LeaseError},
-        nudge::nudge,
+        nudge::{Voice, nudge, probe},
+        order::{Order, Stage, Step},
         stale::Watch,
     },
     workload::{
@@ -59,6 +61,9 @@ pub(super) struct Home {
     connections: Vec<TcpConnection>,
     /// Their other ends may have had more than was sent by then.
     may_be_stale: bool,
+    /// By what it is told of them.
+    voices: Vec<Voice>,
+    order: Order,
 }
 
 /// The root of a workload's tree.
@@ -91,14 +96,16 @@ impl Place {
 }
 
 impl Home {
-    fn at(place: Place) -> Self {
+    fn at(place: Place, stage: Stage) -> Self {
         Self {
             place,
+            order: Order::new(stage),
             addresses: None,
             hold: None,
             lease: Err(LeaseError::NoDevice),
             connections: Vec::new(),
             may_be_stale: false,
+            voices: Vec::new(),
         }
     }
 
@@ -113,7 +120,11 @@ impl Home {
             }
             PlaceSpec::Container(spec) => Place::Container(Box::new(Container::open(&dir, &spec.name)?)),
         };
-        Ok(Self::at(place))
+        let found = Self::at(place, Stage::Unknown);
+        if matches!(found.root(), Ok(Some(_))) {
+            found.order.done(Step::Find)?;
+        }
+        Ok(found)
     }
 
     /// Makes a place: empty, silent. `fresh`: whatever an engine has of its files is not those of an epoch.
@@ -142,18 +153,18 @@ impl Home {
                 }
             }
         };
-        Ok(Self::at(place))
+        Ok(Self::at(place, Stage::Unknown))
     }
 
     /// Makes a place for a drill: nobody hears what is restored there.
     pub(super) fn isolated(spec: &SandboxSpec, options: &sandbox::Options) -> Result<Self> {
-        Ok(Self::at(Place::Sandbox(Box::new(Sandbox::create(spec, options)?))))
+        Ok(Self::at(Place::Sandbox(Box::new(Sandbox::create(spec, options)?)), Stage::Silent))
     }
 
     /// Adopts a tree that runs.
     pub(super) fn adopt(agent: &Agent, name: &Name, pid: u32) -> Result<Self> {
         let tree = BareTree::adopt(name, pid, &agent.program, &agent.sandboxes_dir())?;
-        Ok(Self::at(Place::Bare(tree)))
+        Ok(Self::at(Place::Bare(tree), Stage::Restored))
     }
 
     /// Adopts a container that runs.
@@ -172,7 +183,7 @@ impl Home {
             Way::Inside => Place::Container(Box::new(Container::adopt(name, found, &options)?)),
             Way::Whole => Place::Whole(Box::new(Whole::adopt(name, found, &options)?)),
         };
-        Ok(Self::at(place))
+        Ok(Self::at(place, Stage::Restored))
     }
 
     /// Ends whatever place there is of that name, with everything that runs in it.
@@ -267,9 +278,13 @@ impl Home {
             Place::Whole(whole) => whole.is_waiting(),
             Place::Bare(_) => false,
         };
-        // One that was silenced, its tree ended since, would silence the next one from its first moment on.
+        // One that was silenced, its tree ended since, would silence the next one from its first moment on; one that was opened
+        // would let it be heard.
         let keeper = self.keeper();
-        waits && !keeper.guard().fired() && !keeper.cgroup().is_frozen().unwrap_or(true)
+        waits
+            && self.order.stage() == Stage::Silent
+            && !keeper.guard().fired()
+            && !keeper.cgroup().is_frozen().unwrap_or(true)
     }
 
     /// The tree's root, while it runs.
@@ -300,7 +315,23 @@ impl Home {
             Place::Whole(whole) => whole.take_up()?,
             Place::Bare(_) => anyhow::bail!("nothing is restored into a place of somebody else's"),
         }
-        Ok(())
+        Ok(self.order.done(Step::Find)?)
+    }
+
+    /// Whether nobody can hear what is restored into it.
+    pub(super) fn check_silent(&self) -> Result<()> {
+        Ok(self.order.check(Step::Restore)?)
+    }
+
+    /// A tree was started in it.
+    pub(super) fn started(&self) -> Result<()> {
+        Ok(self.order.done(Step::Find)?)
+    }
+
+    /// It was silenced, or is heard again.
+    pub(super) fn is_heard(&self, heard: bool) -> Result<()> {
+        let steps = if heard { &[Step::Find, Step::Open, Step::Answer][..] } else { &[Step::Silence] };
+        Ok(steps.iter().try_for_each(|step| self.order.done(*step))?)
     }
 
     /// Before the end of a tree that is handed off: CRIU ends it from inside the place, which must not end with it.
@@ -326,6 +357,12 @@ impl Home {
         let addresses = Addresses::prepare(&spec.place.net(), &spec.vips)?;
         addresses.guard(self.keeper(), self.place.gate())?;
         self.addresses = Some(addresses);
+        self.order.done(Step::Prepare)?;
+        let voices = self.place.gate().map_or(&[][..], Gate::doors).iter().map(Voice::open);
+        self.voices = voices.collect::<std::io::Result<_>>().unwrap_or_else(|error| {
+            tracing::warn!(%error, name = %spec.place.name(), "its connections will not be told to go on after a takeover");
+            Vec::new()
+        });
         let marks = self.marks(&spec.vips);
         self.lease = Lease::new(spec.place.name(), &marks, self.keeper().shared_guard());
         if let Err(error) = &self.lease {
@@ -382,11 +419,13 @@ impl Home {
     /// Lets the workload be heard: the gate, then the addresses. The caller announces.
     pub(super) fn open_up(&self) -> Result<()> {
         let (keeper, gate) = (self.place.keeper(), self.place.gate());
+        self.order.check(Step::Open)?;
         gate::open(keeper, gate)?;
+        self.order.done(Step::Open)?;
         if let Some(addresses) = &self.addresses {
             addresses.up(keeper)?;
         }
-        Ok(())
+        Ok(self.order.done(Step::Answer)?)
     }
 
     /// Takes note of the connections that an image has.
@@ -421,17 +460,41 @@ impl Home {
     /// Sends a round of announcements; with the first ones restored connections are told to go on.
     pub(super) fn announce(&self, round: usize) -> Result<()> {
         const NUDGES: usize = 2;
+        self.order.check(Step::Announce)?;
         if round < NUDGES
-            && let Some(gate) = self.place.gate()
-            && let Err(error) = nudge(gate.doors(), &self.connections)
+            && let Err(error) = nudge(&self.voices, &self.connections)
         {
             tracing::debug!(%error, "telling restored connections to go on");
         }
-        Ok(self.addresses.as_ref().map_or(Ok(()), Addresses::announce)?)
+        if let Some(addresses) = &self.addresses {
+            addresses.announce()?;
+        }
+        if round < NUDGES
+            && self.may_be_stale
+            && let Err(error) = probe(&self.connections)
+        {
+            tracing::debug!(%error, "asking the other ends of restored connections where they are");
+        }
+        Ok(self.order.done(Step::Announce)?)
+    }
+
+    /// Gives the restored workload what was sent to it since its epoch; after the first announcement, which tells it the way back.
+    pub(super) fn replay(&self, inputs: &[Input]) {
+        if let Err(error) = self.order.done(Step::Replay) {
+            // It is not heard, which its status says.
+            tracing::debug!(%error, "nothing is given to it");
+            return;
+        }
+        match inputs::replay(&self.voices, inputs) {
+            Ok(0) => {}
+            Ok(packets) => tracing::info!(packets, "it was given what was sent to it since its epoch"),
+            Err(error) => tracing::debug!(%error, "clients send again what they had on the way"),
+        }
     }
 
     /// This host answers no more for the addresses; the workload itself may run on.
     pub(super) fn close_vips(&self) -> Result<()> {
+        self.order.done(Step::Silence)?;
         Ok(self.addresses.as_ref().map_or(Ok(()), Addresses::down)?)
     }
 

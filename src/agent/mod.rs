@@ -9,6 +9,7 @@
 //! | `verifying` | the warm image, compared again with what was received |
 //! | `session`, `flight`, `output`, `throttle` | the primary's epochs: capture, ship, commit; packets that wait for them; slowing down |
 //! | `receiving`, `standby` | the standby's: receive, commit; fold, restore |
+//! | `inputs` | what is sent to a workload whose output waits, told to its standby |
 //! | `inventory` | what a standby holds, by hashes, where the primary does not know |
 //! | `drill` | a restore on trial, isolated, beside all that |
 //! | `home` | the workload's place and addresses |
@@ -36,6 +37,7 @@ mod home;
 mod hooks;
 mod http;
 mod inbound;
+mod inputs;
 mod inventory;
 mod links;
 mod mailbox;
@@ -267,15 +269,22 @@ impl Agent {
 
     /// A peer asks this host to be its standby.
     async fn offered(self: &Arc<Self>, peer: &PeerName, spec: WorkloadSpec, term: Term, bytes: u64) -> Reply {
+        // An owner that is just ending, after the end of an earlier protection, is not asked again once it has.
+        const ATTEMPTS: usize = 50;
+        const PAUSE: Duration = Duration::from_millis(20);
         let name = spec.place.name().clone();
-        let known = self.owners().get(&name).cloned();
-        let owner = known.unwrap_or_else(|| self.own(Durable::of(spec.clone()), None));
-        let (answer, answered) = oneshot::channel();
-        let offer = Msg::Offer(Box::new(Offer { peer: peer.to_string(), spec, term, bytes, answer }));
-        if owner.send(offer).await.is_ok()
-            && let Ok(reply) = answered.await
-        {
-            return reply;
+        for _ in 0..ATTEMPTS {
+            let known = self.owners().get(&name).cloned();
+            let owner = known.unwrap_or_else(|| self.own(Durable::of(spec.clone()), None));
+            let (answer, answered) = oneshot::channel();
+            let (peer, spec) = (peer.to_string(), spec.clone());
+            let offer = Msg::Offer(Box::new(Offer { peer, spec, term, bytes, answer }));
+            if owner.send(offer).await.is_ok()
+                && let Ok(reply) = answered.await
+            {
+                return reply;
+            }
+            tokio::time::sleep(PAUSE).await;
         }
         Reply::Refused { term: Term(0), reason: format!("{name} has just been removed there; try again") }
     }

@@ -128,9 +128,13 @@ impl Awaited {
 
 /// Readable when output has come to wait.
 pub(super) fn watch(hold: &Hold) -> Option<AsyncFd<OwnedFd>> {
-    let fd = hold.output_waits().try_clone().ok()?;
+    readable(hold.output_waits().try_clone().ok()?).ok()
+}
+
+/// A descriptor whose being readable is waited for.
+pub(super) fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an owned descriptor, which is open until it is dropped with what registers it.
-    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.ok()
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
 async fn output_waits(hold: &Hold, fd: &AsyncFd<OwnedFd>) {

@@ -146,6 +146,9 @@ impl Owner {
         }
         self.speak();
         let Some(mut promotion) = self.promotion.take() else { return };
+        if let (Some(home), Some(standby)) = (&self.home, &self.standby) {
+            home.replay(&standby.inputs_since(promotion.epoch));
+        }
         promotion.phases.insert("network".into(), opening.elapsed().as_secs_f64() * 1e3);
         let detail = format!("{}; epoch {} runs here under term {term}", promotion.cause, promotion.epoch);
         self.event_with("promoted", &detail, Some(promotion.epoch), promotion.phases);

@@ -16,7 +16,7 @@ use anyhow::Context;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Agent, inventory,
+    Agent, inputs, inventory,
     mailbox::Msg,
     standby::{KeptFiles, Standby},
 };
@@ -78,6 +78,11 @@ pub(super) async fn receive(agent: &Arc<Agent>, mut receiver: EpochReceiver) -> 
         Some((FrameHead::Ask(ask), _)) => {
             let (_, standby) = standby_of(agent, &ask.name, receiver.peer()).await?;
             return inventory::answer(agent, standby.context("no standby here now")?, receiver, ask).await;
+        }
+        Some((FrameHead::Inputs { name }, _)) => {
+            let (_, standby) = standby_of(agent, &name, receiver.peer()).await?;
+            let standby = Arc::downgrade(&standby.context("no standby here now")?);
+            return inputs::keep(standby, &mut receiver).await;
         }
         _ => anyhow::bail!("an epoch that does not begin"),
     };

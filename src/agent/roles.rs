@@ -272,6 +272,7 @@ impl Owner {
             orders,
             permit: self.permit_epochs.subscribe(),
             hold: home.hold().cloned(),
+            doors: home.place.gate().map_or_else(Vec::new, |gate| gate.doors().to_vec()),
             brake: Brake::new(self.to_self.clone(), Arc::clone(&self.speed)),
         };
         let owner = self.to_self.clone();

@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     api::ErrorCode,
     flight::{self, Capturing, Committed, Failed, Final, Hand, Judged, Shipping},
+    inputs,
     inventory::{self, Wanted},
     links::Link,
     mailbox::Msg,
@@ -38,7 +39,10 @@ use crate::{
     takeover::hold::Hold,
     transport::{block_in_place, connection::RequestError, epoch::SendEpochError},
     wire::message::{EpochAnswer, FrameHead, Reply, Request},
-    workload::spec::{Commit, WorkloadSpec},
+    workload::{
+        network::Door,
+        spec::{Commit, WorkloadSpec},
+    },
 };
 
 /// So many captures of a handoff may fail before it is given up: bytes that come while CRIU reads a connection's queue, or
@@ -143,6 +147,8 @@ pub(super) struct Session {
     pub(super) permit: watch::Receiver<Permit>,
     /// The workload's packets.
     pub(super) hold: Option<Arc<Hold>>,
+    /// By what those come that are sent to it.
+    pub(super) doors: Vec<Door>,
     /// Of the workload's speed.
     pub(super) brake: Brake,
 }
@@ -212,6 +218,10 @@ impl Session {
             pace: output::pace(&self.spec, commit),
             commit,
         };
+        let _inputs = self
+            .hold
+            .as_ref()
+            .map(|hold| inputs::tell(&self.name, &self.link, hold, &self.permit, &self.doors));
         // It ends when the owner is gone, or the capturer was lost with its thread.
         while self.turn(&mut progress).await.is_some() {}
         self.let_run().await;

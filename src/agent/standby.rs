@@ -33,6 +33,7 @@ use crate::{
     observe::unix_ms,
     restore::{self, Ahead, Mode, Recency, Step},
     store::{Durability, FileChanges, FoldError, FreezeError, Store, VerifyError, View},
+    takeover::inputs::{Input, Log},
     wire::{
         inventory::{Ask, Held},
         message::FileRecord,
@@ -67,6 +68,8 @@ pub(super) struct Standby {
     recency: Mutex<Recency>,
     /// The CRIU that waits in the place; none is started once one was asked for.
     ahead: Mutex<Waiting>,
+    /// What was sent to the workload lately.
+    inputs: Mutex<Log>,
 }
 
 #[derive(Default)]
@@ -104,6 +107,7 @@ impl Standby {
             readying: Mutex::new(()),
             recency: Mutex::default(),
             ahead: Mutex::default(),
+            inputs: Mutex::default(),
         })
     }
 
@@ -176,8 +180,19 @@ impl Standby {
     /// After a commit: folds and makes ready, in the background.
     pub(super) fn committed(self: &Arc<Self>, agent: &Arc<Agent>, name: &Name, id: EpochId, note: Note) {
         *lock(&self.newest) = Some((id, note));
+        lock(&self.inputs).committed(id);
         let (standby, agent, name) = (Arc::clone(self), Arc::clone(agent), name.clone());
         tokio::task::spawn_blocking(move || standby.warm(&agent, &name, id));
+    }
+
+    /// Keeps what was sent to the workload after this epoch's freeze.
+    pub(super) fn log_input(&self, after: EpochId, input: Input) {
+        lock(&self.inputs).add(after, input);
+    }
+
+    /// What was sent to the workload since this epoch's freeze, once.
+    pub(super) fn inputs_since(&self, epoch: EpochId) -> Vec<Input> {
+        lock(&self.inputs).take_since(epoch)
     }
 
     fn warm(&self, agent: &Agent, name: &Name, id: EpochId) {
@@ -376,6 +391,7 @@ fn restore_whole(
     let streams = note.outside.iter().filter_map(|outside| Some((outside.stream?, outside.key.clone())));
     let root = whole.restore(dir, &streams.collect::<Vec<_>>(), &agent.install.path)?;
     let spec = durable::Place::of(&agent.config.state_dir, &whole.spec().name).read()?.spec;
+    home.started()?;
     // The guard closes what an engine has made only now.
     home.prepare(&spec, false)?;
     let all = began.elapsed().as_secs_f64() * 1e3;
@@ -402,6 +418,7 @@ impl Standby {
     ) -> anyhow::Result<Restored> {
         let began = Instant::now();
         let mut phases = BTreeMap::new();
+        home.check_silent()?;
         let view = self.store.freeze_for_restore()?;
         anyhow::ensure!(view.id() == plan.epoch, "the store holds epoch {}, not {}", view.id(), plan.epoch);
         let mode = if plan.eager { Mode::Eager } else { Mode::Lazy };

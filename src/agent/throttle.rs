@@ -100,11 +100,6 @@ impl Brake {
         set
     }
 
-    /// Whether it was released, and should not be.
-    pub(super) fn is_slack(&self) -> bool {
-        self.speed.released.load(SeqCst)
-    }
-
     /// Back to what was set, after a release.
     pub(super) async fn press(&self) {
         self.speed.released.store(false, SeqCst);
@@ -235,9 +230,7 @@ mod tests {
         brake.set(20).await.unwrap();
         brake.release().await;
         brake.release().await;
-        assert!(brake.is_slack());
         brake.press().await;
-        assert!(!brake.is_slack());
         brake.set(FULL_SPEED).await.unwrap();
         drop(brake);
         assert_eq!(told.await.unwrap(), [20, 20, FULL_SPEED, 20, FULL_SPEED]);

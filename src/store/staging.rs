@@ -359,7 +359,9 @@ impl Staging {
             | FrameHead::End { .. }
             | FrameHead::Piece
             | FrameHead::Ask(_)
-            | FrameHead::Held(_) => Ok(()),
+            | FrameHead::Held(_)
+            | FrameHead::Inputs { .. }
+            | FrameHead::Input { .. } => Ok(()),
         }
     }
 

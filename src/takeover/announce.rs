@@ -147,9 +147,10 @@ fn icmpv6((to_mac, from_mac): (Mac, Mac), (from, to): (Ipv6Addr, Ipv6Addr), mut 
     frame
 }
 
-/// The Internet checksum (RFC 1071) of an even number of bytes.
+/// The Internet checksum (RFC 1071), of less than 128 KiB.
 pub(super) fn checksum(bytes: &[u8]) -> u16 {
-    let sum: u32 = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let word = |pair: &[u8]| u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]);
+    let sum: u32 = bytes.chunks(2).map(|pair| u32::from(word(pair))).sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     !((folded & 0xffff) + (folded >> 16)) as u16
 }

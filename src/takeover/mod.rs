@@ -1,11 +1,11 @@
-//! What a takeover does to the host's network, in this order (each rule was learnt by breaking it):
+//! What a takeover does to the host's network, in this order ([`order`] keeps it):
 //!
 //! 1. The old host is silent: its [`gate`] is closed before anything on it is killed.
 //! 2. Here the gate is closed (a sandbox is made that way) or the service's traffic is dropped, *before* the
 //!    address comes up; else a retransmit meets no socket and the client gets RST.
 //! 3. [`address`] up; restore; [`gate`] open.
 //! 4. [`announce`], repeated; restored connections are [`nudge`]d, and those that cannot go on
-//!    [ended](stale).
+//!    [ended](stale). The workload is given what [was sent to it](inputs) since its epoch.
 //!
 //! While another host could take over, what a workload sends leaves only as long as the kernel has a [lease] of it.
 //!
@@ -19,9 +19,12 @@ pub mod announce;
 pub mod check;
 pub mod gate;
 pub mod hold;
+pub mod inputs;
 pub mod lease;
 mod netfilter;
 pub mod nudge;
+pub mod order;
 pub mod stale;
 mod sys;
 mod tables;
+mod tcp;

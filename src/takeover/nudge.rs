@@ -15,6 +15,7 @@ use std::{
 use super::{
     announce::{ARP_REPLY, Mac, arp, checksum, neighbour_advertisement},
     sys,
+    tcp::{ACK, ETHERTYPE_IPV4, ETHERTYPE_IPV6, RST, TCP},
 };
 use crate::{
     criu::images::connections::TcpConnection,
@@ -24,26 +25,64 @@ use crate::{
     },
 };
 
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
-const TCP: u8 = 6;
-const ACK: u8 = 0x10;
-const RST: u8 = 0x04;
 /// Of frames that come from the host: nobody answers to it.
 pub(super) const HOST_MAC: Mac = [2, 0, 0, 0, 0, 1];
 
-/// Tells it all, by each of the devices.
-pub fn nudge(doors: &[Door], connections: &[TcpConnection]) -> io::Result<()> {
-    for &Door { index, mac, gateway } in doors {
+/// A way to say something to a workload by one of its devices. To be made ahead of time: the kernel takes milliseconds for its
+/// end, and a takeover has none.
+#[derive(Debug)]
+pub struct Voice {
+    door: Door,
+    socket: OwnedFd,
+}
+
+impl Voice {
+    /// Makes one.
+    pub fn open(door: &Door) -> io::Result<Self> {
         // Protocol 0: it receives nothing.
-        let socket = sys::packet_socket(index, 0)?;
+        Ok(Self { door: *door, socket: sys::packet_socket(door.index, 0)? })
+    }
+
+    /// Says that an IP packet has come.
+    pub(super) fn pass(&self, packet: &[u8]) -> io::Result<()> {
+        self.send(&in_frame(self.door.mac, packet))
+    }
+
+    fn send(&self, frame: &[u8]) -> io::Result<()> {
+        sys::send_frame(&self.socket, self.door.index, frame)
+    }
+}
+
+/// Tells it all, by each of the devices.
+pub fn nudge(voices: &[Voice], connections: &[TcpConnection]) -> io::Result<()> {
+    for voice in voices {
+        let Door { mac, gateway, .. } = voice.door;
         if let Some(gateway) = gateway {
             let v4 = GATEWAY_V4.octets();
-            sys::send_frame(&socket, index, &arp(ARP_REPLY, gateway, v4, mac, v4))?;
-            sys::send_frame(&socket, index, &neighbour_advertisement(gateway, GATEWAY_V6))?;
+            voice.send(&arp(ARP_REPLY, gateway, v4, mac, v4))?;
+            voice.send(&neighbour_advertisement(gateway, GATEWAY_V6))?;
         }
         for frame in connections.iter().filter_map(|connection| frame(mac, connection)) {
-            sys::send_frame(&socket, index, &frame)?;
+            voice.send(&frame)?;
+        }
+    }
+    Ok(())
+}
+
+/// Has the other ends of connections say where they are: a byte that they have acknowledged is told to be none, which they
+/// contradict.
+pub fn probe(connections: &[TcpConnection]) -> io::Result<()> {
+    for connection in connections {
+        let (local, remote) = (connection.local, connection.remote);
+        let said = TcpConnection {
+            local: remote,
+            remote: local,
+            receive_next: connection.unacknowledged.wrapping_sub(1),
+            unacknowledged: connection.receive_next,
+            ..connection.clone()
+        };
+        if let Some(packet) = packet(&said, ACK) {
+            sys::send_packet(remote.ip(), &packet)?;
         }
     }
     Ok(())
@@ -67,12 +106,22 @@ pub(super) fn frame(mac: Mac, connection: &TcpConnection) -> Option<Vec<u8>> {
 }
 
 fn frame_with(mac: Mac, connection: &TcpConnection, flags: u8) -> Option<Vec<u8>> {
-    let (kind, packet) = match (connection.remote.ip(), connection.local.ip()) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => (ETHERTYPE_IPV4, packet_v4(from, to, (connection, flags))),
-        (IpAddr::V6(from), IpAddr::V6(to)) => (ETHERTYPE_IPV6, packet_v6(from, to, (connection, flags))),
-        _ => return None,
-    };
-    Some([&mac[..], &HOST_MAC, &kind.to_be_bytes(), &packet].concat())
+    Some(in_frame(mac, &packet(connection, flags)?))
+}
+
+fn packet(connection: &TcpConnection, flags: u8) -> Option<Vec<u8>> {
+    match (connection.remote.ip(), connection.local.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => Some(packet_v4(from, to, (connection, flags))),
+        (IpAddr::V6(from), IpAddr::V6(to)) => Some(packet_v6(from, to, (connection, flags))),
+        _ => None,
+    }
+}
+
+/// An IP packet in a frame from the host to the workload.
+fn in_frame(mac: Mac, packet: &[u8]) -> Vec<u8> {
+    let kind =
+        if packet.first().is_some_and(|first| first >> 4 == 4) { ETHERTYPE_IPV4 } else { ETHERTYPE_IPV6 };
+    [&mac[..], &HOST_MAC, &kind.to_be_bytes(), packet].concat()
 }
 
 fn packet_v4(from: Ipv4Addr, to: Ipv4Addr, of: (&TcpConnection, u8)) -> Vec<u8> {

@@ -1,37 +1,34 @@
-//! Connections whose other end knows more than the restored workload: it has had bytes that the epoch has not sent yet. They
-//! cannot go on, and by themselves would hang: the kernel drops what acknowledges bytes that were never sent. They are reset, at
-//! both ends, as soon as their other end says the first word.
+//! Connections whose other end knows more than the restored workload. They cannot go on, and by themselves would hang:
 //!
-//! That word is its answer to a probe, or what it sends anyway. What the workload sends meanwhile is heard too, so that what is
-//! acknowledged of that is told from what it never sent here; where not all of it was heard, none is reset. Where output was held
-//! from the epoch's freeze on, there are none such, and it is not listened for.
+//! - It has had bytes that the epoch has not sent yet, and what acknowledges those the kernel drops. Such a connection is reset,
+//!   at both ends, with the first word of its other end.
+//! - It was told that bytes had come which the epoch does not have. It will not send those again, but that cannot be told at
+//!   once from bytes that were lost on the way, which it will: it has some seconds for that.
+//!
+//! The first word is what the other end sends anyway, or its answer to a [`probe`](super::nudge::probe). What the workload sends
+//! meanwhile is heard too, so that what is acknowledged of that is told from what it never sent here; where not all of it was
+//! heard, none is reset. Where output was held from the epoch's freeze on, there are none such, and it is not listened for.
 
 use std::{
     collections::HashMap,
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
-use super::{nudge, sys};
+use super::{
+    nudge, sys,
+    tcp::{self, ACK, Segment},
+};
 use crate::{criu::images::connections::TcpConnection, workload::network::Door};
 
-/// For so long it is listened for first words; what says none is idle, and is told with its first one by the workload's kernel.
+/// For so long it is listened for first words.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// So long may a client take to send again what it was not told had come: more than its kernel waits after a takeover.
+const GAP_PATIENCE: Duration = Duration::from_secs(5);
 const ALL_PROTOCOLS: u16 = 0x0003;
-const ETHERNET: usize = 14;
 /// All headers fit, with their options.
 const HEADERS_BYTES: usize = 256;
-
-/// What a segment says of its stream.
-#[derive(Debug, PartialEq, Eq)]
-struct Segment {
-    from: SocketAddr,
-    to: SocketAddr,
-    /// The byte behind its last one.
-    end: u32,
-    acknowledged: u32,
-}
 
 /// Hears what passes one of the workload's devices.
 struct Ear {
@@ -42,7 +39,41 @@ struct Ear {
 /// Waits for the first words of connections; made before the gate opens, so that none is missed.
 pub struct Watch {
     ears: Vec<Ear>,
-    awaited: HashMap<(SocketAddr, SocketAddr), TcpConnection>,
+    awaited: HashMap<(SocketAddr, SocketAddr), Awaited>,
+}
+
+/// A connection whose other end has not said a word yet, or has left a gap before it.
+struct Awaited {
+    connection: TcpConnection,
+    gap: Option<Gap>,
+}
+
+/// Bytes are missing.
+#[derive(Clone, Copy)]
+struct Gap {
+    since: Instant,
+    /// Which ear heard of it.
+    ear: usize,
+    acknowledged: u32,
+}
+
+/// What a word tells of a connection.
+#[derive(Debug, PartialEq, Eq)]
+enum Finding {
+    GoesOn,
+    KnowsMore,
+    Lacks,
+}
+
+/// Of the first word from the other end, or a later one.
+fn judge(connection: &TcpConnection, word: &Segment) -> Finding {
+    if later(connection.sent, word.acknowledged) != connection.sent {
+        Finding::KnowsMore
+    } else if later(connection.receive_next, word.sequence) == connection.receive_next {
+        Finding::GoesOn
+    } else {
+        Finding::Lacks
+    }
 }
 
 impl Watch {
@@ -54,9 +85,11 @@ impl Watch {
         let ear =
             |door: &Door| Ok(Ear { door: *door, socket: sys::packet_socket(door.index, ALL_PROTOCOLS)? });
         let ears = doors.iter().map(ear).collect::<io::Result<Vec<_>>>()?;
-        let key = |connection: &TcpConnection| (connection.remote, connection.local);
-        let awaited = connections.iter().map(|connection| (key(connection), connection.clone())).collect();
-        Ok(Some(Self { ears, awaited }))
+        let awaited = connections.iter().map(|connection| {
+            let key = (connection.remote, connection.local);
+            (key, Awaited { connection: connection.clone(), gap: None })
+        });
+        Ok(Some(Self { ears, awaited: awaited.collect() }))
     }
 
     /// Listens until all have said one, or for a minute; blocks. Returns how many connections were reset.
@@ -66,36 +99,64 @@ impl Watch {
         while !self.awaited.is_empty() && Instant::now() < until {
             for at in 0..self.ears.len() {
                 let wait = Duration::from_millis(if self.ears.len() == 1 { 200 } else { 20 });
-                let ear = &self.ears[at];
-                let length = match sys::receive_frame(&ear.socket, &mut buffer, wait) {
+                let length = match sys::receive_frame(&self.ears[at].socket, &mut buffer, wait) {
                     // Told once: the gate was still closed when it began to listen.
                     Err(error) if error.raw_os_error() == Some(libc::ENETDOWN) => continue,
                     received => received?,
                 };
-                let Some(segment) = length.and_then(|length| segment(&buffer[..length.min(HEADERS_BYTES)]))
-                else {
-                    continue;
-                };
-                if let Some(connection) = self.awaited.get_mut(&(segment.to, segment.from)) {
-                    connection.sent = later(connection.sent, segment.end);
-                    continue;
-                }
-                let Some(mut connection) = self.awaited.remove(&(segment.from, segment.to)) else { continue };
-                if later(connection.sent, segment.acknowledged) == connection.sent {
-                    continue;
-                }
-                if sys::lost_frames(&ear.socket)? > 0 {
-                    // What the workload has sent is not known any more, of this and of all others.
-                    return Err(io::Error::other("there was more traffic than could be followed"));
-                }
-                // The workload's end first; then that word again, which no connection takes: its kernel says so.
-                nudge::reset(&ear.door, &ear.socket, &connection)?;
-                connection.unacknowledged = segment.acknowledged;
-                nudge::tell(&ear.door, &ear.socket, &connection)?;
-                reset += 1;
+                let heard = length.and_then(|length| segment(&buffer[..length.min(HEADERS_BYTES)]));
+                reset += heard.map_or(Ok(0), |heard| self.hear(at, &heard))?;
             }
+            reset += self.end_gaps()?;
         }
         Ok(reset)
+    }
+
+    /// Takes note of what was said by one of the devices; how many connections it ended.
+    fn hear(&mut self, ear: usize, heard: &Segment) -> io::Result<usize> {
+        if let Some(Awaited { connection, .. }) = self.awaited.get_mut(&(heard.to, heard.from)) {
+            connection.sent = later(connection.sent, heard.end());
+            return Ok(0);
+        }
+        let key = (heard.from, heard.to);
+        let Some(awaited) = self.awaited.get_mut(&key) else { return Ok(0) };
+        match judge(&awaited.connection, heard) {
+            Finding::GoesOn => {
+                self.awaited.remove(&key);
+                Ok(0)
+            }
+            Finding::KnowsMore => self.end(key, ear, heard.acknowledged),
+            Finding::Lacks => {
+                let since = awaited.gap.map_or_else(Instant::now, |gap| gap.since);
+                awaited.gap = Some(Gap { since, ear, acknowledged: heard.acknowledged });
+                Ok(0)
+            }
+        }
+    }
+
+    /// Ends those whose missing bytes did not come in time.
+    fn end_gaps(&mut self) -> io::Result<usize> {
+        let overdue = |(key, awaited): (&(SocketAddr, SocketAddr), &Awaited)| {
+            let gap = awaited.gap.filter(|gap| gap.since.elapsed() > GAP_PATIENCE)?;
+            Some((*key, gap))
+        };
+        let overdue: Vec<_> = self.awaited.iter().filter_map(overdue).collect();
+        overdue.into_iter().map(|(key, gap)| self.end(key, gap.ear, gap.acknowledged)).sum()
+    }
+
+    /// Ends a connection at both ends; `acknowledged`: what its other end expects next.
+    fn end(&mut self, key: (SocketAddr, SocketAddr), ear: usize, acknowledged: u32) -> io::Result<usize> {
+        let Some(Awaited { mut connection, .. }) = self.awaited.remove(&key) else { return Ok(0) };
+        let ear = &self.ears[ear];
+        if sys::lost_frames(&ear.socket)? > 0 {
+            // What was sent is not known any more, of this and of all others.
+            return Err(io::Error::other("there was more traffic than could be followed"));
+        }
+        // The workload's end first; then that word again, which no connection takes: its kernel says so.
+        nudge::reset(&ear.door, &ear.socket, &connection)?;
+        connection.unacknowledged = acknowledged;
+        nudge::tell(&ear.door, &ear.socket, &connection)?;
+        Ok(1)
     }
 }
 
@@ -106,39 +167,8 @@ fn later(one: u32, other: u32) -> u32 {
 
 /// What the frame says, if it is of TCP, acknowledges something, and is not one of ours.
 fn segment(frame: &[u8]) -> Option<Segment> {
-    const TCP: u8 = 6;
-    if frame.get(6..12)? == nudge::HOST_MAC {
-        return None;
-    }
-    let packet = frame.get(ETHERNET..)?;
-    let half = |at: usize| Some(u16::from_be_bytes([*packet.get(at)?, *packet.get(at + 1)?]));
-    // The header's length, and that of what is behind it.
-    let (from, to, header, bytes): (IpAddr, IpAddr, _, _) =
-        match (frame.get(12..ETHERNET)?, packet.first()? >> 4) {
-            ([0x08, 0x00], 4) if packet.get(9) == Some(&TCP) => {
-                let header = usize::from(packet[0] & 15) * 4;
-                let address =
-                    |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
-                (address(12)?.into(), address(16)?.into(), header, usize::from(half(2)?).checked_sub(header)?)
-            }
-            ([0x86, 0xdd], 6) if packet.get(6) == Some(&TCP) => {
-                let address =
-                    |at: usize| Some(Ipv6Addr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
-                (address(8)?.into(), address(24)?.into(), 40, usize::from(half(4)?))
-            }
-            _ => return None,
-        };
-    let tcp = packet.get(header..header + 20)?;
-    let word = |at: usize| u32::from_be_bytes([tcp[at], tcp[at + 1], tcp[at + 2], tcp[at + 3]]);
-    let port = |at: usize| u16::from_be_bytes([tcp[at], tcp[at + 1]]);
-    let data = bytes.saturating_sub(usize::from(tcp[12] >> 4) * 4) as u32;
-    let (ends, acknowledges) = (u32::from(tcp[13] & 1), tcp[13] & 0x10 != 0);
-    acknowledges.then_some(Segment {
-        from: SocketAddr::new(from, port(0)),
-        to: SocketAddr::new(to, port(2)),
-        end: word(4).wrapping_add(data + ends),
-        acknowledged: word(8),
-    })
+    let segment = Segment::read(tcp::packet(frame)?)?;
+    (segment.has(ACK) && frame[6..12] != nudge::HOST_MAC).then_some(segment)
 }
 
 #[cfg(test)]
@@ -163,17 +193,34 @@ mod tests {
             let mut frame = nudge::frame([2; 6], &connection).unwrap();
             assert_eq!(segment(&frame), None, "that is what we say");
             frame[6] = 6;
-            let wanted = Segment { from: connection.remote, to: connection.local, end: 77, acknowledged: 5 };
-            assert_eq!(segment(&frame), Some(wanted));
+            let heard = segment(&frame).unwrap();
+            assert_eq!((heard.from, heard.to), (connection.remote, connection.local));
+            assert_eq!((heard.end(), heard.acknowledged), (77, 5));
             for length in 0..frame.len() {
                 assert_eq!(segment(&frame[..length]), None, "{length}");
             }
             // Ten bytes, of which a part was heard.
             let length = if frame[12] == 8 { 16 } else { 18 };
             frame[length + 1] += 10;
-            assert_eq!(segment(&frame).unwrap().end, 87);
+            assert_eq!(segment(&frame).unwrap().end(), 87);
         }
         assert_eq!(segment(&[0xff; 60]), None);
+    }
+
+    #[test]
+    fn a_word_tells_what_its_connection_lacks() {
+        let connection = connection("10.0.0.5:6379", "10.0.0.9:40000", 9);
+        let frame = nudge::frame([2; 6], &connection).unwrap();
+        let word = |sequence, acknowledged| Segment {
+            sequence,
+            acknowledged,
+            ..Segment::read(tcp::packet(&frame).unwrap()).unwrap()
+        };
+        assert_eq!(judge(&connection, &word(77, 9)), Finding::GoesOn);
+        assert_eq!(judge(&connection, &word(70, 5)), Finding::GoesOn);
+        assert_eq!(judge(&connection, &word(77, 10)), Finding::KnowsMore);
+        assert_eq!(judge(&connection, &word(80, 10)), Finding::KnowsMore);
+        assert_eq!(judge(&connection, &word(78, 9)), Finding::Lacks);
     }
 
     #[test]

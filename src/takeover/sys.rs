@@ -2,13 +2,21 @@
 
 use std::{
     io,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     time::Duration,
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, recv, sendto, setsockopt,
+        socket, sockopt,
+    },
+};
 
-use super::announce::Mac;
+use super::{announce::Mac, tcp};
 
 /// A socket on one device that hears the given protocol, or nothing if that is 0.
 pub(super) fn packet_socket(index: u32, protocol: u16) -> io::Result<OwnedFd> {
@@ -21,11 +29,16 @@ pub(super) fn packet_socket(index: u32, protocol: u16) -> io::Result<OwnedFd> {
             fd => OwnedFd::from_raw_fd(fd),
         }
     };
+    bind(&socket, index, protocol)?;
+    Ok(socket)
+}
+
+fn bind(socket: &OwnedFd, index: u32, protocol: u16) -> io::Result<()> {
     let address = link_address(index, protocol);
     // SAFETY: the pointer is to a whole sockaddr_ll, whose size is given.
     let answer =
         unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as u32) };
-    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(socket) }
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn link_address(index: u32, protocol: u16) -> libc::sockaddr_ll {
@@ -37,6 +50,65 @@ fn link_address(index: u32, protocol: u16) -> libc::sockaddr_ll {
         sll_pkttype: 0,
         sll_halen: 0,
         sll_addr: [0; 8],
+    }
+}
+
+/// A socket that hears the segments of TCP that leave by one device, as far as so many bytes may wait for its reader.
+pub(super) fn tcp_tap(index: u32, bytes: usize) -> io::Result<OwnedFd> {
+    const ALL_PROTOCOLS: u16 = 0x0003;
+    let socket = packet_socket(index, 0)?;
+    setsockopt(&socket, sockopt::RcvBuf, &bytes)?;
+    let statement = |code: u32, if_so: u8, if_not: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt: if_so,
+        jf: if_not,
+        k,
+    };
+    let byte = |at: u32| statement(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, at);
+    let is = |value: u32, if_so, if_not| {
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, if_so, if_not, value)
+    };
+    let answer = |bytes: u32| statement(libc::BPF_RET | libc::BPF_K, 0, 0, bytes);
+    let program = [
+        byte((libc::SKF_AD_OFF + libc::SKF_AD_PKTTYPE) as u32),
+        is(u32::from(libc::PACKET_OUTGOING), 0, 7),
+        statement(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, 0, 0, 12),
+        is(u32::from(tcp::ETHERTYPE_IPV4), 0, 2),
+        byte(14 + 9),
+        is(u32::from(tcp::TCP), 4, 3),
+        is(u32::from(tcp::ETHERTYPE_IPV6), 0, 2),
+        byte(14 + 6),
+        is(u32::from(tcp::TCP), 1, 0),
+        answer(0),
+        answer(u32::MAX),
+    ];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the pointer is to a whole sock_fprog, whose size is given, and in it is one to as many statements as it says.
+    let answer = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const filter).cast(),
+            size_of_val(&filter) as u32,
+        )
+    };
+    if answer < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    bind(&socket, index, ALL_PROTOCOLS)?;
+    Ok(socket)
+}
+
+/// A frame that waits; none if there is none, or the device was just set down.
+pub(super) fn receive_waiting(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    loop {
+        match recv(socket.as_raw_fd(), buffer, MsgFlags::empty()) {
+            Ok(length) => return Ok(Some(length)),
+            Err(Errno::EAGAIN | Errno::ENETDOWN) => return Ok(None),
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
 
@@ -70,6 +142,15 @@ pub(super) fn send_frame(socket: &OwnedFd, index: u32, frame: &[u8]) -> io::Resu
     if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Sends one whole IP packet, whoever it says that it is from, the way that this host's routes say.
+pub(super) fn send_packet(to: IpAddr, packet: &[u8]) -> io::Result<()> {
+    let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)?;
+    let to = SockaddrStorage::from(SocketAddr::new(to, 0));
+    sendto(socket.as_raw_fd(), packet, &to, MsgFlags::empty())?;
+    Ok(())
+}
+
 /// Waits for a frame; `None` when the time is up.
 pub(super) fn receive_frame(
     socket: &OwnedFd,
@@ -80,10 +161,10 @@ pub(super) fn receive_frame(
     if poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], timeout)? == 0 {
         return Ok(None);
     }
-    match nix::sys::socket::recv(socket.as_raw_fd(), buffer, nix::sys::socket::MsgFlags::empty()) {
+    match recv(socket.as_raw_fd(), buffer, MsgFlags::empty()) {
         Ok(length) => Ok(Some(length)),
         // A frame that another reader took, or that was dropped; not a sign of silence.
-        Err(nix::errno::Errno::EAGAIN) => Ok(Some(0)),
+        Err(Errno::EAGAIN) => Ok(Some(0)),
         Err(errno) => Err(errno.into()),
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //!   agent A                                                      agent B
 //!   Endpoint ── standin-lease/3 ─── requests, heartbeat datagrams ─── Endpoint     one UDP port each
-//!       │    ── standin-bulk/3 ──── one stream an epoch, or question ──── │
+//!       │    ── standin-bulk/4 ──── one stream an epoch, or question ──── │
 //!       │    ── standin-supply/1 ── one stream a thing ────────────────── │
 //!       └─   ── standin-pair/1 ──── only while a code is open ────────── ─┘
 //! ```
@@ -77,7 +77,7 @@ impl Channel {
     fn alpn(self) -> &'static [u8] {
         match self {
             Self::Lease => b"standin-lease/3",
-            Self::Bulk => b"standin-bulk/3",
+            Self::Bulk => b"standin-bulk/4",
             Self::Supply => b"standin-supply/1",
         }
     }

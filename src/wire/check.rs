@@ -198,10 +198,14 @@ pub(super) fn frame(head: &FrameHead, body_len: usize) -> Result<(), Illegal> {
         FrameHead::Image { name, offset, more } => image(name, *offset, *more, body_len),
         FrameHead::File(record) => file(record, body_len),
         FrameHead::Manifest(list) => manifest(list),
-        FrameHead::End { .. } => Ok(()),
+        FrameHead::End { .. } | FrameHead::Inputs { .. } => Ok(()),
         FrameHead::Piece => require(body_len > 0, || "an empty piece".into()),
         FrameHead::Ask(ask) => inventory::check_ask(ask),
         FrameHead::Held(held) => inventory::check_held(held, body_len),
+        FrameHead::Input { after, .. } => {
+            require(after.term.0 > 0, || "terms begin at 1".into())?;
+            require(body_len > 0, || "an empty packet".into())
+        }
     }
 }
 

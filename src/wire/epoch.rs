@@ -11,7 +11,8 @@
 //!                    Listed ──End (digest right)──► Ended
 //! ```
 //!
-//! Instead of `Begin` an [`Ask`](FrameHead::Ask) may come, which is all then: see [`super::inventory`].
+//! Instead of `Begin` an [`Ask`](FrameHead::Ask) may come, which is all then: see [`super::inventory`]; or
+//! [`Inputs`](FrameHead::Inputs), which packets follow without an end.
 //!
 //! Invariants:
 //! - Nobody learns that an epoch is whole before `Ended`: an epoch that was cut off anywhere never
@@ -75,6 +76,8 @@ enum Stage {
     Ended,
     /// It is no epoch, but a question; nothing follows it.
     Asked,
+    /// It is no epoch, but packets.
+    Inputs,
     Failed,
 }
 
@@ -112,6 +115,9 @@ impl Order {
             (Stage::Open, FrameHead::Manifest(_)) => Stage::Listed,
             (Stage::Listed, FrameHead::End { .. }) => Stage::Ended,
             (Stage::Start, FrameHead::Ask(_)) => Stage::Asked,
+            (Stage::Start, FrameHead::Inputs { .. }) | (Stage::Inputs, FrameHead::Input { .. }) => {
+                Stage::Inputs
+            }
             (Stage::Failed, _) => return Err(EpochError::Failed),
             (_, head) => return Err(EpochError::Order(Kind::of(head))),
         };

@@ -17,7 +17,7 @@ use super::{
 };
 
 /// Version of the frames, in the upper half of the first byte.
-pub const VERSION: u8 = 3;
+pub const VERSION: u8 = 4;
 /// Bytes of a header.
 pub const HEADER_LEN: usize = 9;
 /// Most bytes of a body. Longer files travel in pieces.
@@ -26,6 +26,8 @@ pub const BODY_LEN_MAX: usize = 4 << 20;
 pub const MANIFEST_LEN_MAX: usize = 4 << 20;
 /// Most bytes of another frame's head (a file with its extended attributes, a batch of 4,096 runs).
 pub const HEAD_LEN_MAX: usize = 160 * 1024;
+/// Most bytes of an IP packet, which may have been put together from several.
+pub const PACKET_LEN_MAX: usize = 0xffff;
 /// Most bytes of the heads that hold a name and numbers.
 pub const SMALL_HEAD_LEN_MAX: usize = 256;
 
@@ -50,6 +52,10 @@ pub enum Kind {
     Ask = 8,
     /// [`FrameHead::Held`].
     Held = 9,
+    /// [`FrameHead::Inputs`].
+    Inputs = 10,
+    /// [`FrameHead::Input`].
+    Input = 11,
 }
 
 impl Kind {
@@ -65,19 +71,23 @@ impl Kind {
             FrameHead::Piece => Self::Piece,
             FrameHead::Ask(_) => Self::Ask,
             FrameHead::Held(_) => Self::Held,
+            FrameHead::Inputs { .. } => Self::Inputs,
+            FrameHead::Input { .. } => Self::Input,
         }
     }
 
     fn from_number(number: u8) -> Option<Self> {
         let of_epochs = [Self::Begin, Self::Pages, Self::Image, Self::File, Self::Manifest, Self::End];
-        let others = [Self::Piece, Self::Ask, Self::Held];
+        let others = [Self::Piece, Self::Ask, Self::Held, Self::Inputs, Self::Input];
         of_epochs.into_iter().chain(others).find(|kind| *kind as u8 == number)
     }
 
     /// Most bytes of its head.
     pub fn head_len_max(self) -> usize {
         match self {
-            Self::Begin | Self::Image | Self::End | Self::Piece | Self::Ask => SMALL_HEAD_LEN_MAX,
+            Self::Begin | Self::Image | Self::End | Self::Piece | Self::Ask | Self::Inputs | Self::Input => {
+                SMALL_HEAD_LEN_MAX
+            }
             Self::Pages | Self::File | Self::Held => HEAD_LEN_MAX,
             Self::Manifest => MANIFEST_LEN_MAX,
         }
@@ -87,7 +97,8 @@ impl Kind {
     pub fn body_len_max(self) -> usize {
         match self {
             Self::Pages | Self::Image | Self::File | Self::Piece | Self::Held => BODY_LEN_MAX,
-            Self::Begin | Self::Manifest | Self::End | Self::Ask => 0,
+            Self::Input => PACKET_LEN_MAX,
+            Self::Begin | Self::Manifest | Self::End | Self::Ask | Self::Inputs => 0,
         }
     }
 }
@@ -204,7 +215,7 @@ pub fn decode_head(header: &Header, head: &[u8], body_len: usize) -> Result<Fram
     let value: FrameHead = match kind {
         Kind::Manifest => codec::decode::<_, MANIFEST_LEN_MAX>("manifest", head)?,
         Kind::Pages | Kind::File | Kind::Held => codec::decode::<_, HEAD_LEN_MAX>("frame head", head)?,
-        Kind::Begin | Kind::Image | Kind::End | Kind::Piece | Kind::Ask => {
+        Kind::Begin | Kind::Image | Kind::End | Kind::Piece | Kind::Ask | Kind::Inputs | Kind::Input => {
             codec::decode::<_, SMALL_HEAD_LEN_MAX>("frame head", head)?
         }
     };

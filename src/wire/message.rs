@@ -107,6 +107,18 @@ pub enum FrameHead {
     Ask(Ask),
     /// Of the answer to that.
     Held(Held),
+    /// Instead of an epoch: what is sent to this workload follows, as it comes, and has no end.
+    Inputs {
+        /// Workload.
+        name: Name,
+    },
+    /// One IP packet of that, the body.
+    Input {
+        /// It came after this epoch's freeze, and maybe before it.
+        after: EpochId,
+        /// Which of the workload's devices it came by.
+        door: u8,
+    },
 }
 
 /// Which pages an epoch's image holds.

@@ -15,7 +15,7 @@ use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 use super::{
     cluster::{Cluster, wait_for},
     lab::{Host, STANDIN},
-    redis::{Redis, inside},
+    redis::{Redis, VIP, inside},
 };
 
 /// More than any takeover takes, so that a connection of this patience fails only if it is broken.
@@ -253,6 +253,79 @@ fn a_tree_in_the_host_s_network_cannot_have_its_output_held() {
     assert_eq!(code, 4, "{why}");
     assert!(why.contains("standin run tree --ip"), "{why}");
     assert!(cluster.lab.on(Host::A, &["kill", "-0", pid.trim()]).status.success(), "{STANDIN}");
+}
+
+/// A client whose kernel takes a minute to send again what was lost: nothing that it says is.
+fn without_retransmission(cluster: &Cluster) {
+    let route = format!("{VIP}/32");
+    cluster.lab.ok(Host::Client, &["ip", "route", "replace", &route, "dev", "eth0", "rto_min", "60s"]);
+}
+
+/// Has a client wait for an element of a list, and returns what it was told once that is there.
+fn wait_for_element(cluster: &Cluster, asked: &Arc<AtomicBool>) -> JoinHandle<Result<String, String>> {
+    let asks = Arc::clone(asked);
+    inside(cluster.client_network(), move || {
+        let mut redis = Redis::connect(OUTLASTS).expect("redis is reached");
+        // From then on the kernels acknowledge with what they have to say, or 40 ms later.
+        for _ in 0..50 {
+            redis.call(&["PING"]).expect("a reply");
+        }
+        asks.store(true, Ordering::Relaxed);
+        redis.call(&["BLMOVE", "from", "to", "LEFT", "RIGHT", "0"]).map_err(|error| error.to_string())
+    })
+}
+
+fn await_soon(asked: &AtomicBool, then: Duration) {
+    while !asked.load(Ordering::Relaxed) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(then);
+}
+
+/// What came since the restored epoch the standby was told of, and gives to the copy.
+#[test]
+fn what_a_client_had_on_the_way_it_need_not_send_again() {
+    let cluster = Cluster::up("on-the-way");
+    without_retransmission(&cluster);
+    cluster.run_redis();
+    // An epoch is due when there is output: not for a request that is not acknowledged yet.
+    cluster.protect_with(&["--every", "10s", "--commit", "output"]);
+    let asked = Arc::new(AtomicBool::new(false));
+    let client = wait_for_element(&cluster, &asked);
+    await_soon(&asked, Duration::from_millis(5));
+    cluster.lab.kill(Host::A);
+    cluster.wait_state(Host::B, "primary", "alone");
+    cluster.ask_redis(&["RPUSH", "from", "x"]);
+    assert_eq!(client.join().expect("the client ran to its end"), Ok("x".to_owned()));
+}
+
+/// Without output commit it may have been told that its request came, and never sends it again: it does not wait for a reply.
+#[test]
+fn a_connection_whose_request_is_lost_is_reset() {
+    let cluster = Cluster::up("request-lost");
+    cluster.run_redis();
+    cluster.protect_with(&["--every", "3s", "--commit", "async"]);
+    let epoch = || cluster.status(Host::A, "redis")["epoch"]["epoch"].as_u64().unwrap_or(0);
+    let (asked, may_ask) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (asks, may) = (Arc::clone(&asked), Arc::clone(&may_ask));
+    let client = inside(cluster.client_network(), move || {
+        let mut redis = Redis::connect(OUTLASTS).expect("redis is reached");
+        redis.call(&["PING"]).expect("a reply");
+        while !may.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        asks.store(true, Ordering::Relaxed);
+        redis.call(&["BLMOVE", "from", "to", "LEFT", "RIGHT", "0"]).map_err(|error| error.kind())
+    });
+    let first = epoch();
+    wait_for("an epoch with the connection", || epoch() >= first + 2);
+    may_ask.store(true, Ordering::Relaxed);
+    // It is acknowledged after 40 ms, and the next epoch seconds away.
+    await_soon(&asked, Duration::from_millis(300));
+    cluster.lab.kill(Host::A);
+    cluster.wait_state(Host::B, "primary", "alone");
+    let told = client.join().expect("the client ran to its end");
+    assert_eq!(told, Err(std::io::ErrorKind::ConnectionReset), "it was not left waiting");
 }
 
 /// Without output commit a client may know more than the epoch that is restored: it is told at once, and never waits.

@@ -126,7 +126,7 @@ async fn a_stranger_gets_no_byte_on_any_channel() {
     let (b, stranger) = (Host::new(), Host::new());
     for window_open in [false, true] {
         let window = window_open.then(|| b.endpoint.open_pairing(b.card("b"), PAIRING_VALID_FOR).unwrap());
-        for alpn in [&b"standin-lease/3"[..], b"standin-bulk/3", b"h3", b""] {
+        for alpn in [&b"standin-lease/3"[..], b"standin-bulk/4", b"h3", b""] {
             let stolen = steal(stranger.dir.path());
             assert_gets_nothing(dial(Some(stolen), alpn, b.addr()).await).await;
             assert_gets_nothing(dial(None, alpn, b.addr()).await).await;
@@ -201,7 +201,7 @@ fn epoch_bytes() -> Vec<u8> {
 #[tokio::test]
 async fn a_damaged_or_cut_epoch_is_refused() {
     let (a, b) = paired();
-    let raw = dial(Some(steal(a.dir.path())), b"standin-bulk/3", b.addr()).await.unwrap();
+    let raw = dial(Some(steal(a.dir.path())), b"standin-bulk/4", b.addr()).await.unwrap();
     let accepted = soon(b.endpoint.accept()).await.unwrap();
     assert_eq!(accepted.channel(), Channel::Bulk);
     let right = epoch_bytes();
@@ -237,7 +237,7 @@ async fn a_damaged_or_cut_epoch_is_refused() {
 #[tokio::test]
 async fn a_connection_that_dies_in_an_epoch_is_an_error() {
     let (a, b) = paired();
-    let raw = dial(Some(steal(a.dir.path())), b"standin-bulk/3", b.addr()).await.unwrap();
+    let raw = dial(Some(steal(a.dir.path())), b"standin-bulk/4", b.addr()).await.unwrap();
     let accepted = soon(b.endpoint.accept()).await.unwrap();
     let (mut send, _recv) = raw.open_bi().await.unwrap();
     send.write_all(&epoch_bytes()[..20]).await.unwrap();

@@ -114,6 +114,8 @@ struct State {
     marks: VecDeque<Marked>,
     /// The newest packet that a mark covers.
     marked: Option<PacketId>,
+    /// The newest epoch for which the tree was frozen while output waited.
+    frozen: Option<EpochId>,
     gated: bool,
     delay: Duration,
 }
@@ -164,6 +166,7 @@ impl Hold {
             clear_at: Instant::now(),
             marks: VecDeque::new(),
             marked: None,
+            frozen: None,
             gated: false,
             delay: Duration::ZERO,
         };
@@ -243,6 +246,7 @@ impl Hold {
         if !state.holds_output {
             return Ok(());
         }
+        state.frozen = Some(epoch);
         let newest = state.output.look().map_err(kernel("mark the held"))?;
         let since = state.is_unmarked(newest).then_some(state.clear_at);
         state.marked = newest.or(state.marked);
@@ -255,6 +259,11 @@ impl Hold {
         }
         state.marks.push_back(mark);
         Ok(())
+    }
+
+    /// The newest epoch for which the tree was frozen while output waited.
+    pub fn frozen(&self) -> Option<EpochId> {
+        self.state().frozen
     }
 
     /// This epoch is committed: what was sent before its freeze leaves.
