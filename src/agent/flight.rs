@@ -17,7 +17,6 @@ use std::{
 };
 
 use tokio::{
-    runtime::Handle,
     sync::{mpsc, oneshot},
     task::{JoinHandle, JoinSet},
 };
@@ -146,9 +145,9 @@ pub(super) fn begin(
     let (result_tx, result) = oneshot::channel();
     let waits = Arc::new(Mutex::new(Waits::default()));
     let rate = capturer.link();
-    let (waiting, runtime, began) = (Arc::clone(&waits), Handle::current(), Instant::now());
+    let (waiting, began) = (Arc::clone(&waits), Instant::now());
     let thread = tokio::task::spawn_blocking(move || {
-        let (freezing, releasing, running) = (Arc::clone(&waiting), brake.clone(), runtime.clone());
+        let (freezing, releasing) = (Arc::clone(&waiting), brake.clone());
         let last = judged.is_some();
         capturer.on_stages(Box::new(move |stage| {
             if stage == Stage::Freezing {
@@ -163,9 +162,9 @@ pub(super) fn begin(
             match stage {
                 Stage::Freezing => {}
                 // CRIU's work in the frozen tasks needs all of their time; before, they would have it.
-                Stage::Frozen => running.block_on(releasing.release()),
+                Stage::Frozen => releasing.release(),
                 Stage::Running if last => {}
-                Stage::Running => running.block_on(releasing.press()),
+                Stage::Running => releasing.press(),
             }
             held
         }));

@@ -145,8 +145,6 @@ pub(super) enum Msg {
         term: Term,
         error: SessionError,
     },
-    /// How fast the workload is to run has changed.
-    Throttle(oneshot::Sender<Result<(), String>>),
     Hold(oneshot::Sender<bool>),
     FinalCommitted {
         id: EpochId,

@@ -304,9 +304,6 @@ impl Owner {
                 self.epoch_committed(figures);
             }
             Msg::EpochFailed { error, .. } => self.epoch_failed(&error),
-            Msg::Throttle(answer) => {
-                let _ = answer.send(self.throttle());
-            }
             Msg::Hold(answer) => {
                 let _ = answer.send(self.hold());
             }

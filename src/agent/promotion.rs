@@ -127,7 +127,6 @@ impl Owner {
 
     pub(super) fn restored(&mut self, home: Home, phases: BTreeMap<String, f64>) {
         self.home = Some(home);
-        self.speed.forget();
         if let Some(promotion) = &mut self.promotion {
             promotion.phases.extend(phases);
             promotion.phases.insert("restore".into(), promotion.decided.elapsed().as_secs_f64() * 1e3);

@@ -273,7 +273,7 @@ impl Owner {
             permit: self.permit_epochs.subscribe(),
             hold: home.hold().cloned(),
             doors: home.place.gate().map_or_else(Vec::new, |gate| gate.doors().to_vec()),
-            brake: Brake::new(self.to_self.clone(), Arc::clone(&self.speed)),
+            brake: Brake::new(&self.speed),
         };
         let owner = self.to_self.clone();
         let reference_bytes = self.agent.config.reference_bytes;
@@ -449,7 +449,6 @@ impl Owner {
             return Err(error);
         }
         self.home = Some(home);
-        self.speed.forget();
         Ok(())
     }
 

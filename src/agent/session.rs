@@ -224,7 +224,7 @@ impl Session {
             .map(|hold| inputs::tell(&self.name, &self.link, hold, &self.permit, &self.doors));
         // It ends when the owner is gone, or the capturer was lost with its thread.
         while self.turn(&mut progress).await.is_some() {}
-        self.let_run().await;
+        self.let_run();
         // What the next session begins with, its directory and the way to the standby, must be free.
         if let Some(shipping) = progress.shipping.take() {
             shipping.abandon().await;
@@ -236,7 +236,7 @@ impl Session {
     async fn turn(&mut self, at: &mut Progress) -> Option<()> {
         let next = self.pause(at).await?;
         if !self.permit.borrow().may_capture {
-            self.let_run().await;
+            self.let_run();
         }
         let permit = *self.permit.wait_for(|permit| permit.may_capture).await.ok()?;
         at.next = at.next.max(permit.first_epoch);
@@ -260,9 +260,9 @@ impl Session {
     }
 
     /// Nobody looks any more whether the workload should be slow.
-    async fn let_run(&self) {
+    fn let_run(&self) {
         // A tree that is gone, or stands, runs no faster.
-        let _ = self.brake.set(FULL_SPEED).await;
+        let _ = block_in_place(|| self.brake.set(FULL_SPEED));
     }
 
     /// Waits until the next epoch is due, or something is ordered. What ships meanwhile is concluded.
@@ -469,7 +469,7 @@ impl Session {
         allowed: Allowed,
     ) -> Option<Result<HandoffDone, SessionError>> {
         let result = self.handoff_with(at, allowed).await?;
-        if let Err(error) = self.brake.set(FULL_SPEED).await {
+        if let Err(error) = block_in_place(|| self.brake.set(FULL_SPEED)) {
             tracing::warn!(error, name = %self.name, "the workload may still be slowed down");
         }
         Some(result)
@@ -483,7 +483,7 @@ impl Session {
         let mut convergence = Convergence::new(allowed);
         let (mut run_percent, mut failures) = (convergence.run_percent(), 0);
         loop {
-            if let Err(error) = self.brake.set(run_percent).await {
+            if let Err(error) = block_in_place(|| self.brake.set(run_percent)) {
                 return Some(Err(SessionError::NoThrottle(error)));
             }
             let (error, is_ours) = match self.round(at).await? {

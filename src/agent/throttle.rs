@@ -2,32 +2,31 @@
 //!
 //! ```text
 //!  brake of the session ── a handoff's wish ──┐
-//!                          released: a freeze ├──► Speed ──► the owner asks the workload's init
+//!                          released: a freeze ├──► Speed ──► the workload's init
 //!  valve of the output ── the queue's wish ───┘
 //! ```
 //!
-//! The workload's init does it (freezing the tree's cgroup for most of each few milliseconds), asked by the owner. It
+//! The workload's init does it (freezing the tree's cgroup for most of each few milliseconds), asked by whoever wishes it: the
+//! owner may be busy for longer than the queue takes to fill. It
 //! ends when the init is told, when the agent's connection to it closes, or when the guard fires: never is a workload
 //! left slow by an agent that died. The slower wish counts, but none during a freeze: CRIU's work in the frozen tasks needs
 //! all of their time.
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU8, Ordering::SeqCst},
     },
     time::Duration,
 };
 
-use tokio::{
-    sync::{mpsc, oneshot},
-    task::JoinHandle,
-};
+use tokio::task::JoinHandle;
 
-use super::{mailbox::Msg, output, owner::Owner};
+use super::{home::Home, output, owner::Owner, standby::lock};
 use crate::{
     takeover::hold::{Fill, Hold},
     transport::block_in_place,
+    workload::keeper::{Keeper, Throttler},
 };
 
 /// The whole of its time.
@@ -53,12 +52,47 @@ pub(super) struct Speed {
     released: AtomicBool,
     /// What its init was told last.
     applied: AtomicU8,
+    /// One tells it at a time, and by this.
+    way: Mutex<Way>,
+}
+
+/// How its init is told.
+#[derive(Debug)]
+enum Way {
+    Nowhere,
+    Init(Throttler),
+    #[cfg(test)]
+    Noted {
+        told: Vec<u8>,
+        refuses: bool,
+    },
+}
+
+impl Way {
+    fn tell(&mut self, run_percent: u8) -> Result<(), String> {
+        let told = match self {
+            Self::Nowhere => None,
+            Self::Init(throttler) => throttler.set(run_percent),
+            #[cfg(test)]
+            Self::Noted { told, refuses } => {
+                told.push(run_percent);
+                return if std::mem::take(refuses) { Err("not now".to_owned()) } else { Ok(()) };
+            }
+        };
+        told.ok_or("the workload's place is gone")?.map_err(|error| error.to_string())
+    }
 }
 
 impl Speed {
     pub(super) fn full() -> Arc<Self> {
         let full = || AtomicU8::new(FULL_SPEED);
-        Arc::new(Self { handoff: full(), queue: full(), released: AtomicBool::new(false), applied: full() })
+        Arc::new(Self {
+            handoff: full(),
+            queue: full(),
+            released: AtomicBool::new(false),
+            applied: full(),
+            way: Mutex::new(Way::Nowhere),
+        })
     }
 
     fn wanted(&self) -> u8 {
@@ -66,64 +100,72 @@ impl Speed {
         if self.released.load(SeqCst) { FULL_SPEED } else { wish }
     }
 
-    fn is_applied(&self) -> bool {
-        self.applied.load(SeqCst) == self.wanted()
+    /// Has the workload run as fast as is wished now; blocks.
+    fn settle(&self) -> Result<(), String> {
+        let mut way = lock(&self.way);
+        let wanted = self.wanted();
+        if self.applied.load(SeqCst) == wanted {
+            return Ok(());
+        }
+        way.tell(wanted)?;
+        self.applied.store(wanted, SeqCst);
+        Ok(())
     }
 
-    /// A place that was made anew knows nothing of it, nor does one whose guard has fired.
+    /// One whose guard has fired knows nothing of it.
     pub(super) fn forget(&self) {
         self.applied.store(FULL_SPEED, SeqCst);
+    }
+
+    /// It is this one's tree from now on. One that was made anew knows nothing of it.
+    fn follow(&self, keeper: Option<&Keeper>) {
+        let mut way = lock(&self.way);
+        match (&*way, keeper) {
+            (Way::Init(throttler), Some(keeper)) if throttler.is_of(keeper) => {}
+            (Way::Nowhere, None) => {}
+            (_, keeper) => {
+                *way = keeper.map_or(Way::Nowhere, |keeper| Way::Init(keeper.throttler()));
+                self.forget();
+            }
+        }
     }
 }
 
 /// A session's hold on the workload's speed.
 #[derive(Clone)]
-pub(super) struct Brake {
-    owner: mpsc::Sender<Msg>,
-    speed: Arc<Speed>,
-}
+pub(super) struct Brake(Arc<Speed>);
 
 impl Brake {
-    pub(super) fn new(owner: mpsc::Sender<Msg>, speed: Arc<Speed>) -> Self {
-        Self { owner, speed }
+    pub(super) fn new(speed: &Arc<Speed>) -> Self {
+        Self(Arc::clone(speed))
     }
 
     /// Sets how slow it is to be from now on for a handoff; 100 ends it. No freeze is under way. An error: it cannot be
     /// slowed down.
-    pub(super) async fn set(&self, run_percent: u8) -> Result<(), String> {
-        self.speed.released.store(false, SeqCst);
-        let before = self.speed.handoff.swap(run_percent, SeqCst);
-        let set = self.settle().await;
+    pub(super) fn set(&self, run_percent: u8) -> Result<(), String> {
+        self.0.released.store(false, SeqCst);
+        let before = self.0.handoff.swap(run_percent, SeqCst);
+        let set = self.0.settle();
         if set.is_err() {
-            self.speed.handoff.store(before, SeqCst);
+            self.0.handoff.store(before, SeqCst);
         }
         set
     }
 
     /// Back to what was set, after a release.
-    pub(super) async fn press(&self) {
-        self.speed.released.store(false, SeqCst);
-        if let Err(error) = self.settle().await {
+    pub(super) fn press(&self) {
+        self.0.released.store(false, SeqCst);
+        if let Err(error) = self.0.settle() {
             tracing::warn!(error, "the workload is not slowed down");
         }
     }
 
     /// Full speed for a while, whatever is wished meanwhile.
-    pub(super) async fn release(&self) {
-        self.speed.released.store(true, SeqCst);
-        if let Err(error) = self.settle().await {
+    pub(super) fn release(&self) {
+        self.0.released.store(true, SeqCst);
+        if let Err(error) = self.0.settle() {
             tracing::warn!(error, "the workload is still slowed down");
         }
-    }
-
-    async fn settle(&self) -> Result<(), String> {
-        if self.speed.is_applied() {
-            return Ok(());
-        }
-        let (answer, answered) = oneshot::channel();
-        let gone = || "the workload has no owner any more".to_owned();
-        self.owner.send(Msg::Throttle(answer)).await.map_err(|_| gone())?;
-        answered.await.map_err(|_| gone())?
     }
 }
 
@@ -135,16 +177,16 @@ pub(super) struct Valve {
 }
 
 impl Valve {
-    fn open(hold: Arc<Hold>, brake: Brake) -> Option<Self> {
+    fn open(hold: Arc<Hold>, speed: Arc<Speed>) -> Option<Self> {
         let fd = output::watch(&hold)?;
         let watched = Arc::clone(&hold);
         let task = tokio::spawn(async move {
             loop {
                 let fill = watched.fill();
-                if brake.speed.queue.swap(share_at(fill), SeqCst) != share_at(fill) {
+                if speed.queue.swap(share_at(fill), SeqCst) != share_at(fill) {
                     tracing::debug!(?fill, "output waits");
                 }
-                if let Err(error) = brake.settle().await {
+                if let Err(error) = block_in_place(|| speed.settle()) {
                     tracing::warn!(error, "output fills its queue");
                 }
                 if fill == Fill::Little && !watched.has_any() {
@@ -167,26 +209,20 @@ impl Drop for Valve {
 impl Owner {
     /// Has the workload run as fast as is wished now.
     pub(super) fn throttle(&self) -> Result<(), String> {
-        let run_percent = self.speed.wanted();
-        if self.speed.is_applied() {
-            return Ok(());
-        }
-        let home = self.home.as_ref().ok_or("the workload's place is gone")?;
-        block_in_place(|| home.keeper().throttle(run_percent)).map_err(|error| error.to_string())?;
-        self.speed.applied.store(run_percent, SeqCst);
-        Ok(())
+        self.speed.follow(self.home.as_ref().map(Home::keeper));
+        block_in_place(|| self.speed.settle())
     }
 
     /// A valve is there exactly while output may wait.
     pub(super) fn tend_valve(&mut self) {
+        self.speed.follow(self.home.as_ref().map(Home::keeper));
         let hold = self.home.as_ref().and_then(|home| home.hold()).filter(|hold| hold.can_hold_output());
         let hold = hold.filter(|_| self.owes_output());
         match (&self.valve, hold) {
             (None, None) => {}
             (Some(valve), Some(hold)) if Arc::ptr_eq(&valve.hold, hold) => {}
             (_, Some(hold)) => {
-                let brake = Brake::new(self.to_self.clone(), Arc::clone(&self.speed));
-                self.valve = Valve::open(Arc::clone(hold), brake);
+                self.valve = Valve::open(Arc::clone(hold), Arc::clone(&self.speed));
             }
             (Some(_), None) => {
                 self.valve = None;
@@ -202,55 +238,54 @@ impl Owner {
 mod tests {
     use super::*;
 
-    /// Answers as an owner would whose workload's init refuses at first.
-    fn owner(speed: &Arc<Speed>) -> (Brake, JoinHandle<Vec<u8>>) {
-        let (owner, mut inbox) = mpsc::channel(4);
-        let answering = Arc::clone(speed);
-        let told = tokio::spawn(async move {
-            let mut asked = Vec::new();
-            while let Some(Msg::Throttle(answer)) = inbox.recv().await {
-                let done = if asked.is_empty() { Err("not now".to_owned()) } else { Ok(()) };
-                asked.push(answering.wanted());
-                if done.is_ok() {
-                    answering.applied.store(answering.wanted(), SeqCst);
-                }
-                answer.send(done).unwrap();
-            }
-            asked
-        });
-        (Brake::new(owner, Arc::clone(speed)), told)
+    /// Told to an init that refuses at first.
+    fn noted() -> (Brake, Arc<Speed>) {
+        let speed = Speed::full();
+        *lock(&speed.way) = Way::Noted { told: Vec::new(), refuses: true };
+        (Brake::new(&speed), speed)
     }
 
-    #[tokio::test]
-    async fn what_was_not_done_is_asked_for_again_and_what_was_is_not() {
-        let speed = Speed::full();
-        let (brake, told) = owner(&speed);
-        brake.set(20).await.unwrap_err();
-        brake.set(20).await.unwrap();
-        brake.set(20).await.unwrap();
-        brake.release().await;
-        brake.release().await;
-        brake.press().await;
-        brake.set(FULL_SPEED).await.unwrap();
-        drop(brake);
-        assert_eq!(told.await.unwrap(), [20, 20, FULL_SPEED, 20, FULL_SPEED]);
+    fn told(speed: &Speed) -> Vec<u8> {
+        match &*lock(&speed.way) {
+            Way::Noted { told, .. } => told.clone(),
+            other => panic!("{other:?}"),
+        }
     }
 
-    #[tokio::test]
-    async fn the_slower_wish_counts_and_none_during_a_freeze() {
-        let speed = Speed::full();
-        let (brake, told) = owner(&speed);
-        brake.set(50).await.unwrap_err();
-        brake.set(50).await.unwrap();
+    #[test]
+    fn what_was_not_done_is_asked_for_again_and_what_was_is_not() {
+        let (brake, speed) = noted();
+        brake.set(20).unwrap_err();
+        brake.set(20).unwrap();
+        brake.set(20).unwrap();
+        brake.release();
+        brake.release();
+        brake.press();
+        brake.set(FULL_SPEED).unwrap();
+        assert_eq!(told(&speed), [20, 20, FULL_SPEED, 20, FULL_SPEED]);
+    }
+
+    #[test]
+    fn the_slower_wish_counts_and_none_during_a_freeze() {
+        let (brake, speed) = noted();
+        brake.set(50).unwrap_err();
+        brake.set(50).unwrap();
         speed.queue.store(0, SeqCst);
-        brake.settle().await.unwrap();
-        brake.release().await;
+        speed.settle().unwrap();
+        brake.release();
         speed.queue.store(20, SeqCst);
-        brake.settle().await.unwrap();
-        brake.press().await;
+        speed.settle().unwrap();
+        brake.press();
         speed.queue.store(FULL_SPEED, SeqCst);
-        brake.settle().await.unwrap();
-        drop(brake);
-        assert_eq!(told.await.unwrap(), [50, 50, 0, FULL_SPEED, 20, 50]);
+        speed.settle().unwrap();
+        assert_eq!(told(&speed), [50, 50, 0, FULL_SPEED, 20, 50]);
+    }
+
+    #[test]
+    fn without_a_place_nothing_is_slowed_down() {
+        let speed = Speed::full();
+        let brake = Brake::new(&speed);
+        brake.set(FULL_SPEED).unwrap();
+        brake.set(20).unwrap_err();
     }
 }

@@ -9,7 +9,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -140,9 +140,34 @@ pub enum KeeperError {
 #[derive(Debug)]
 pub struct Keeper {
     id: ProcessId,
-    client: Client,
+    client: Arc<Client>,
     guard: Arc<Guard>,
     cgroup: Cgroup,
+}
+
+/// By which a tree is slowed down beside the owner of its [`Keeper`], and no longer than that is there.
+#[derive(Clone, Debug)]
+pub struct Throttler(Weak<Client>);
+
+impl Throttler {
+    /// Lets the tree run for so many percent of its time, in turns of a few milliseconds; with 0 it stands; 100 ends it, as does the
+    /// end of this process or the guard. A task that waits in the kernel is not slowed down. None: its keeper is gone.
+    pub fn set(&self, run_percent: u8) -> Option<Result<(), ControlError>> {
+        Some(command(&*self.0.upgrade()?, &Request::Throttle { run_percent }))
+    }
+
+    /// Whether it is of the same keeper.
+    pub fn is_of(&self, keeper: &Keeper) -> bool {
+        self.0.ptr_eq(&Arc::downgrade(&keeper.client))
+    }
+}
+
+/// Asks for something whose answer is only "done".
+fn command(client: &Client, request: &Request) -> Result<(), ControlError> {
+    match client.ask(request, &[])? {
+        (Reply::Done, _) => Ok(()),
+        (other, _) => Err(client.nonsense(&other)),
+    }
 }
 
 impl Keeper {
@@ -187,7 +212,7 @@ impl Keeper {
         let client = Client::connect(control)?;
         let (reply, fds) = client.ask(&Request::Hello, &[])?;
         let [page, wake] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| client.nonsense(&reply))?;
-        Ok(Self { id, guard: Arc::new(Guard::from_fds(page, wake)?), client, cgroup })
+        Ok(Self { id, guard: Arc::new(Guard::from_fds(page, wake)?), client: Arc::new(client), cgroup })
     }
 
     /// The guard.
@@ -236,18 +261,14 @@ impl Keeper {
         self.command(&Request::Unfence { deadline_ns, steps: steps.to_owned() })
     }
 
-    /// Lets the tree run for so many percent of its time, in turns of a few milliseconds; with 0 it stands; 100 ends it, as does the
-    /// end of this process or the guard. A task that waits in the kernel is not slowed down.
-    pub fn throttle(&self, run_percent: u8) -> Result<(), ControlError> {
-        self.command(&Request::Throttle { run_percent })
+    /// By which the tree is slowed down.
+    pub fn throttler(&self) -> Throttler {
+        Throttler(Arc::downgrade(&self.client))
     }
 
     /// Asks for something whose answer is only "done".
     pub(super) fn command(&self, request: &Request) -> Result<(), ControlError> {
-        match self.client.ask(request, &[])? {
-            (Reply::Done, _) => Ok(()),
-            (other, _) => Err(self.client.nonsense(&other)),
-        }
+        command(&self.client, request)
     }
 
     pub(super) fn client(&self) -> &Client {

@@ -1,6 +1,7 @@
 //! `--commit output`: what a client was told is never taken back, and its connection goes on.
 
 use std::{
+    collections::BTreeSet,
     net::UdpSocket,
     sync::{
         Arc,
@@ -140,7 +141,8 @@ while True:
         pass
 ";
 
-/// Hears numbers, of which none may be missing; how many there were.
+/// Hears numbers, of which none may be missing in the end; how many there were. When output is not held any more, what comes then
+/// may overtake what waited.
 fn hear_numbers(cluster: &Cluster) -> (Arc<AtomicU64>, JoinHandle<()>) {
     let told = Arc::new(AtomicU64::new(0));
     let counting = Arc::clone(&told);
@@ -148,16 +150,19 @@ fn hear_numbers(cluster: &Cluster) -> (Arc<AtomicU64>, JoinHandle<()>) {
         let socket = UdpSocket::bind("0.0.0.0:7200").expect("it is free");
         setsockopt(&socket, RcvBufForce, &(512 << 20)).expect("root may have as much as it likes");
         socket.set_read_timeout(Some(OUTLASTS)).expect("a limit");
-        let (mut buffer, mut next) = ([0; 32], None);
+        let (mut buffer, mut next, mut missing) = ([0; 32], None, BTreeSet::new());
         loop {
             let length = socket.recv(&mut buffer).expect("numbers keep coming");
             let text = std::str::from_utf8(&buffer[..length]).expect("a number");
             if text == "end" {
+                assert_eq!(missing, BTreeSet::new());
                 return;
             }
             let number: u64 = text.parse().expect("a number");
-            assert!(next.is_none_or(|next| next == number), "{next:?} is missing, {number} came");
-            next = Some(number + 1);
+            let expected = *next.get_or_insert(number);
+            assert!(number >= expected || missing.remove(&number), "{number} came twice");
+            missing.extend(expected..number);
+            next = Some(expected.max(number + 1));
             counting.fetch_add(1, Ordering::Relaxed);
         }
     });

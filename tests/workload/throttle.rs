@@ -55,26 +55,26 @@ fn turns(sandbox: &Sandbox) -> (bool, bool) {
 fn a_throttled_tree_runs_for_its_share_and_wholly_again_afterwards() {
     spinning(|_, sandbox, pid| {
         assert_eq!(turns(&sandbox), (false, true));
-        sandbox.keeper().throttle(10).unwrap();
+        sandbox.keeper().throttler().set(10).unwrap().unwrap();
         assert_eq!(turns(&sandbox), (true, true));
         let used = used_within(pid, TURNS);
         assert!(used > Duration::ZERO && used < TURNS / 3, "{used:?} of {TURNS:?}");
-        sandbox.keeper().throttle(100).unwrap();
+        sandbox.keeper().throttler().set(100).unwrap().unwrap();
         assert_eq!(turns(&sandbox), (false, true));
-        sandbox.keeper().throttle(0).unwrap();
+        sandbox.keeper().throttler().set(0).unwrap().unwrap();
         await_true("it to stand", || turns(&sandbox) == (true, false));
         let used = used_within(pid, TURNS);
         assert_eq!(used, Duration::ZERO, "it stands");
-        sandbox.keeper().throttle(100).unwrap();
+        sandbox.keeper().throttler().set(100).unwrap().unwrap();
         await_true("it to run", || turns(&sandbox) == (false, true));
-        assert!(matches!(sandbox.keeper().throttle(101), Err(ControlError::Refused(_))));
+        assert!(matches!(sandbox.keeper().throttler().set(101).unwrap(), Err(ControlError::Refused(_))));
     });
 }
 
 #[test]
 fn a_throttle_ends_with_the_agent_that_asked_for_it() {
     spinning(|place, sandbox, _| {
-        sandbox.keeper().throttle(0).unwrap();
+        sandbox.keeper().throttler().set(0).unwrap().unwrap();
         assert!(turns(&sandbox).0);
         // As when the agent is killed: its connection closes, whatever was going on.
         drop(sandbox);
@@ -86,13 +86,13 @@ fn a_throttle_ends_with_the_agent_that_asked_for_it() {
 #[test]
 fn a_throttle_never_thaws_what_the_guard_has_frozen() {
     spinning(|_, sandbox, _| {
-        sandbox.keeper().throttle(50).unwrap();
+        sandbox.keeper().throttler().set(50).unwrap().unwrap();
         let guard = sandbox.keeper().guard();
         guard.arm(boot_time_ns() + 50_000_000).unwrap();
         await_true("the guard to fire", || matches!(guard.state(), GuardState::Fired { .. }));
         await_true("the freeze", || turns(&sandbox) == (true, false));
-        assert!(matches!(sandbox.keeper().throttle(50), Err(ControlError::Fired)));
-        sandbox.keeper().throttle(100).unwrap();
+        assert!(matches!(sandbox.keeper().throttler().set(50).unwrap(), Err(ControlError::Fired)));
+        sandbox.keeper().throttler().set(100).unwrap().unwrap();
         assert_eq!(turns(&sandbox), (true, false));
     });
 }
