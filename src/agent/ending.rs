@@ -55,8 +55,8 @@ impl Owner {
         self.drop_image();
         self.durable.record = None;
         self.durable.peer = None;
-        if let Some(home) = &self.home
-            && let Err(error) = block_in_place(|| home.close_vips())
+        if let Some(home) = &mut self.home
+            && let Err(error) = block_in_place(|| home.give_up_vips(&self.name))
         {
             tracing::warn!(%error, "taking the address down");
         }

@@ -27,7 +27,7 @@ use crate::{
         bare::BareTree,
         container::{self, Candidate, Container, Named, whole::Whole},
         keeper::Keeper,
-        network::{Behind, Gate},
+        network::{self, Behind, Gate},
         sandbox::{self, Sandbox},
         spec::{
             Cidr, Commit, ContainerSpec, Lent, MountRule, PlaceSpec, SandboxSpec, Vip, Way, WorkloadSpec,
@@ -270,21 +270,22 @@ impl Home {
         }
     }
 
-    /// Whether a tree can be restored into it: it is there, whole, and not somebody's.
-    pub(super) fn can_take_a_tree(&self) -> bool {
+    /// Whether it waits for a tree: it is there, whole, and not somebody's.
+    pub(super) fn waits(&self) -> bool {
         let waits = match &self.place {
             Place::Sandbox(sandbox) => sandbox.keeper().is_alive(),
             Place::Container(container) => container.is_alive(),
             Place::Whole(whole) => whole.is_waiting(),
             Place::Bare(_) => false,
         };
-        // One that was silenced, its tree ended since, would silence the next one from its first moment on; one that was opened
-        // would let it be heard.
+        // One that was silenced, its tree ended since, would silence the next one from its first moment on.
         let keeper = self.keeper();
-        waits
-            && self.order.stage() == Stage::Silent
-            && !keeper.guard().fired()
-            && !keeper.cgroup().is_frozen().unwrap_or(true)
+        waits && !keeper.guard().fired() && !keeper.cgroup().is_frozen().unwrap_or(true)
+    }
+
+    /// Whether a tree can be restored into it: it waits for one that nobody would hear before its time.
+    pub(super) fn can_take_a_tree(&self) -> bool {
+        self.order.stage() == Stage::Silent && self.waits()
     }
 
     /// The tree's root, while it runs.
@@ -354,7 +355,7 @@ impl Home {
     /// Looks the addresses up, tells the guard what to silence, has the kernel keep the lease too, and makes ready to hold
     /// packets. Must come before anything opens. `held`: its output waits for commits from now on.
     pub(super) fn prepare(&mut self, spec: &WorkloadSpec, held: bool) -> Result<()> {
-        let addresses = Addresses::prepare(&spec.place.net(), &spec.vips)?;
+        let addresses = Addresses::prepare(spec.place.name(), &spec.place.net(), &spec.vips)?;
         addresses.guard(self.keeper(), self.place.gate())?;
         self.addresses = Some(addresses);
         self.order.done(Step::Prepare)?;
@@ -493,9 +494,16 @@ impl Home {
     }
 
     /// This host answers no more for the addresses; the workload itself may run on.
-    pub(super) fn close_vips(&self) -> Result<()> {
+    pub(super) fn give_up_vips(&mut self, name: &Name) -> Result<()> {
         self.order.done(Step::Silence)?;
-        Ok(self.addresses.as_ref().map_or(Ok(()), Addresses::down)?)
+        let closed = self.addresses.take().map_or(Ok(()), |addresses| addresses.down());
+        network::remove_shared_devices(name)?;
+        Ok(closed?)
+    }
+
+    /// Whether its addresses are announced for as long as they are here.
+    pub(super) fn is_announced_for_ever(&self) -> bool {
+        self.addresses.as_ref().is_some_and(Addresses::need_repetition)
     }
 
     /// What a capturer needs to know of the place.
@@ -590,7 +598,7 @@ fn container_options(agent: &Agent, name: &Name) -> container::Options {
     }
 }
 
-/// Nobody holds or drops its packets any more.
+/// Nobody holds or drops its packets any more, nor answers for its addresses.
 fn forget_packets(name: &Name) {
     let held = Hold::remove(name).map_err(|error| error.to_string());
     for forgotten in [held, Lease::remove(name).map_err(|error| error.to_string())] {
@@ -598,6 +606,9 @@ fn forget_packets(name: &Name) {
             // Without nf_tables there is nothing to remove.
             tracing::debug!(%error, %name, "removing its tables of the packet filter");
         }
+    }
+    if let Err(error) = network::remove_shared_devices(name) {
+        tracing::warn!(%error, %name, "removing the devices of its addresses");
     }
 }
 

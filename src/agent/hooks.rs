@@ -114,7 +114,7 @@ struct Call {
 
 impl Call {
     fn environment(&self, attempt: u32) -> Vec<(&'static str, String)> {
-        let addresses = self.addresses.iter().map(|vip| format!("{}@{}", vip.cidr, vip.device));
+        let addresses = self.addresses.iter().map(ToString::to_string);
         vec![
             ("STANDIN_EVENT", self.event.word().to_owned()),
             ("STANDIN_WORKLOAD", self.workload.to_string()),

@@ -22,7 +22,7 @@ use crate::{
     ha::{self, Input, Standing},
     model::{EpochId, Term},
     observe::in_full,
-    takeover::announce::SCHEDULE,
+    takeover::announce::due,
     transport::block_in_place,
 };
 
@@ -169,7 +169,8 @@ impl Owner {
     /// Repeats an announcement that is due.
     pub(super) fn repeat_announcement(&mut self) {
         let Some((since, round)) = self.announced else { return };
-        let Some(&at) = SCHEDULE.get(round) else {
+        let for_ever = self.home.as_ref().is_some_and(Home::is_announced_for_ever);
+        let Some(at) = due(round, for_ever) else {
             self.announced = None;
             return;
         };

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use hyper::Method;
+use nix::sys::signal::{SigHandler, Signal, signal};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::Failure;
@@ -30,6 +31,13 @@ pub(super) fn delete<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T
     call(socket, &Method::DELETE, path, &serde_json::Value::Null)
 }
 
+/// What becomes of a command that writes to nobody: an agent that is gone is an error to tell, but who reads with `head` what is
+/// printed has read enough.
+fn on_broken_pipe(what: SigHandler) {
+    // SAFETY: no handler of ours, but one of the kernel's two actions.
+    let _ = unsafe { signal(Signal::SIGPIPE, what) };
+}
+
 fn call<B: Serialize, T: DeserializeOwned>(
     socket: &Path,
     method: &Method,
@@ -41,6 +49,7 @@ fn call<B: Serialize, T: DeserializeOwned>(
     } else {
         Vec::new()
     };
+    on_broken_pipe(SigHandler::SigIgn);
     let (status, answer) = unix_http::call(socket, method, path, bytes, None).map_err(|error| {
         Failure::new(
             ErrorCode::Unreachable,
@@ -50,6 +59,7 @@ fn call<B: Serialize, T: DeserializeOwned>(
             ),
         )
     })?;
+    on_broken_pipe(SigHandler::SigDfl);
     if status.is_success() {
         return serde_json::from_slice(&answer).map_err(|error| {
             Failure::new(

@@ -66,8 +66,9 @@ pub(super) struct Args {
     /// `output`: when the standby has what it depends on; nothing that a client was told is ever lost
     #[arg(long, value_name = "MODE", default_value_t)]
     commit: Commit,
-    /// Address that clients use and that follows the workload, and the host's device for it
-    #[arg(long = "vip", value_name = "CIDR@DEV")]
+    /// Address that clients use and that follows the workload, and the host's device for it; with `+mac` behind the device it has a
+    /// hardware address of its own, which follows it too (a macvlan)
+    #[arg(long = "vip", value_name = "CIDR@DEV[+mac]")]
     vips: Vec<Vip>,
     /// Print JSON
     #[arg(long)]

@@ -147,7 +147,8 @@ fn print_workload(status: &WorkloadStatus) {
         );
     }
     for vip in &status.vips {
-        println!("  address   {} on {}", vip.cidr, vip.device);
+        let mac = if vip.own_mac { ", with a hardware address of its own" } else { "" };
+        println!("  address   {} on {}{mac}", vip.cidr, vip.device);
     }
     if let Some(last) = &status.last {
         println!(

@@ -2,16 +2,18 @@
 //!
 //! A sandbox has the address inside; the host routes it there while the gate is open and answers ARP and
 //! neighbour solicitations in its place (a proxy entry on the device). A workload in the host's own network
-//! has it as an address of the device.
+//! has it as an address of the device. An address with a hardware address of its own has a device for itself, a macvlan of the
+//! named one, up where it is answered for.
 
 use nix::{errno::Errno, net::if_::if_nametoindex};
 
 use super::announce::Announcer;
+use crate::model::Name;
 use crate::workload::{
     control::ControlError,
     keeper::Keeper,
     netlink::{NetError, NetStep, RouteSocket},
-    network::{Gate, NetworkError, enable_forwarding, sysctl},
+    network::{Gate, NetworkError, enable_forwarding, shared_device, sysctl},
     spec::{Net, Vip},
 };
 
@@ -54,34 +56,45 @@ pub struct Addresses {
     down: Vec<NetStep>,
     announcers: Vec<Announcer>,
     route: RouteSocket,
+    has_own_mac: bool,
 }
 
 impl Addresses {
     /// Makes ready: looks devices up, lets the host pass packets on, opens sockets. Nothing is answered yet.
-    pub fn prepare(net: &Net, vips: &[Vip]) -> Result<Self, AddressError> {
+    pub fn prepare(name: &Name, net: &Net, vips: &[Vip]) -> Result<Self, AddressError> {
         let (mut up, mut down, mut announcers) = (Vec::new(), Vec::new(), Vec::new());
-        for vip in vips {
-            let (device, addr) = (vip.device.as_str(), vip.cidr.addr);
-            let index = if_nametoindex(device).map_err(|errno| AddressError::NoDevice {
-                device: device.to_owned(),
+        for (number, vip) in (0..=u8::MAX).zip(vips) {
+            let (mut device, addr, mut cidr) = (vip.device.clone(), vip.cidr.addr, vip.cidr);
+            let mut index = if_nametoindex(device.as_str()).map_err(|errno| AddressError::NoDevice {
+                device: device.clone(),
                 vip: vip.cidr.to_string(),
                 errno,
             })?;
+            if vip.own_mac {
+                (device, index) = shared_device(name, number, &device)?;
+                up.push(NetStep::LinkUp { index });
+                // The way to its network is the other device's.
+                cidr.prefix = if addr.is_ipv4() { 32 } else { 128 };
+            }
             match net {
                 Net::Own { .. } => {
-                    prepare_proxy(device, addr.is_ipv6())?;
+                    prepare_proxy(&device, addr.is_ipv6())?;
                     up.push(NetStep::AddProxy { index, addr });
                     down.push(NetStep::DelProxy { index, addr });
                 }
                 Net::Host => {
-                    up.push(NetStep::AddAddress { index, cidr: vip.cidr });
-                    down.push(NetStep::DelAddress { index, cidr: vip.cidr });
+                    up.push(NetStep::AddAddress { index, cidr });
+                    down.push(NetStep::DelAddress { index, cidr });
                 }
             }
-            let send = |source| AddressError::Send { device: device.to_owned(), source };
+            if vip.own_mac {
+                down.push(NetStep::LinkDown { index });
+            }
+            let send = |source| AddressError::Send { device: device.clone(), source };
             announcers.push(Announcer::open(vip, index).map_err(send)?);
         }
-        Ok(Self { up, down, announcers, route: RouteSocket::open()? })
+        let has_own_mac = vips.iter().any(|vip| vip.own_mac);
+        Ok(Self { up, down, announcers, route: RouteSocket::open()?, has_own_mac })
     }
 
     /// What the guard is to do when it fires: close the gate, take the addresses down. To be set before
@@ -105,6 +118,11 @@ impl Addresses {
     /// It no longer does. Needs nobody, and may be repeated.
     pub fn down(&self) -> Result<(), NetError> {
         self.route.apply(&self.down)
+    }
+
+    /// Whether switches have to be told again and again where a hardware address is: what the workload sends does not have it.
+    pub fn need_repetition(&self) -> bool {
+        self.has_own_mac
     }
 
     /// Tells the networks where the addresses are now; to be called at each time of

@@ -17,6 +17,16 @@ pub const SCHEDULE: [Duration; 6] = [
     Duration::from_secs(20),
 ];
 
+/// So often after that, where a switch would forget: sooner than the five minutes that most keep what they have heard.
+pub const REFRESH: Duration = Duration::from_secs(60);
+
+/// When an address is to be announced for the so-and-so-many-eth time; never more often than in the schedule, unless `for_ever`.
+pub fn due(round: usize, for_ever: bool) -> Option<Duration> {
+    let last = SCHEDULE[SCHEDULE.len() - 1];
+    let later = |rounds: usize| last + REFRESH * u32::try_from(rounds).unwrap_or(u32::MAX);
+    SCHEDULE.get(round).copied().or_else(|| for_ever.then(|| later(round + 1 - SCHEDULE.len())))
+}
+
 pub(super) type Mac = [u8; 6];
 pub(super) const BROADCAST: Mac = [0xff; 6];
 const ALL_NODES: Mac = [0x33, 0x33, 0, 0, 0, 1];

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   agent A                                                      agent B
-//!   Endpoint ── standin-lease/3 ─── requests, heartbeat datagrams ─── Endpoint     one UDP port each
+//!   Endpoint ── standin-lease/4 ─── requests, heartbeat datagrams ─── Endpoint     one UDP port each
 //!       │    ── standin-bulk/4 ──── one stream an epoch, or question ──── │
 //!       │    ── standin-supply/1 ── one stream a thing ────────────────── │
 //!       └─   ── standin-pair/1 ──── only while a code is open ────────── ─┘
@@ -76,7 +76,7 @@ impl Channel {
     /// The channel's name in the handshake.
     fn alpn(self) -> &'static [u8] {
         match self {
-            Self::Lease => b"standin-lease/3",
+            Self::Lease => b"standin-lease/4",
             Self::Bulk => b"standin-bulk/4",
             Self::Supply => b"standin-supply/1",
         }

@@ -289,8 +289,14 @@ mod tests {
             |spec| spec.place = lent("/conf", "../../../etc"),
             |spec| spec.place = lent("conf", &"0".repeat(64)),
             |spec| spec.pace.mode = PaceMode::EveryMs(0),
-            |spec| spec.vips = vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "-x".into() }],
-            |spec| spec.vips = vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "a/b".into() }],
+            |spec| {
+                spec.vips =
+                    vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "-x".into(), own_mac: false }];
+            },
+            |spec| {
+                spec.vips =
+                    vec![Vip { cidr: "10.0.0.5/24".parse().unwrap(), device: "a/b".into(), own_mac: true }];
+            },
         ];
         for edit in edits {
             let mut request = offer();

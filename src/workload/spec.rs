@@ -67,6 +67,18 @@ pub struct Vip {
     pub cidr: Cidr,
     /// The host's device, e.g. `eth0`. The same name is used on both hosts.
     pub device: String,
+    /// It has a hardware address of its own there, which follows it too: no neighbour has to learn another one.
+    #[serde(default)]
+    pub own_mac: bool,
+}
+
+/// What is behind the device's name if the address has a hardware address of its own.
+const OWN_MAC: &str = "+mac";
+
+impl std::fmt::Display for Vip {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}@{}{}", self.cidr, self.device, if self.own_mac { OWN_MAC } else { "" })
+    }
 }
 
 impl std::str::FromStr for Vip {
@@ -74,6 +86,7 @@ impl std::str::FromStr for Vip {
 
     fn from_str(text: &str) -> Result<Self, CidrError> {
         let (cidr, device) = text.split_once('@').ok_or_else(|| CidrError(text.to_owned()))?;
+        let (device, own_mac) = device.strip_suffix(OWN_MAC).map_or((device, false), |device| (device, true));
         let fits = (1..16).contains(&device.len())
             && !device.contains(|c: char| c == '/' || c.is_whitespace())
             && device != "."
@@ -81,7 +94,7 @@ impl std::str::FromStr for Vip {
         if !fits {
             return Err(CidrError(text.to_owned()));
         }
-        Ok(Self { cidr: cidr.parse()?, device: device.to_owned() })
+        Ok(Self { cidr: cidr.parse()?, device: device.to_owned(), own_mac })
     }
 }
 

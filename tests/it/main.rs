@@ -1,5 +1,6 @@
 //! Integration tests: one binary, so that it links once and `cargo test NAME` finds everything.
 
+mod addresses;
 mod cluster;
 mod committed;
 mod container_faults;

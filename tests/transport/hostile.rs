@@ -126,7 +126,7 @@ async fn a_stranger_gets_no_byte_on_any_channel() {
     let (b, stranger) = (Host::new(), Host::new());
     for window_open in [false, true] {
         let window = window_open.then(|| b.endpoint.open_pairing(b.card("b"), PAIRING_VALID_FOR).unwrap());
-        for alpn in [&b"standin-lease/3"[..], b"standin-bulk/4", b"h3", b""] {
+        for alpn in [&b"standin-lease/4"[..], b"standin-bulk/4", b"h3", b""] {
             let stolen = steal(stranger.dir.path());
             assert_gets_nothing(dial(Some(stolen), alpn, b.addr()).await).await;
             assert_gets_nothing(dial(None, alpn, b.addr()).await).await;
@@ -142,7 +142,7 @@ async fn a_peers_certificate_without_its_key_is_worth_nothing() {
     let key = steal(Host::new().dir.path()).key;
     // As a dialer.
     let mask = Stolen { key: key.clone_key(), ..steal(a.dir.path()) };
-    assert_gets_nothing(dial(Some(mask), b"standin-lease/3", b.addr()).await).await;
+    assert_gets_nothing(dial(Some(mask), b"standin-lease/4", b.addr()).await).await;
     tokio::time::timeout(Duration::from_millis(100), b.endpoint.accept()).await.unwrap_err();
     // In the peer's place.
     let mask = Stolen { key, ..steal(b.dir.path()) };
@@ -151,7 +151,7 @@ async fn a_peers_certificate_without_its_key_is_worth_nothing() {
         .unwrap()
         .with_no_client_auth()
         .with_cert_resolver(mask.resolver());
-    config.alpn_protocols = vec![b"standin-lease/3".to_vec()];
+    config.alpn_protocols = vec![b"standin-lease/4".to_vec()];
     let config = ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(config).unwrap()));
     let server = Endpoint::server(config, "127.0.0.1:0".parse().unwrap()).unwrap();
     let mut claimed = b.as_peer("b");
@@ -171,7 +171,7 @@ async fn a_peers_certificate_without_its_key_is_worth_nothing() {
 #[tokio::test]
 async fn garbage_on_the_lease_channel_is_skipped() {
     let (a, b) = paired();
-    let raw = dial(Some(steal(a.dir.path())), b"standin-lease/3", b.addr()).await.unwrap();
+    let raw = dial(Some(steal(a.dir.path())), b"standin-lease/4", b.addr()).await.unwrap();
     let accepted = soon(b.endpoint.accept()).await.unwrap();
     let serve = tokio::spawn(async move {
         // Both end with the connection, having found nothing to hand out.

@@ -119,7 +119,7 @@ fn a_fence_takes_the_host_address_away() {
     host.run(|| {
         let adopted = tree.adopt().unwrap();
         let vips = ["10.77.0.50/24@lan0", "fd00::50/64@lan0"].map(|vip| vip.parse().unwrap());
-        let addresses = Addresses::prepare(&Net::Host, &vips).unwrap();
+        let addresses = Addresses::prepare(&"bare".parse().unwrap(), &Net::Host, &vips).unwrap();
         addresses.guard(adopted.keeper(), None).unwrap();
         addresses.up(adopted.keeper()).unwrap();
         assert!(client.pings("10.77.0.50") && client.pings("fd00::50"));

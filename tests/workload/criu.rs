@@ -59,7 +59,7 @@ fn place(host: &Netns, name: &str, path: &Path) -> (Place, Sandbox, Addresses) {
     place.spec.paths = vec![path.to_owned()];
     host.run(|| {
         let sandbox = place.create();
-        let addresses = Addresses::prepare(&place.spec.net, &[vip]).unwrap();
+        let addresses = Addresses::prepare(&place.spec.name, &place.spec.net, &[vip]).unwrap();
         (place, sandbox, addresses)
     })
 }

@@ -43,7 +43,7 @@ fn on_a_lan(test: impl FnOnce(&Place, &Sandbox, &Addresses, &Netns) + Send) {
     host.run(|| {
         let sandbox = place.create();
         let vips = [format!("{VIP}/24@lan0").parse().unwrap()];
-        let addresses = Addresses::prepare(&place.spec.net, &vips).unwrap();
+        let addresses = Addresses::prepare(&place.spec.name, &place.spec.net, &vips).unwrap();
         addresses.guard(sandbox.keeper(), sandbox.gate()).unwrap();
         addresses.up(sandbox.keeper()).unwrap();
         gate::open(sandbox.keeper(), sandbox.gate()).unwrap();

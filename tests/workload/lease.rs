@@ -100,7 +100,7 @@ fn heard_by_a_client(test: impl FnOnce(&Stage<'_>) + Send) {
     host.run(|| {
         let sandbox = place.create();
         let vips = [format!("{VIP}/24@lan0").parse().unwrap()];
-        let addresses = Addresses::prepare(&place.spec.net, &vips).unwrap();
+        let addresses = Addresses::prepare(&place.spec.name, &place.spec.net, &vips).unwrap();
         addresses.guard(sandbox.keeper(), sandbox.gate()).unwrap();
         addresses.up(sandbox.keeper()).unwrap();
         gate::open(sandbox.keeper(), sandbox.gate()).unwrap();

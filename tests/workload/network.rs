@@ -42,7 +42,7 @@ fn hardware_address(host: &Netns) -> String {
 
 fn up(place: &Place) -> (Sandbox, Addresses) {
     let sandbox = place.create();
-    let addresses = Addresses::prepare(&place.spec.net, &vips()).unwrap();
+    let addresses = Addresses::prepare(&place.spec.name, &place.spec.net, &vips()).unwrap();
     addresses.guard(sandbox.keeper(), sandbox.gate()).unwrap();
     (sandbox, addresses)
 }

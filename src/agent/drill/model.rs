@@ -125,7 +125,7 @@ impl Model {
             isolated: Some(sandbox::Isolated { devices, container }),
         };
         let home = Home::isolated(&spec, &options)?;
-        anyhow::ensure!(waiting.can_take_a_tree(), "what it is made after has ended meanwhile; try again");
+        anyhow::ensure!(waiting.waits(), "what it is made after has ended meanwhile; try again");
         Ok(Made { home, address })
     }
 

@@ -234,7 +234,7 @@ fn addresses(Pair { peer, here, there, workloads, .. }: &Pair) -> Vec<Check> {
     let vips = workloads.iter().flat_map(|needs| &needs.footprint.vips);
     let facts = here.vips.iter().zip(&there.vips);
     let judge = |(vip, (ours, theirs)): (&Vip, (&VipFacts, &VipFacts))| {
-        let named = format!("{}@{}", vip.cidr, vip.device);
+        let named = vip.to_string();
         if let Some(trouble) = &theirs.trouble {
             let remedy = format!("make the device and its network on {peer} as they are here");
             return Check::fail(Group::Network, "address", format!("{named} on {peer}: {trouble}"), remedy);
