@@ -33,7 +33,7 @@
 //! | [`store`] | the warm image: staging, atomic commit, fold, recovery |
 //! | [`restore`] | from the image to what CRIU restores |
 //! | [`drill`] | what a drill is asked for and finds: its probe, its report as text, JSON and a page |
-//! | [`takeover`] | actuators on the host's network: gate, the lease that the kernel keeps, held packets, addresses, announcements |
+//! | [`takeover`] | actuators on the host's network: gate, the lease that the kernel keeps, held packets, what clients have sent, addresses, announcements |
 //! | [`doctor`] | every prerequisite, tried, with its remedy; two paired hosts compared |
 //! | [`observe`] | history and figures for people |
 //! | [`extents`] | sets of pages as sorted runs |

@@ -158,13 +158,14 @@ pub(super) fn begin(
                 waits.all += early;
                 waits.frozen = true;
             }
+            // First of all: packets may take long.
+            if stage == Stage::Running && !last {
+                releasing.press();
+            }
             let held = around.at(stage);
-            match stage {
-                Stage::Freezing => {}
+            if stage == Stage::Frozen {
                 // CRIU's work in the frozen tasks needs all of their time; before, they would have it.
-                Stage::Frozen => releasing.release(),
-                Stage::Running if last => {}
-                Stage::Running => releasing.press(),
+                releasing.release();
             }
             held
         }));

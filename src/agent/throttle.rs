@@ -31,16 +31,15 @@ use crate::{
 
 /// The whole of its time.
 pub(super) const FULL_SPEED: u8 = 100;
-/// So often it is looked how much output waits, while any does. At a million packets a second a queue that is a quarter full
-/// is not full then.
+/// So often it is looked how much output waits, while any does.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// For which share of its time a workload may run, in percent, as far as output that waits is concerned.
 fn share_at(fill: Fill) -> u8 {
     match fill {
         Fill::Little => FULL_SPEED,
-        Fill::Quarter => 20,
-        Fill::Half => 0,
+        Fill::Much => 20,
+        Fill::TooMuch => 0,
     }
 }
 
@@ -183,13 +182,14 @@ impl Valve {
         let task = tokio::spawn(async move {
             loop {
                 let fill = watched.fill();
-                if speed.queue.swap(share_at(fill), SeqCst) != share_at(fill) {
+                let share = fill.map_or(FULL_SPEED, share_at);
+                if speed.queue.swap(share, SeqCst) != share {
                     tracing::debug!(?fill, "output waits");
                 }
                 if let Err(error) = block_in_place(|| speed.settle()) {
                     tracing::warn!(error, "output fills its queue");
                 }
-                if fill == Fill::Little && !watched.has_any() {
+                if fill.is_none() {
                     let Ok(mut ready) = fd.readable().await else { return };
                     ready.clear_ready();
                 }

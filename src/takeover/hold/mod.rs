@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 pub(super) use self::rules::AFTER_QUEUES;
 pub use self::rules::Marks;
 use self::{
-    queue::{PACKETS_MAX, PacketId, Queue},
+    queue::{PacketId, Queue},
     rules::{Direction, Rules},
 };
 use crate::{
@@ -82,22 +82,28 @@ pub struct Held {
     pub dropped: u64,
 }
 
-/// How full the kernel's queue is: what does not fit is dropped.
+/// How much waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fill {
-    /// Less than a quarter.
+    /// Nothing to do about it.
     Little,
-    /// Up to a half.
-    Quarter,
-    /// More than that.
-    Half,
+    /// More than [`MUCH`].
+    Much,
+    /// More than [`TOO_MUCH`].
+    TooMuch,
 }
+
+/// So many packets are much, and so many too much; what the kernel has no room for, which is far more, it drops.
+const MUCH: u64 = 4096;
+const TOO_MUCH: u64 = 8192;
 
 /// The packets of one workload.
 #[derive(Debug)]
 pub struct Hold {
     rules: Rules,
     guard: Option<Arc<Guard>>,
+    /// The queue of output.
+    output: u16,
     state: Mutex<State>,
     /// Readable when there is output that no mark covers.
     output_waits: OwnedFd,
@@ -170,7 +176,7 @@ impl Hold {
             gated: false,
             delay: Duration::ZERO,
         };
-        Ok(Self { rules, guard, state: Mutex::new(state), output_waits })
+        Ok(Self { rules, guard, output: queues.0, state: Mutex::new(state), output_waits })
     }
 
     /// Removes what there is of a workload by that name; nothing is fine. What waits is dropped unless it was let go before.
@@ -330,24 +336,24 @@ impl Hold {
         let (output, delay_ms) = (state.gated, state.delay.as_secs_f64() * 1e3);
         // A freeze may wait for it.
         drop(state);
-        Held { output, packets, bytes, delay_ms, dropped: queue::dropped(&queues).unwrap_or(0) }
+        let dropped = queue::told(&queues).map_or(0, |told| told.dropped);
+        Held { output, packets, bytes, delay_ms, dropped }
     }
 
-    /// How full the queue of output is.
-    pub fn fill(&self) -> Fill {
-        let mut state = self.state();
-        // The next call that needs it tells of an error.
-        let _ = state.output.look();
-        match state.output.waiting().0 {
-            packets if packets > u64::from(PACKETS_MAX) / 2 => Fill::Half,
-            packets if packets > u64::from(PACKETS_MAX) / 4 => Fill::Quarter,
-            _ => Fill::Little,
+    /// How much output waits; none if nothing does. Letting go what waits takes long if it is much, so that
+    /// who does that is not waited for.
+    pub fn fill(&self) -> Option<Fill> {
+        let waiting = queue::told(&[self.output]).map_or(0, |told| told.waiting);
+        // What is not read is dropped in the end. Errors the next call tells of that needs it.
+        if let Ok(mut state) = self.state.try_lock() {
+            let _ = state.output.look();
         }
-    }
-
-    /// Whether any output waits, as far as was looked.
-    pub fn has_any(&self) -> bool {
-        self.state().output.waiting().0 > 0
+        match waiting {
+            0 => None,
+            packets if packets > TOO_MUCH => Some(Fill::TooMuch),
+            packets if packets > MUCH => Some(Fill::Much),
+            _ => Some(Fill::Little),
+        }
     }
 }
 

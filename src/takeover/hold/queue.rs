@@ -13,10 +13,11 @@ use nix::errno::Errno;
 
 use crate::takeover::netfilter::{Batch, Messages, Socket};
 
-/// Packets that may wait; more are dropped, and counted. With segmentation offload one holds up to 64 KiB.
-pub(super) const PACKETS_MAX: u32 = 16_384;
+/// Packets that may wait; more are dropped, and counted. With segmentation offload one holds up to 64 KiB. Far more than those at
+/// which a workload is stopped, since that takes its time on a busy host.
+const PACKETS_MAX: u32 = 65_536;
 /// For the kernel's messages about as many packets.
-const RECEIVE_BYTES: usize = 32 << 20;
+const RECEIVE_BYTES: usize = 128 << 20;
 /// Of each packet the kernel copies so much: it is only counted.
 const COPY_BYTES: u32 = 20;
 
@@ -176,22 +177,35 @@ fn packet(attributes: &[(u16, &[u8])]) -> Option<(PacketId, u32)> {
     Some((PacketId(id), bytes))
 }
 
-/// Packets of these queues that were dropped because one was full, or its owner did not read.
-pub(super) fn dropped(numbers: &[u16]) -> io::Result<u64> {
+/// What the kernel says of a queue; nobody waits for its reader or its owner for that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Told {
+    /// Packets that wait.
+    pub(super) waiting: u64,
+    /// Packets that were dropped because it was full, or its owner did not read.
+    pub(super) dropped: u64,
+}
+
+/// What it says of these queues, together.
+pub(super) fn told(numbers: &[u16]) -> io::Result<Told> {
     let text = std::fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_queue")?;
-    Ok(numbers.iter().map(|number| dropped_in(&text, *number)).sum())
+    let all = numbers.iter().map(|number| told_in(&text, *number));
+    Ok(all.fold(Told::default(), |sum, one| Told {
+        waiting: sum.waiting + one.waiting,
+        dropped: sum.dropped + one.dropped,
+    }))
 }
 
 /// Fields: number, owner, waiting, copy mode, copied, dropped (full), dropped (not read), sequence, 1.
-fn dropped_in(text: &str, number: u16) -> u64 {
+fn told_in(text: &str, number: u16) -> Told {
     let lines = text.lines().map(|line| line.split_ascii_whitespace().map(str::parse).collect::<Vec<_>>());
     let of = |fields: &Vec<Result<u64, _>>| match fields.as_slice() {
-        [Ok(found), _, _, _, _, Ok(full), Ok(unread), ..] if *found == u64::from(number) => {
-            Some(full + unread)
+        [Ok(found), _, Ok(waiting), _, _, Ok(full), Ok(unread), ..] if *found == u64::from(number) => {
+            Some(Told { waiting: *waiting, dropped: full + unread })
         }
         _ => None,
     };
-    lines.map(|fields| of(&fields)).find_map(|found| found).unwrap_or(0)
+    lines.map(|fields| of(&fields)).find_map(|found| found).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -206,11 +220,11 @@ mod tests {
     }
 
     #[test]
-    fn dropped_packets_are_those_of_the_queue() {
+    fn what_the_kernel_tells_is_of_that_queue() {
         let text = "    7  12345     3 2    20     4     5       12  1\n    8  1 0 2 20 0 9 3 1\n";
-        assert_eq!(dropped_in(text, 7), 9);
-        assert_eq!(dropped_in(text, 8), 9);
-        assert_eq!(dropped_in(text, 9), 0);
-        assert_eq!(dropped_in("nonsense", 9), 0);
+        assert_eq!(told_in(text, 7), Told { waiting: 3, dropped: 9 });
+        assert_eq!(told_in(text, 8), Told { waiting: 0, dropped: 9 });
+        assert_eq!(told_in(text, 9), Told::default());
+        assert_eq!(told_in("nonsense", 9), Told::default());
     }
 }
