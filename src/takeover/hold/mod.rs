@@ -87,9 +87,9 @@ pub struct Held {
 pub enum Fill {
     /// Nothing to do about it.
     Little,
-    /// More than [`MUCH`].
+    /// The workload is to be slowed down.
     Much,
-    /// More than [`TOO_MUCH`].
+    /// It is to stand.
     TooMuch,
 }
 
