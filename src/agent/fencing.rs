@@ -46,7 +46,7 @@ impl Home {
     pub(super) fn fence_now(&self, limit: Duration) -> Result<(), GuardError> {
         let fenced = self.keeper().guard().fence_now(limit);
         // It is no earlier than any step.
-        let _ = self.is_heard(false);
+        let _ = self.silenced();
         // Also if the guard does not answer.
         self.follow_guard();
         fenced
@@ -72,7 +72,7 @@ impl Home {
         let unfenced = gate::unfence(self.keeper(), self.place.gate(), deadline_ns, steps);
         self.follow_guard();
         unfenced?;
-        self.is_heard(true)?;
+        self.unfenced()?;
         if until.is_none() {
             self.disarm()?;
         }

@@ -5,7 +5,7 @@ mod heard;
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
-use self::heard::forget_packets;
+use self::heard::forget_network;
 use super::{Agent, durable, trees};
 use crate::{
     capture::{self, Note, Outside},
@@ -192,7 +192,7 @@ impl Home {
             Sandbox::destroy(&dir, name)?;
         }
         // Not before: nothing of it leaves that was held, or after its lease.
-        forget_packets(name);
+        forget_network(name);
         Ok(())
     }
 
@@ -206,7 +206,7 @@ impl Home {
         } else {
             return Self::destroy(agent, name);
         }
-        forget_packets(name);
+        forget_network(name);
         Ok(())
     }
 
@@ -426,7 +426,7 @@ fn container_options(agent: &Agent, name: &Name) -> container::Options {
 /// Gives what somebody else started back to them, running.
 pub(super) fn release(agent: &Agent, name: &Name) -> Result<()> {
     let dir = agent.sandboxes_dir();
-    forget_packets(name);
+    forget_network(name);
     if Container::is_known(&dir, name) {
         return Ok(Container::release(&dir, name)?);
     }

@@ -28,7 +28,7 @@ use crate::{
 const RETRY: Duration = Duration::from_millis(500);
 /// Packets that are looked at before others have their turn.
 const TURN: usize = 64;
-/// How long it rests when it is full, or heard what is not kept.
+/// How long it rests then: what it does not take meanwhile may be dropped.
 const REST: Duration = Duration::from_millis(1);
 
 /// Tells what comes by one device.

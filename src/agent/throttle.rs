@@ -7,10 +7,9 @@
 //! ```
 //!
 //! The workload's init does it (freezing the tree's cgroup for most of each few milliseconds), asked by whoever wishes it: the
-//! owner may be busy for longer than the queue takes to fill. It
-//! ends when the init is told, when the agent's connection to it closes, or when the guard fires: never is a workload
-//! left slow by an agent that died. The slower wish counts, but none during a freeze: CRIU's work in the frozen tasks needs
-//! all of their time.
+//! owner may be busy for longer than the queue takes to fill. It ends when the init is told, when the agent's connection to it
+//! closes, or when the guard fires: never is a workload left slow by an agent that died. The slower wish counts, but none
+//! during a freeze: CRIU's work in the frozen tasks needs all of their time.
 
 use std::{
     sync::{

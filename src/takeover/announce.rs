@@ -4,7 +4,7 @@
 
 use std::{io, net::IpAddr, net::Ipv6Addr, os::fd::OwnedFd, time::Duration};
 
-use super::sys;
+use super::{sys, tcp::ETHERTYPE_IPV6};
 use crate::workload::spec::Vip;
 
 /// Times after the takeover at which to announce: the first ones may be lost while a switch learns.
@@ -31,7 +31,6 @@ pub(super) type Mac = [u8; 6];
 pub(super) const BROADCAST: Mac = [0xff; 6];
 const ALL_NODES: Mac = [0x33, 0x33, 0, 0, 0, 1];
 const ETHERTYPE_ARP: u16 = 0x0806;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// Next header, and types of its messages (RFC 4861 4.3, 4.4).
 const ICMPV6: u8 = 58;
 const SOLICITATION: u8 = 135;

@@ -6,16 +6,12 @@
 //! The frames are made here and go from the host's end of the workload's device to the end inside. They say nothing that
 //! was not so before.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::fd::OwnedFd,
-};
+use std::{io, os::fd::OwnedFd};
 
 use super::{
-    announce::{ARP_REPLY, Mac, arp, checksum, neighbour_advertisement},
+    announce::{ARP_REPLY, Mac, arp, neighbour_advertisement},
     sys,
-    tcp::{ACK, ETHERTYPE_IPV4, ETHERTYPE_IPV6, RST, TCP},
+    tcp::{self, ACK, ETHERTYPE_IPV4, ETHERTYPE_IPV6, RST},
 };
 use crate::{
     criu::images::connections::TcpConnection,
@@ -39,8 +35,17 @@ pub struct Voice {
 impl Voice {
     /// Makes one.
     pub fn open(door: &Door) -> io::Result<Self> {
-        // Protocol 0: it receives nothing.
-        Ok(Self { door: *door, socket: sys::packet_socket(door.index, 0)? })
+        // It receives nothing.
+        Self::hearing(door, 0)
+    }
+
+    /// One by which frames of a protocol, that pass the device, are heard too.
+    pub(super) fn hearing(door: &Door, protocol: u16) -> io::Result<Self> {
+        Ok(Self { door: *door, socket: sys::packet_socket(door.index, protocol)? })
+    }
+
+    pub(super) fn socket(&self) -> &OwnedFd {
+        &self.socket
     }
 
     /// Says that an IP packet has come.
@@ -62,9 +67,7 @@ pub fn nudge(voices: &[Voice], connections: &[TcpConnection]) -> io::Result<()> 
             voice.send(&arp(ARP_REPLY, gateway, v4, mac, v4))?;
             voice.send(&neighbour_advertisement(gateway, GATEWAY_V6))?;
         }
-        for frame in connections.iter().filter_map(|connection| frame(mac, connection)) {
-            voice.send(&frame)?;
-        }
+        connections.iter().try_for_each(|connection| tell(voice, connection))?;
     }
     Ok(())
 }
@@ -72,16 +75,9 @@ pub fn nudge(voices: &[Voice], connections: &[TcpConnection]) -> io::Result<()> 
 /// Has the other ends of connections say where they are: a byte that they have acknowledged is told to be none, which they
 /// contradict.
 pub fn probe(connections: &[TcpConnection]) -> io::Result<()> {
-    for connection in connections {
-        let (local, remote) = (connection.local, connection.remote);
-        let said = TcpConnection {
-            local: remote,
-            remote: local,
-            receive_next: connection.unacknowledged.wrapping_sub(1),
-            unacknowledged: connection.receive_next,
-            ..connection.clone()
-        };
-        if let Some(packet) = packet(&said, ACK) {
+    for &TcpConnection { local, remote, receive_next, unacknowledged, window, .. } in connections {
+        let numbers = (unacknowledged.wrapping_sub(1), receive_next);
+        if let Some(packet) = tcp::bare(local, remote, numbers, ACK, window) {
             sys::send_packet(remote.ip(), &packet)?;
         }
     }
@@ -89,32 +85,19 @@ pub fn probe(connections: &[TcpConnection]) -> io::Result<()> {
 }
 
 /// Ends a connection for the workload, as if its other end had.
-pub(super) fn reset(door: &Door, socket: &OwnedFd, connection: &TcpConnection) -> io::Result<()> {
-    let frame = frame_with(door.mac, connection, RST);
-    frame.map_or(Ok(()), |frame| sys::send_frame(socket, door.index, &frame))
+pub(super) fn reset(voice: &Voice, connection: &TcpConnection) -> io::Result<()> {
+    packet(connection, RST).map_or(Ok(()), |packet| voice.pass(&packet))
 }
 
 /// Says this one's word to the workload.
-pub(super) fn tell(door: &Door, socket: &OwnedFd, connection: &TcpConnection) -> io::Result<()> {
-    let frame = frame(door.mac, connection);
-    frame.map_or(Ok(()), |frame| sys::send_frame(socket, door.index, &frame))
+pub(super) fn tell(voice: &Voice, connection: &TcpConnection) -> io::Result<()> {
+    packet(connection, ACK).map_or(Ok(()), |packet| voice.pass(&packet))
 }
 
 /// From the other end to the workload's.
-pub(super) fn frame(mac: Mac, connection: &TcpConnection) -> Option<Vec<u8>> {
-    frame_with(mac, connection, ACK)
-}
-
-fn frame_with(mac: Mac, connection: &TcpConnection, flags: u8) -> Option<Vec<u8>> {
-    Some(in_frame(mac, &packet(connection, flags)?))
-}
-
 fn packet(connection: &TcpConnection, flags: u8) -> Option<Vec<u8>> {
-    match (connection.remote.ip(), connection.local.ip()) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => Some(packet_v4(from, to, (connection, flags))),
-        (IpAddr::V6(from), IpAddr::V6(to)) => Some(packet_v6(from, to, (connection, flags))),
-        _ => None,
-    }
+    let &TcpConnection { local, remote, receive_next, unacknowledged, window, .. } = connection;
+    tcp::bare(remote, local, (receive_next, unacknowledged), flags, window)
 }
 
 /// An IP packet in a frame from the host to the workload.
@@ -124,50 +107,16 @@ fn in_frame(mac: Mac, packet: &[u8]) -> Vec<u8> {
     [&mac[..], &HOST_MAC, &kind.to_be_bytes(), packet].concat()
 }
 
-fn packet_v4(from: Ipv4Addr, to: Ipv4Addr, of: (&TcpConnection, u8)) -> Vec<u8> {
-    let pseudo = [&from.octets()[..], &to.octets(), &[0, TCP, 0, 20]].concat();
-    let segment = segment(of, &pseudo);
-    let length = (20 + segment.len()) as u16;
-    // Version 4, five words; may not be fragmented; 64 hops.
-    let mut header = vec![0x45, 0];
-    header.extend(length.to_be_bytes());
-    header.extend([0, 0, 0x40, 0, 64, TCP, 0, 0]);
-    header.extend(from.octets());
-    header.extend(to.octets());
-    let sum = checksum(&header);
-    header[10..12].copy_from_slice(&sum.to_be_bytes());
-    [header, segment].concat()
-}
-
-fn packet_v6(from: Ipv6Addr, to: Ipv6Addr, of: (&TcpConnection, u8)) -> Vec<u8> {
-    let pseudo = [&from.octets()[..], &to.octets(), &[0, 0, 0, 20, 0, 0, 0, TCP]].concat();
-    let segment = segment(of, &pseudo);
-    let mut header = vec![0x60, 0, 0, 0];
-    header.extend((segment.len() as u16).to_be_bytes());
-    header.extend([TCP, 64]);
-    header.extend(from.octets());
-    header.extend(to.octets());
-    [header, segment].concat()
-}
-
-/// A TCP header without options.
-fn segment((connection, flags): (&TcpConnection, u8), pseudo: &[u8]) -> Vec<u8> {
-    let mut header = Vec::with_capacity(20);
-    header.extend(connection.remote.port().to_be_bytes());
-    header.extend(connection.local.port().to_be_bytes());
-    header.extend(connection.receive_next.to_be_bytes());
-    header.extend(connection.unacknowledged.to_be_bytes());
-    header.extend([5 << 4, flags]);
-    header.extend(connection.window.to_be_bytes());
-    header.extend([0; 4]);
-    let sum = checksum(&[pseudo, &header].concat());
-    header[16..18].copy_from_slice(&sum.to_be_bytes());
-    header
+/// What [`tell`] says.
+#[cfg(test)]
+pub(super) fn frame(mac: Mac, connection: &TcpConnection) -> Option<Vec<u8>> {
+    Some(in_frame(mac, &packet(connection, ACK)?))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::takeover::{announce::checksum, tcp::TCP};
 
     fn connection(local: &str, remote: &str) -> TcpConnection {
         TcpConnection {

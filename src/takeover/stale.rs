@@ -17,7 +17,8 @@ use std::{
 };
 
 use super::{
-    nudge, sys,
+    nudge::{self, Voice},
+    sys,
     tcp::{self, ACK, Segment},
 };
 use crate::{criu::images::connections::TcpConnection, workload::network::Door};
@@ -26,19 +27,13 @@ use crate::{criu::images::connections::TcpConnection, workload::network::Door};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// So long may a client take to send again what it was not told had come: more than its kernel waits after a takeover.
 const GAP_PATIENCE: Duration = Duration::from_secs(5);
-const ALL_PROTOCOLS: u16 = 0x0003;
 /// All headers fit, with their options.
 const HEADERS_BYTES: usize = 256;
 
-/// Hears what passes one of the workload's devices.
-struct Ear {
-    door: Door,
-    socket: std::os::fd::OwnedFd,
-}
-
 /// Waits for the first words of connections; made before the gate opens, so that none is missed.
 pub struct Watch {
-    ears: Vec<Ear>,
+    /// Each hears what passes one of the workload's devices.
+    ears: Vec<Voice>,
     awaited: HashMap<(SocketAddr, SocketAddr), Awaited>,
 }
 
@@ -82,9 +77,8 @@ impl Watch {
         if doors.is_empty() || connections.is_empty() {
             return Ok(None);
         }
-        let ear =
-            |door: &Door| Ok(Ear { door: *door, socket: sys::packet_socket(door.index, ALL_PROTOCOLS)? });
-        let ears = doors.iter().map(ear).collect::<io::Result<Vec<_>>>()?;
+        let ears =
+            doors.iter().map(|door| Voice::hearing(door, sys::ALL_PROTOCOLS)).collect::<io::Result<_>>()?;
         let awaited = connections.iter().map(|connection| {
             let key = (connection.remote, connection.local);
             (key, Awaited { connection: connection.clone(), gap: None })
@@ -99,7 +93,7 @@ impl Watch {
         while !self.awaited.is_empty() && Instant::now() < until {
             for at in 0..self.ears.len() {
                 let wait = Duration::from_millis(if self.ears.len() == 1 { 200 } else { 20 });
-                let length = match sys::receive_frame(&self.ears[at].socket, &mut buffer, wait) {
+                let length = match sys::receive_frame(self.ears[at].socket(), &mut buffer, wait) {
                     // Told once: the gate was still closed when it began to listen.
                     Err(error) if error.raw_os_error() == Some(libc::ENETDOWN) => continue,
                     received => received?,
@@ -148,14 +142,14 @@ impl Watch {
     fn end(&mut self, key: (SocketAddr, SocketAddr), ear: usize, acknowledged: u32) -> io::Result<usize> {
         let Some(Awaited { mut connection, .. }) = self.awaited.remove(&key) else { return Ok(0) };
         let ear = &self.ears[ear];
-        if sys::lost_frames(&ear.socket)? > 0 {
+        if sys::lost_frames(ear.socket())? > 0 {
             // What was sent is not known any more, of this and of all others.
             return Err(io::Error::other("there was more traffic than could be followed"));
         }
         // The workload's end first; then that word again, which no connection takes: its kernel says so.
-        nudge::reset(&ear.door, &ear.socket, &connection)?;
+        nudge::reset(ear, &connection)?;
         connection.unacknowledged = acknowledged;
-        nudge::tell(&ear.door, &ear.socket, &connection)?;
+        nudge::tell(ear, &connection)?;
         Ok(1)
     }
 }

@@ -18,6 +18,9 @@ use nix::{
 
 use super::{announce::Mac, tcp};
 
+/// For [`packet_socket`]: it hears everything.
+pub(super) const ALL_PROTOCOLS: u16 = 0x0003;
+
 /// A socket on one device that hears the given protocol, or nothing if that is 0.
 pub(super) fn packet_socket(index: u32, protocol: u16) -> io::Result<OwnedFd> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
@@ -55,7 +58,6 @@ fn link_address(index: u32, protocol: u16) -> libc::sockaddr_ll {
 
 /// A socket that hears the segments of TCP that leave by one device, as far as so many bytes may wait for its reader.
 pub(super) fn tcp_tap(index: u32, bytes: usize) -> io::Result<OwnedFd> {
-    const ALL_PROTOCOLS: u16 = 0x0003;
     let socket = packet_socket(index, 0)?;
     setsockopt(&socket, sockopt::RcvBuf, &bytes)?;
     let statement = |code: u32, if_so: u8, if_not: u8, k: u32| libc::sock_filter {
@@ -83,19 +85,8 @@ pub(super) fn tcp_tap(index: u32, bytes: usize) -> io::Result<OwnedFd> {
         answer(u32::MAX),
     ];
     let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
-    // SAFETY: the pointer is to a whole sock_fprog, whose size is given, and in it is one to as many statements as it says.
-    let answer = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const filter).cast(),
-            size_of_val(&filter) as u32,
-        )
-    };
-    if answer < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    // SAFETY: that is what the option takes, and in it is a pointer to as many statements as it says.
+    unsafe { set_option(&socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &filter) }?;
     bind(&socket, index, ALL_PROTOCOLS)?;
     Ok(socket)
 }
@@ -178,14 +169,22 @@ pub(super) fn hear_group(socket: &OwnedFd, index: u32, group: Mac) -> io::Result
         mr_address: [0; 8],
     };
     request.mr_address[..group.len()].copy_from_slice(&group);
-    // SAFETY: the pointer is to a whole packet_mreq, whose size is given.
+    // SAFETY: that is what the option takes.
+    unsafe { set_option(socket, libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, &request) }
+}
+
+/// # Safety
+///
+/// The option takes a value of that type, whatever pointers are in it.
+unsafe fn set_option<T>(socket: &OwnedFd, level: i32, option: i32, value: &T) -> io::Result<()> {
+    // SAFETY: the pointer is to a whole value, whose size is given; the rest is the caller's promise.
     let answer = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::SOL_PACKET,
-            libc::PACKET_ADD_MEMBERSHIP,
-            (&raw const request).cast(),
-            size_of_val(&request) as u32,
+            level,
+            option,
+            std::ptr::from_ref(value).cast(),
+            size_of::<T>() as u32,
         )
     };
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }

@@ -104,6 +104,38 @@ impl Segment {
     }
 }
 
+/// A segment that carries nothing, without options, in a packet; `numbers`: its own, and the one that it acknowledges. None if the
+/// ends are of two families.
+pub(super) fn bare(
+    from: SocketAddr,
+    to: SocketAddr,
+    (sequence, acknowledged): (u32, u32),
+    flags: u8,
+    window: u16,
+) -> Option<Vec<u8>> {
+    let mut packet = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            // Version 4, five words; may not be fragmented; 64 hops.
+            let head = [0x45, 0, 0, 0, 0, 0, 0x40, 0, 64, TCP, 0, 0];
+            [&head[..], &from.octets(), &to.octets()].concat()
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            [&[0x60, 0, 0, 0, 0, 0, TCP, 64], &from.octets()[..], &to.octets()].concat()
+        }
+        _ => return None,
+    };
+    let header = packet.len();
+    packet.extend(from.port().to_be_bytes());
+    packet.extend(to.port().to_be_bytes());
+    packet.extend(sequence.to_be_bytes());
+    packet.extend(acknowledged.to_be_bytes());
+    packet.extend([5 << 4, flags]);
+    packet.extend(window.to_be_bytes());
+    packet.extend([0; 4]);
+    finish(&mut packet, header);
+    Some(packet)
+}
+
 /// What a packet carries, in packets that any link takes, with their checksums: one that was heard may be longer, and may have
 /// none, since both are left to devices. `None` if it was not heard whole.
 pub(super) fn pieces(packet: &[u8]) -> Option<Vec<Vec<u8>>> {

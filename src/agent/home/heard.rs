@@ -34,10 +34,15 @@ impl Home {
         Ok(self.order.done(Step::Find)?)
     }
 
-    /// It was silenced, or is heard again.
-    pub(in crate::agent) fn is_heard(&self, heard: bool) -> Result<()> {
-        let steps = if heard { &[Step::Find, Step::Open, Step::Answer][..] } else { &[Step::Silence] };
-        Ok(steps.iter().try_for_each(|step| self.order.done(*step))?)
+    /// It was silenced.
+    pub(in crate::agent) fn silenced(&self) -> Result<()> {
+        Ok(self.order.done(Step::Silence)?)
+    }
+
+    /// A fence was undone: it is heard again.
+    pub(in crate::agent) fn unfenced(&self) -> Result<()> {
+        let steps = [Step::Find, Step::Open, Step::Answer];
+        Ok(steps.into_iter().try_for_each(|step| self.order.done(step))?)
     }
 
     /// Looks the addresses up, tells the guard what to silence, has the kernel keep the lease too, and makes ready to hold
@@ -196,7 +201,7 @@ impl Home {
 }
 
 /// Nobody holds or drops its packets any more, nor answers for its addresses.
-pub(super) fn forget_packets(name: &Name) {
+pub(super) fn forget_network(name: &Name) {
     let held = Hold::remove(name).map_err(|error| error.to_string());
     for forgotten in [held, Lease::remove(name).map_err(|error| error.to_string())] {
         if let Err(error) = forgotten {
