@@ -161,24 +161,20 @@ const FAULTS: [Fault; 15] = [
     },
     Fault {
         name: "the primary's disk is full",
-        done: |cluster, primary, _| {
-            cluster.lab.ok(primary, &["sh", "-c", NO_ROOM_ON_DISK]);
-        },
+        done: |cluster, primary, _| sh(cluster, primary, NO_ROOM_ON_DISK),
         lasts: Duration::from_secs(2),
         outcomes: [Stays; 3],
     },
     Fault {
         name: "the standby has no room for epochs",
-        done: |cluster, _, standby| {
-            cluster.lab.ok(standby, &["sh", "-c", NO_ROOM]);
-        },
+        done: |cluster, _, standby| sh(cluster, standby, NO_ROOM),
         lasts: Duration::from_secs(2),
         outcomes: [Stays; 3],
     },
     Fault {
         name: "the primary's host dies, B's disk full",
         done: |cluster, primary, standby| {
-            cluster.lab.ok(standby, &["sh", "-c", NO_ROOM_ON_DISK]);
+            sh(cluster, standby, NO_ROOM_ON_DISK);
             cluster.lab.kill(primary);
         },
         // The new term cannot be kept, so nobody promotes until there is room.
@@ -186,6 +182,10 @@ const FAULTS: [Fault; 15] = [
         outcomes: [Moves; 3],
     },
 ];
+
+fn sh(cluster: &Cluster, host: Host, script: &str) {
+    cluster.lab.ok(host, &["sh", "-c", script]);
+}
 
 /// Cuts the power of whom a fence command was told to switch off, and tells it so.
 fn do_as_fence_commands_say(cluster: &Cluster) {
@@ -320,7 +320,7 @@ fn jump(cluster: &mut Cluster, arbiter: &str) {
     let counter = cluster.count();
     for (host, seconds) in [(Host::A, 3600), (Host::B, -3600), (Host::B, 7200), (Host::A, -3600)] {
         let before = cluster.status(Host::A, "redis")["epoch"].clone();
-        cluster.lab.ok(host, &["sh", "-c", &format!("echo {seconds} > /run/clock")]);
+        sh(cluster, host, &format!("echo {seconds} > /run/clock"));
         std::thread::sleep(Duration::from_secs(1));
         println!("the clock of {host} is off by {seconds:>5} s  {arbiter}");
         cluster.wait_state(Host::A, "primary", "protected");
