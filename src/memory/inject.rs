@@ -13,8 +13,10 @@
 //!   after. (SIGSTOP cannot be blocked; it is let through and the group stop stands after the detach.)
 //! - System call stops are used, not single steps: a step raises SIGTRAP, and the kernel resets that signal's
 //!   disposition if the process ignores or blocks it.
-//! - All of it happens on a thread of its own. When that thread ends, whatever it still traces is detached
-//!   by the kernel, so a thread that did not stop in time is not left traced, and never left stopped.
+//! - All of it happens in a process of its own, which has the agent's memory and outlives it: were the tracer killed
+//!   with the agent, the thread would go on with the registers of the injected call, and crash. When that process ends,
+//!   whatever it still traces is detached by the kernel, so a thread that did not stop in time is not left traced, and
+//!   never left stopped.
 
 use std::{
     fs, io,
@@ -168,7 +170,8 @@ pub(super) struct Injected {
 /// Makes `pid` open a userfaultfd and takes it.
 pub(super) fn userfaultfd_of(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
     check(pid)?;
-    inject_from_own_thread(pid, pidfd)
+    let injected = sys::outliving(|| inject(pid, pidfd));
+    injected.map_err(|e| AttachError::io(pid, "starting the process for the attach", e))?
 }
 
 /// The error, or `Gone` if the process is dying: then it answers with all kinds of errors.
@@ -176,15 +179,6 @@ pub(super) fn or_gone(error: AttachError, pid: i32, pidfd: BorrowedFd<'_>) -> At
     let gone = sys::has_exited(pidfd) || Status::of(pid, pid).map_or(true, |status| !status.has_memory);
     let precise = matches!(error, AttachError::KernelThread(_) | AttachError::LeaderExited(_));
     if gone && !precise { AttachError::Gone(pid) } else { error }
-}
-
-fn inject_from_own_thread(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
-    thread::scope(|scope| {
-        let work = move || inject(pid, pidfd);
-        let worker = thread::Builder::new().name("standin-inject".into()).spawn_scoped(scope, work);
-        let worker = worker.map_err(|e| AttachError::io(pid, "starting the thread for the attach", e))?;
-        worker.join().expect("the injecting thread does not panic")
-    })
 }
 
 /// Finds what would make an attach fail or harm, before the process is touched.

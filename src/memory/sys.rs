@@ -4,7 +4,10 @@ use std::{
     fs::File,
     io,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    panic, ptr, thread,
 };
+
+use nix::errno::Errno;
 
 use crate::model::Extent;
 
@@ -201,4 +204,41 @@ pub(super) fn has_exited(pidfd: BorrowedFd<'_>) -> bool {
     // SAFETY: one live pollfd, no wait.
     let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
     ready != 0
+}
+
+/// The stack of a process that shares our memory.
+const STACK_BYTES: usize = 256 << 10;
+
+/// Has this done by a process that shares our memory and descriptors, and that goes on when all of our threads are killed. The
+/// calling thread waits for it. What it asks of the allocator it may wait for in vain then, if another thread was killed in
+/// there; so it had better ask for little.
+pub(super) fn outliving<T, F: FnOnce() -> T>(work: F) -> io::Result<T> {
+    struct Task<T, F> {
+        work: Option<F>,
+        result: Option<thread::Result<T>>,
+    }
+    extern "C" fn run<T, F: FnOnce() -> T>(task: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: it is the one below, whose owner stands still until this process has ended.
+        let task = unsafe { &mut *task.cast::<Task<T, F>>() };
+        let work = task.work.take();
+        task.result = work.map(|work| panic::catch_unwind(panic::AssertUnwindSafe(work)));
+        0
+    }
+    let mut task = Task { work: Some(work), result: None };
+    let mut stack = vec![0_u128; STACK_BYTES / size_of::<u128>()];
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES | libc::CLONE_FS;
+    // SAFETY: a stack that is aligned and there until this returns, which with CLONE_VFORK is when the child has ended; till then
+    // this thread, whose thread-local storage the child shares, does nothing.
+    let pid = unsafe {
+        let top = stack.as_mut_ptr_range().end;
+        libc::clone(run::<T, F>, top.cast(), flags, (&raw mut task).cast())
+    };
+    let pid = Errno::result(pid)?;
+    // SAFETY: the call touches no memory. Without an exit signal only those wait for it who ask for such children.
+    while unsafe { libc::waitpid(pid, ptr::null_mut(), libc::__WALL) } < 0 && Errno::last() == Errno::EINTR {}
+    match task.result {
+        Some(Ok(result)) => Ok(result),
+        Some(Err(panicked)) => panic::resume_unwind(panicked),
+        None => Err(io::Error::other("the process that was to do it has been killed")),
+    }
 }

@@ -1,6 +1,11 @@
 //! Injection leaves no trace.
 
-use std::{fs, process::Command, thread, time::Duration};
+use std::{
+    fs,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
 
 use standin::memory::{AttachError, Tracker};
 
@@ -239,4 +244,37 @@ fn a_32_bit_process_is_refused() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(matches!(refused, Err(AttachError::Compat(_))), "{refused:?}");
+}
+
+/// Whom to attach to.
+const ATTACHES: &str = "STANDIN_MEMORY_ATTACHES";
+
+/// What the next one runs and kills.
+#[test]
+fn the_program_that_attaches() {
+    let Ok(pid) = std::env::var(ATTACHES) else { return };
+    let pid = pid.parse().unwrap();
+    loop {
+        // That of the one before may not have let go yet.
+        drop(Tracker::attach(pid));
+    }
+}
+
+/// At whatever instant: it would go on with the registers of the injected call.
+#[test]
+fn a_target_outlives_whoever_is_killed_while_it_attaches() {
+    let mut target = Target::start();
+    for round in 0..60 {
+        let mut attaching = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "attach::the_program_that_attaches", "--nocapture"])
+            .env(ATTACHES, target.pid().to_string())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        thread::sleep(Duration::from_micros(25_000 + 137 * round));
+        attaching.kill().unwrap();
+        attaching.wait().unwrap();
+        assert_eq!(target.ask("signals"), "0", "round {round}");
+    }
+    Tracker::attach(target.pid()).unwrap();
 }
