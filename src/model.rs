@@ -153,7 +153,7 @@ pub struct EpochFigures {
     pub id: EpochId,
     /// From the first task stopped to the last task running again.
     pub frozen_us: u64,
-    /// From the start of capture (pre-copy included) to the thaw.
+    /// From the start of capture (pre-copy included) to the thaw, but for the time for which it waited to be wanted.
     pub capture_us: u64,
     /// From the thaw to the standby's acknowledgement of the commit.
     pub ship_us: u64,

@@ -5,6 +5,8 @@
 //!     (at most a few      └─ begins when the epoch before is committed
 //!      wait in between)
 //! ```
+//!
+//! What can be done before the freeze may be done ahead: then the epoch waits until it is wanted ([`Capturing::go`]).
 
 use std::{
     io,
@@ -30,7 +32,10 @@ use super::{
     throttle::Brake,
 };
 use crate::{
-    capture::{CaptureError, Captured, Capturer, Finish, Stage, pace::Cost},
+    capture::{
+        CaptureError, Captured, Capturer, Finish, Stage,
+        pace::{Cost, Freeze},
+    },
     delta::LinkRate,
     model::{EpochFigures, EpochId},
     takeover::hold::Hold,
@@ -69,12 +74,13 @@ impl Hand {
     }
 }
 
-/// How long a capture waited before its freeze.
+/// How long a capture waited before its freeze, since it was wanted.
 #[derive(Default)]
 struct Waits {
     /// Since when no other epoch had the link.
     free: Option<Instant>,
-    frozen: bool,
+    /// When the freeze was begun.
+    frozen: Option<Instant>,
     all: Duration,
     /// Of it: for the link, which it had to itself.
     alone: Duration,
@@ -83,7 +89,7 @@ struct Waits {
 impl Waits {
     /// For the link.
     fn add(&mut self, from: Instant, to: Instant) {
-        if !self.frozen {
+        if self.frozen.is_none() {
             self.all += to - from;
             self.alone +=
                 self.free.map_or(Duration::ZERO, |free| to.saturating_duration_since(free.max(from)));
@@ -94,7 +100,9 @@ impl Waits {
 /// An epoch that is being captured.
 pub(super) struct Capturing {
     id: EpochId,
+    /// When it was wanted.
     began: Instant,
+    go: Option<std_mpsc::Sender<()>>,
     frames: mpsc::Receiver<Frame>,
     result: oneshot::Receiver<Result<Captured, CaptureError>>,
     waits: Arc<Mutex<Waits>>,
@@ -130,6 +138,8 @@ pub(super) struct How {
     pub(super) judged: Option<Judged>,
     /// What is done with the workload's packets.
     pub(super) around: Around,
+    /// It waits, with what can be done ahead, until it is wanted.
+    pub(super) ahead: bool,
 }
 
 /// Begins to capture an epoch.
@@ -140,23 +150,31 @@ pub(super) fn begin(
     owner: mpsc::Sender<Msg>,
     brake: Brake,
 ) -> (Hand, Capturing) {
-    let How { freeze_after, judged, around } = how;
+    let How { freeze_after, judged, around, ahead } = how;
     let (frames_tx, frames) = mpsc::channel::<Frame>(FRAMES_MAX);
     let (result_tx, result) = oneshot::channel();
     let waits = Arc::new(Mutex::new(Waits::default()));
     let rate = capturer.link();
+    let (go, wanted) = std_mpsc::channel();
+    let (go, mut wanted) = if ahead { (Some(go), Some(wanted)) } else { (None, None) };
     let (waiting, began) = (Arc::clone(&waits), Instant::now());
     let thread = tokio::task::spawn_blocking(move || {
         let (freezing, releasing) = (Arc::clone(&waiting), brake.clone());
         let last = judged.is_some();
         capturer.on_stages(Box::new(move |stage| {
+            if stage == Stage::Ready
+                && let Some(wanted) = wanted.take()
+                && wanted.recv().is_err()
+            {
+                return Err(io::Error::other("the epoch is not wanted any more"));
+            }
             if stage == Stage::Freezing {
                 let early =
                     freeze_after.map_or(Duration::ZERO, |at| at.saturating_duration_since(Instant::now()));
                 std::thread::sleep(early);
                 let mut waits = lock(&freezing);
                 waits.all += early;
-                waits.frozen = true;
+                waits.frozen = Some(Instant::now());
             }
             // First of all: packets may take long.
             if stage == Stage::Running && !last {
@@ -189,22 +207,38 @@ pub(super) fn begin(
             if last { Finish::Final { hold: &mut hold, conclude: &mut conclude } } else { Finish::Continue };
         let result = capturer.capture(head, finish, &mut emit);
         drop(frames_tx);
-        let goes_on = result.as_ref().is_ok_and(|captured| !captured.killed);
+        // Where output waits, one has been begun on a thread of its own.
+        let spawns = result.as_ref().is_ok_and(|captured| !captured.killed && !captured.figures.output_held);
         // Nobody waits any more if the session has ended.
         let _ = result_tx.send(result);
         // The next freeze shall not wait for a CRIU to start.
-        if goes_on && let Err(error) = capturer.spawn_ahead() {
+        if spawns && let Err(error) = capturer.spawn_ahead() {
             tracing::debug!(%error, "no CRIU waits for the next epoch");
         }
         capturer
     });
-    (Hand::Away(thread), Capturing { id, began, frames, result, waits, rate })
+    (Hand::Away(thread), Capturing { id, began, go, frames, result, waits, rate })
 }
 
 impl Capturing {
+    pub(super) fn id(&self) -> EpochId {
+        self.id
+    }
+
+    /// It is wanted, now. Of one that was not begun ahead this is known.
+    pub(super) fn go(&mut self) {
+        if let Some(go) = self.go.take() {
+            self.began = Instant::now();
+            let mut waits = lock(&self.waits);
+            *waits = Waits { free: waits.free, ..Waits::default() };
+            // It fails if its thread has failed, which tells why.
+            let _ = go.send(());
+        }
+    }
+
     /// It is not sent after all.
     pub(super) async fn abandon(self) {
-        drop(self.frames);
+        drop((self.frames, self.go));
         // It fails at its next frame.
         let _ = self.result.await;
     }
@@ -301,7 +335,20 @@ impl Shipping {
     }
 
     pub(super) fn thawed(&self) -> Instant {
-        self.epoch.began + Duration::from_micros(self.captured.figures.capture_us)
+        self.captured.thawed
+    }
+
+    pub(super) fn freeze(&self) -> Freeze {
+        let (thawed, frozen) = (self.thawed(), self.frozen());
+        let begun = lock(&self.epoch.waits).frozen;
+        let asked = begun.map_or(Duration::ZERO, |begun| thawed.saturating_duration_since(begun));
+        let busy_percent = self.captured.busy_percent.unwrap_or(100);
+        Freeze { thawed, frozen, stopping: asked.saturating_sub(frozen), busy_percent }
+    }
+
+    /// How long it took to do what can be done ahead.
+    pub(super) fn ahead(&self) -> Duration {
+        self.captured.ahead
     }
 
     /// It is not waited for any more: the standby hears no end of it, unless it has already.
@@ -330,7 +377,7 @@ impl Shipping {
             (waits.all, waits.alone)
         };
         let cost = Cost {
-            capture: Duration::from_micros(figures.capture_us).saturating_sub(all),
+            capture: self.thawed().saturating_duration_since(self.epoch.began).saturating_sub(all),
             frozen: self.frozen(),
             latency: self.frozen() + from_thaw,
             ship: alone + tail,

@@ -7,7 +7,7 @@
 //! | `command`, `hooks`, `program` | the fence command; commands for a change of roles; how both are run |
 //! | `examining` | this host and a peer's compared, for the doctor |
 //! | `verifying` | the warm image, compared again with what was received |
-//! | `session`, `flight`, `output`, `throttle` | the primary's epochs: capture, ship, commit; packets that wait for them; slowing down |
+//! | `session`, `progress`, `flight`, `output`, `throttle` | the primary's epochs: capture, ship, commit; packets that wait for them; slowing down |
 //! | `receiving`, `standby` | the standby's: receive, commit; fold, restore |
 //! | `inputs` | what is sent to a workload whose output waits, told to its standby |
 //! | `inventory` | what a standby holds, by hashes, where the primary does not know |
@@ -45,6 +45,7 @@ mod orders;
 mod output;
 mod owner;
 mod program;
+mod progress;
 mod promotion;
 mod receiving;
 mod rejoin;

@@ -21,7 +21,8 @@ use super::{
     api::{ApiError, WorkloadStatus},
     home::Home,
     owner::Owner,
-    session::{Permit, Progress, Session},
+    progress::Progress,
+    session::{Permit, Session},
 };
 use crate::{
     capture::{Stage, pace::Pace},
@@ -29,7 +30,10 @@ use crate::{
     model::{EpochFigures, EpochId},
     takeover::hold::{Hold, HoldError},
     transport::block_in_place,
-    workload::spec::{Commit, PaceMode, PaceSpec, WorkloadSpec},
+    workload::{
+        network::SEE_BRIDGED,
+        spec::{Commit, FROZEN_PERCENT_ASLEEP, PaceMode, PaceSpec, WorkloadSpec},
+    },
 };
 
 /// How long a change to `async` waits for an epoch. With none, as when the standby is lost, output is let go all the same.
@@ -62,6 +66,7 @@ impl Around {
 
     fn handle(&self, hold: &Hold, stage: Stage) -> Result<(), HoldError> {
         match stage {
+            Stage::Ready => Ok(()),
             Stage::Freezing => {
                 if self.holds && self.permit.borrow().owes_output {
                     hold.hold_output()?;
@@ -89,10 +94,14 @@ pub(super) fn release(hold: Option<&Arc<Hold>>, epoch: EpochId) {
 /// Where output waits, an epoch is due as soon as some does; how often otherwise is what the operator says.
 pub(super) fn pace(spec: &WorkloadSpec, commit: Commit) -> Pace {
     let wanted = spec.pace.within(commit);
-    Pace::new(match commit {
-        Commit::Async => wanted,
-        Commit::Output => PaceSpec { mode: PaceMode::Continuous, ..wanted },
-    })
+    match commit {
+        Commit::Async => Pace::new(wanted),
+        Commit::Output => {
+            let pace = Pace::new(PaceSpec { mode: PaceMode::Continuous, ..wanted });
+            // What the operator says counts for one that sleeps too.
+            if spec.pace.frozen_percent_max.is_some() { pace } else { pace.asleep(FROZEN_PERCENT_ASLEEP) }
+        }
+    }
 }
 
 /// Waits until an epoch is due.
@@ -206,8 +215,17 @@ impl Owner {
     /// Why this workload's output cannot wait.
     pub(super) fn check_commit(&self, mode: Commit) -> Result<(), ApiError> {
         let home = self.home.as_ref();
-        if mode == Commit::Async || home.and_then(Home::hold).is_some_and(|hold| hold.can_hold_output()) {
+        if mode == Commit::Async {
             return Ok(());
+        }
+        if home.and_then(Home::hold).is_some_and(|hold| hold.can_hold_output()) {
+            let unseen = home.map_or(Ok(Vec::new()), Home::unseen_bridges).map_err(ApiError::failed)?;
+            let Some(bridge) = unseen.first() else { return Ok(()) };
+            return Err(ApiError::refused(format!(
+                "what {} says to others on the bridge {bridge} could not wait, because this host's packet filter does not see it: \
+                 {SEE_BRIDGED}, or `--commit async`",
+                self.name
+            )));
         }
         if let Some(why) = home.and_then(Home::why_no_hold) {
             return Err(ApiError::refused(format!("{}: {why}", self.name)));

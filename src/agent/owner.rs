@@ -524,14 +524,13 @@ impl Owner {
                 reason: format!("epoch {id} is not wanted here (term {term})"),
             };
         }
-        let standby = self.standby.clone();
         match block_in_place(|| received.commit()) {
             Ok(note) => {
+                if let Some(standby) = &self.standby {
+                    standby.committed(id, note);
+                }
                 self.feed(Input::Committed(id));
                 self.count_for_drill();
-                if let Some(standby) = standby {
-                    standby.committed(&self.agent, &self.name, id, note);
-                }
                 EpochAnswer::Committed { id, busy_us: 0 }
             }
             Err(answer) => answer,

@@ -106,8 +106,11 @@ pub(super) async fn receive(agent: &Arc<Agent>, mut receiver: EpochReceiver) -> 
     if let EpochAnswer::Committed { busy_us, .. } = &mut answer {
         *busy_us = waited.as_micros() as u64;
     }
-    receiver.answer(&answer).await?;
-    Ok(())
+    let answered = receiver.answer(&answer).await;
+    if let EpochAnswer::Committed { id, .. } = answer {
+        standby.follow(agent, &name, id);
+    }
+    Ok(answered?)
 }
 
 /// The owner of a workload of a peer's, and what it is the standby with, if it is one.

@@ -26,13 +26,13 @@ use super::{
     links::Link,
     mailbox::Msg,
     output,
+    progress::Progress,
     throttle::{Brake, FULL_SPEED},
 };
 use crate::{
     capture::{
         CaptureError, Capturer,
         converge::{Allowed, Convergence, Step},
-        pace::Pace,
     },
     delta::Offered,
     model::{Epoch, EpochId, Name, Term},
@@ -50,6 +50,8 @@ use crate::{
 const HANDOFF_FAILURES_MAX: u32 = 4;
 /// How long it rests after one.
 const HANDOFF_REST: Duration = Duration::from_millis(100);
+/// What can be done of an epoch before it is due is little if it takes no longer.
+const AHEAD_SHORT: Duration = Duration::from_millis(3);
 /// How long the standby may take to accept or refuse an offer.
 const OFFER_TIMEOUT: Duration = Duration::from_secs(10);
 /// What restoring on the target takes beside shipping.
@@ -166,33 +168,6 @@ pub(super) struct Permit {
     pub(super) owes_output: bool,
 }
 
-/// What is known between two epochs.
-pub(super) struct Progress {
-    hand: Hand,
-    /// Commits of which the capturer was not told yet.
-    commits: u32,
-    /// The newest epoch that the standby holds and that the capturer's knowledge is of.
-    base: Option<EpochId>,
-    /// An epoch whose outcome is unknown.
-    unsettled: Option<EpochId>,
-    /// What was captured failed, and the capturer was not told yet.
-    failed: bool,
-    next: Epoch,
-    /// Captured, on its way.
-    shipping: Option<Shipping>,
-    /// From the freeze of the last committed epoch to its commit.
-    last_cost: Duration,
-    /// The standby has accepted the workload, and nothing has gone wrong since.
-    pub(super) offered: bool,
-    /// The base is known by what the standby told of it, and no epoch upon it was committed yet.
-    told: bool,
-    /// That failed: what the standby tells is not asked for again before all memory was sent.
-    tells_wrong: bool,
-    pub(super) pace: Pace,
-    /// What the pace is of.
-    pub(super) commit: Commit,
-}
-
 /// What ended a pause between two epochs.
 enum Next {
     Due,
@@ -203,21 +178,7 @@ impl Session {
     /// Runs until the owner drops it. `capturer` is fresh.
     pub(super) async fn run(mut self, capturer: Capturer) {
         let commit = self.permit.borrow().commit;
-        let mut progress = Progress {
-            hand: Hand::Here(Box::new(capturer)),
-            commits: 0,
-            base: None,
-            unsettled: None,
-            failed: false,
-            next: Epoch(1),
-            shipping: None,
-            last_cost: Duration::ZERO,
-            offered: false,
-            told: false,
-            tells_wrong: false,
-            pace: output::pace(&self.spec, commit),
-            commit,
-        };
+        let mut progress = Progress::new(capturer, output::pace(&self.spec, commit), commit);
         let _inputs = self
             .hold
             .as_ref()
@@ -226,6 +187,7 @@ impl Session {
         while self.turn(&mut progress).await.is_some() {}
         self.let_run();
         // What the next session begins with, its directory and the way to the standby, must be free.
+        progress.abandon_ahead().await;
         if let Some(shipping) = progress.shipping.take() {
             shipping.abandon().await;
         }
@@ -268,6 +230,9 @@ impl Session {
     /// Waits until the next epoch is due, or something is ordered. What ships meanwhile is concluded.
     async fn pause(&mut self, at: &mut Progress) -> Option<Next> {
         self.follow_mode(at);
+        if self.may_begin_ahead(at) {
+            at.ahead = Some(self.begin(at, None, true).await?);
+        }
         let output = output::Awaited::new(self.hold.as_ref(), at.commit, self.spec.pace);
         loop {
             let due = tokio::time::Instant::from_std(at.pace.due(Instant::now()));
@@ -298,6 +263,7 @@ impl Session {
 
     /// Tells the owner of a failure.
     async fn report(&mut self, at: &mut Progress, error: SessionError) -> Option<()> {
+        at.abandon_ahead().await;
         at.offered = false;
         at.pace.failed(Instant::now());
         self.owner.send(Msg::EpochFailed { term: self.term, error }).await.ok()
@@ -383,7 +349,12 @@ impl Session {
 
     /// Captures one epoch, and sends it as soon as the one before is committed. It is left on its way.
     async fn epoch(&mut self, at: &mut Progress) -> Option<Result<(), SessionError>> {
+        let overtaken =
+            at.ahead.as_ref().is_some_and(|ahead| ahead.id().epoch < self.permit.borrow().first_epoch);
+        // What the capturer is told of it must follow what it is told of the one on its way.
+        at.offered &= !overtaken;
         if !at.offered {
+            at.abandon_ahead().await;
             if let Err(error) = self.settle(at).await? {
                 return Some(Err(error));
             }
@@ -391,7 +362,14 @@ impl Session {
                 return Some(Err(error));
             }
         }
-        let capturing = self.begin(at, None).await?;
+        let capturing = match at.ahead.take() {
+            Some(mut ahead) => {
+                at.pace.began(Instant::now());
+                ahead.go();
+                ahead
+            }
+            None => self.begin(at, None, false).await?,
+        };
         if let Some(mut before) = at.shipping.take() {
             let outcome = before.outcome().await?;
             if let Err(error) = self.conclude(at, outcome).await? {
@@ -402,7 +380,8 @@ impl Session {
         }
         match capturing.ship(&self.link, self.owner.clone(), None, self.hold.clone()).captured().await? {
             Ok(shipping) => {
-                at.pace.captured(shipping.thawed(), shipping.frozen());
+                at.pace.captured(&shipping.freeze());
+                at.ahead_is_short = shipping.ahead() <= AHEAD_SHORT;
                 at.pace.shipping(shipping.since());
                 at.shipping = Some(shipping);
                 Some(Ok(()))
@@ -411,14 +390,27 @@ impl Session {
         }
     }
 
-    /// Begins to capture the next epoch; what is on its way is taken for committed.
-    async fn begin(&mut self, at: &mut Progress, judged: Option<Judged>) -> Option<Capturing> {
+    /// Whether what can be done of the next epoch before it is due is done at once. It may have to be done again if that one is
+    /// not due soon, and what changed most lately is best not sent ahead; so only where it is little, and clients wait for it.
+    fn may_begin_ahead(&self, at: &Progress) -> bool {
+        let is_settled = at.shipping.as_ref().map_or(at.base.is_some(), |shipping| !shipping.full());
+        at.commit == Commit::Output
+            && at.offered
+            && at.ahead_is_short
+            && at.ahead.is_none()
+            && is_settled
+            && self.permit.borrow().may_capture
+    }
+
+    /// Begins to capture the next epoch; what is on its way is taken for committed. `ahead`: it is not due yet.
+    async fn begin(&mut self, at: &mut Progress, judged: Option<Judged>, ahead: bool) -> Option<Capturing> {
         at.hand.get().await?;
         let Hand::Here(mut capturer) = std::mem::replace(&mut at.hand, Hand::Lost) else { return None };
         for _ in 0..std::mem::take(&mut at.commits) {
             capturer.committed();
         }
         if std::mem::take(&mut at.failed) {
+            debug_assert!(at.shipping.is_none(), "it would be taken for the one that failed");
             capturer.failed();
         }
         let id = EpochId { term: self.term, epoch: at.next };
@@ -426,7 +418,9 @@ impl Session {
         let base = at.shipping.as_ref().map(Shipping::id).or(at.base);
         let head =
             FrameHead::Begin { name: self.name.clone(), id, base: base.filter(|_| !capturer.needs_full()) };
-        at.pace.began(Instant::now());
+        if !ahead {
+            at.pace.began(Instant::now());
+        }
         let freeze_after = at.pace.freeze_after().filter(|_| judged.is_none());
         let follows = matches!(head, FrameHead::Begin { base: Some(_), .. });
         let around = output::Around {
@@ -437,7 +431,7 @@ impl Session {
             commit: at.commit,
             permit: self.permit.clone(),
         };
-        let how = flight::How { freeze_after, judged, around };
+        let how = flight::How { freeze_after, judged, around, ahead };
         let (hand, capturing) =
             flight::begin(capturer, (id, head), how, self.owner.clone(), self.brake.clone());
         at.hand = hand;
@@ -523,7 +517,7 @@ impl Session {
     /// The final epoch. After an error: whether the owner knows nothing of it yet.
     async fn leave(&mut self, at: &mut Progress) -> Option<Result<(EpochId, bool), (SessionError, bool)>> {
         let Final { verdict, judged, held } = Final::new();
-        let capturing = self.begin(at, Some(judged)).await?;
+        let capturing = self.begin(at, Some(judged), false).await?;
         let leaving = capturing.ship(&self.link, self.owner.clone(), Some(verdict), None);
         let outcome = match leaving.captured().await? {
             Ok(mut shipping) => shipping.outcome().await?,
@@ -554,31 +548,6 @@ impl Session {
         let Some(mut shipping) = at.shipping.take() else { return Some(Ok(())) };
         let outcome = shipping.outcome().await?;
         self.conclude(at, outcome).await
-    }
-}
-
-impl Progress {
-    fn commit(&mut self, id: EpochId, cost: Duration) {
-        self.commits += 1;
-        self.base = Some(id);
-        (self.told, self.tells_wrong) = (false, false);
-        self.last_cost = cost;
-    }
-
-    /// Takes note of an epoch that failed; says why.
-    fn fail(&mut self, failed: Failed) -> SessionError {
-        let Failed { id, error, held } = failed;
-        match &error {
-            _ if held => self.commit(id, self.last_cost),
-            SessionError::NeedFull(_) => {
-                self.failed = true;
-                self.base = None;
-                self.tells_wrong |= std::mem::take(&mut self.told);
-            }
-            SessionError::Send(_) | SessionError::NoConnection => self.unsettled = Some(id),
-            _ => self.failed = true,
-        }
-        error
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context;
@@ -39,6 +39,11 @@ use crate::{
         message::FileRecord,
     },
 };
+
+/// After an epoch it is waited for another so long before this one is folded and made ready: a takeover takes longer to begin.
+const FOLLOW_AFTER: Duration = Duration::from_millis(25);
+/// From so many on that are not folded it is not waited.
+const UNFOLDED_MANY: usize = 16;
 
 /// Files of a standby that nobody changes meanwhile.
 pub(super) struct KeptFiles {
@@ -177,12 +182,28 @@ impl Standby {
         self.store.ensure_room(bytes).map_err(|error| error.to_string())
     }
 
-    /// After a commit: folds and makes ready, in the background.
-    pub(super) fn committed(self: &Arc<Self>, agent: &Arc<Agent>, name: &Name, id: EpochId, note: Note) {
+    /// Takes note of a commit.
+    pub(super) fn committed(&self, id: EpochId, note: Note) {
         *lock(&self.newest) = Some((id, note));
         lock(&self.inputs).committed(id);
+    }
+
+    /// After a commit, and its answer, which clients may wait for: folds and makes ready, in the background. Of epochs that come
+    /// one upon the other only some are.
+    pub(super) fn follow(self: &Arc<Self>, agent: &Arc<Agent>, name: &Name, id: EpochId) {
         let (standby, agent, name) = (Arc::clone(self), Arc::clone(agent), name.clone());
-        tokio::task::spawn_blocking(move || standby.warm(&agent, &name, id));
+        tokio::spawn(async move {
+            if standby.unfolded() < UNFOLDED_MANY {
+                tokio::time::sleep(FOLLOW_AFTER).await;
+            }
+            if standby.is_newest(id) {
+                tokio::task::spawn_blocking(move || standby.warm(&agent, &name, id));
+            }
+        });
+    }
+
+    fn is_newest(&self, id: EpochId) -> bool {
+        self.store.held() == Some(id)
     }
 
     /// Keeps what was sent to the workload after this epoch's freeze.
@@ -197,8 +218,7 @@ impl Standby {
 
     fn warm(&self, agent: &Agent, name: &Name, id: EpochId) {
         // A newer one on its way here does all of this too.
-        let newest = || self.store.held() == Some(id);
-        if newest()
+        if self.is_newest(id)
             && let Some(view) = self.store.view()
         {
             self.learn(&view);
@@ -207,7 +227,7 @@ impl Standby {
             }
         }
         let mut trouble = lock(&self.folding);
-        if newest() {
+        if self.is_newest(id) {
             *trouble = match self.store.fold() {
                 // A reader (a restore) is in the way; the next epoch's fold makes up for it.
                 Ok(_) | Err(FoldError::InUse { .. }) => None,
@@ -229,7 +249,7 @@ impl Standby {
             // Its runtime starts one.
             return Ok(());
         }
-        let dir = &self.ready(view, Mode::Lazy)?;
+        let Some(dir) = &self.ready_ahead(view)? else { return Ok(()) };
         let (pids, note) = (pids(dir)?, Note::read(dir)?);
         let mut waiting = lock(&self.ahead);
         let fits =
@@ -269,7 +289,19 @@ impl Standby {
 
     /// The directory from which CRIU restores the view's epoch, made unless it is there.
     fn ready(&self, view: &View, mode: Mode) -> anyhow::Result<PathBuf> {
-        let _one_at_a_time = lock(&self.readying);
+        self.make_ready(view, mode, &lock(&self.readying))
+    }
+
+    /// The same before a restore is ordered; that one has a directory of its own, beside which there is no other.
+    fn ready_ahead(&self, view: &View) -> anyhow::Result<Option<PathBuf>> {
+        let one_at_a_time = lock(&self.readying);
+        if lock(&self.ahead).ordered {
+            return Ok(None);
+        }
+        self.make_ready(view, Mode::Lazy, &one_at_a_time).map(Some)
+    }
+
+    fn make_ready(&self, view: &View, mode: Mode, _: &MutexGuard<'_, ()>) -> anyhow::Result<PathBuf> {
         if let Some(dir) = restore::ready_dir(&self.ready_root, view.id(), mode) {
             return Ok(dir);
         }
@@ -422,6 +454,7 @@ impl Standby {
         let view = self.store.freeze_for_restore()?;
         anyhow::ensure!(view.id() == plan.epoch, "the store holds epoch {}, not {}", view.id(), plan.epoch);
         let mode = if plan.eager { Mode::Eager } else { Mode::Lazy };
+        lock(&self.ahead).ordered = true;
         let dir = self.ready(&view, mode)?;
         let note = Note::read(&dir)?;
         home.note_connections(&dir, &note);
@@ -484,11 +517,7 @@ impl Standby {
     /// The CRIU that waits, or else a new one.
     fn take_criu(&self, agent: &Agent, home: &Home, dir: &Path, note: &Note) -> anyhow::Result<Ahead> {
         let pids = pids(dir)?;
-        let waiting = {
-            let mut waiting = lock(&self.ahead);
-            waiting.ordered = true;
-            waiting.criu.take()
-        };
+        let waiting = lock(&self.ahead).criu.take();
         let fitting =
             waiting.and_then(|mut criu| criu.fits(&pids, note.outside.len(), note.own_ipc).then_some(criu));
         fitting.map_or_else(|| self.start_criu(agent, home, &pids, note), Ok)

@@ -86,7 +86,7 @@ pub struct FreezeParts {
 }
 
 /// The reader's side.
-pub(super) struct Reader<'a> {
+pub(super) struct Reader<'a, F> {
     pub(super) ends: Ends,
     pub(super) root: i32,
     /// Pages that were found stale before the freeze and not read since.
@@ -95,6 +95,8 @@ pub(super) struct Reader<'a> {
     pub(super) lists: Option<Lists<'a>>,
     /// A process whose IPC namespace is not part of the image.
     pub(super) without_ipc: Option<BorrowedFd<'a>>,
+    /// Called when the first pass is over, and this thread waits for CRIU.
+    pub(super) meanwhile: F,
 }
 
 /// What the reader works with, lent by the capturer for the freeze.
@@ -125,7 +127,7 @@ struct Freeze<'a, 'b> {
     shared: BTreeMap<Space, Vec<Extent>>,
 }
 
-impl Reader<'_> {
+impl<F: FnOnce() + Send> Reader<'_, F> {
     /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far.
     pub(super) fn serve(mut self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
         let (gate, own_orders) =
@@ -209,6 +211,7 @@ impl Reader<'_> {
         if result.is_ok() && !early {
             result = freeze.lent.files.as_mut().map_or(Ok(()), Files::freeze).map_err(CaptureError::from);
         }
+        (self.meanwhile)();
         let (manifest, sent, closed) = loop {
             // CRIU closes soon after it has left the last task.
             let last = freeze.left.len() == freeze.lent.tasks.len();

@@ -15,7 +15,8 @@
 //! - An epoch may be captured while the last one ships, and then no sooner than to be ready when that one is committed:
 //!   captured earlier it would only be older when it arrives. So epochs get as long as link or standby need.
 //! - An interval is so long that the freeze is no more than its share of it: protection that takes all of a workload's
-//!   time, as of a large one on a kernel with slow tracking, is worse than an older epoch.
+//!   time, as of a large one on a kernel with slow tracking, is worse than an older epoch. A workload that sleeps for most of
+//!   what it is left may be granted less ([`Pace::asleep`]).
 //! - Failures in a row are spaced out, up to five seconds.
 
 use std::time::{Duration, Instant};
@@ -76,10 +77,27 @@ pub struct Cost {
     pub full: bool,
 }
 
+/// A freeze that is over.
+#[derive(Clone, Copy, Debug)]
+pub struct Freeze {
+    /// When the tree ran again.
+    pub thawed: Instant,
+    /// For how long it had stood.
+    pub frozen: Duration,
+    /// For how long it had been asked to, before its first task stood.
+    pub stopping: Duration,
+    /// For which share of the time before, since the last freeze, it had used a processor.
+    pub busy_percent: u8,
+}
+
 /// The rhythm of a workload's epochs.
 #[derive(Clone, Debug)]
 pub struct Pace {
     spec: PaceSpec,
+    /// The largest share of a workload that sleeps.
+    asleep_percent: Option<u8>,
+    /// Of late.
+    busy_percent: u8,
     began: Option<Instant>,
     /// Of the newest epoch.
     frozen: Duration,
@@ -127,6 +145,8 @@ impl Pace {
     pub fn new(spec: PaceSpec) -> Self {
         Self {
             spec,
+            asleep_percent: None,
+            busy_percent: 100,
             began: None,
             frozen: Duration::ZERO,
             freeze_after: None,
@@ -144,6 +164,12 @@ impl Pace {
             cause: StretchedBy::None,
             candidate: (StretchedBy::None, 0),
         }
+    }
+
+    /// The workload may be frozen for this share of its time as far as it sleeps for the rest.
+    #[must_use]
+    pub fn asleep(self, percent: u8) -> Self {
+        Self { asleep_percent: Some(percent), ..self }
     }
 
     /// When the next epoch is due. It changes with everything that is told.
@@ -169,13 +195,17 @@ impl Pace {
         self.began = Some(now);
     }
 
-    /// It is captured, after a freeze of `frozen` that ended at `thawed`.
-    pub fn captured(&mut self, thawed: Instant, frozen: Duration) {
-        self.frozen = frozen;
-        self.freeze_after = thawed.checked_sub(frozen).map(|froze| froze + self.freeze_floor(frozen));
+    /// It is captured.
+    pub fn captured(&mut self, freeze: &Freeze) {
+        // One that begins to work is believed at once, and one that has slept for a moment is not.
+        let busy = u16::from(freeze.busy_percent.min(100));
+        self.busy_percent = busy.max((u16::from(self.busy_percent) * 3 + busy) / 4) as u8;
+        self.frozen = freeze.frozen;
+        let floor = self.freeze_floor(freeze.frozen).saturating_sub(freeze.stopping);
+        self.freeze_after = freeze.thawed.checked_sub(freeze.frozen).map(|froze| froze + floor);
     }
 
-    /// When the next freeze may be: [`due`](Self::due) counts from one begin to the next, and what an epoch does before its
+    /// When the next freeze may be begun: [`due`](Self::due) counts from one begin to the next, and what an epoch does before its
     /// freeze may take longer in one than in another.
     pub fn freeze_after(&self) -> Option<Instant> {
         self.freeze_after
@@ -239,7 +269,9 @@ impl Pace {
 
     /// The shortest interval in which a freeze is no more than its share.
     fn freeze_floor(&self, frozen: Duration) -> Duration {
-        frozen * 100 / u32::from(self.spec.frozen_percent_max.unwrap_or(FROZEN_PERCENT).max(1))
+        let percent = u32::from(self.spec.frozen_percent_max.unwrap_or(FROZEN_PERCENT).max(1));
+        let asleep = u32::from(self.asleep_percent.unwrap_or(0)).saturating_sub(percent);
+        frozen * 100 / (percent + asleep * u32::from(100 - self.busy_percent) / 100)
     }
 
     /// Finds what holds the epochs up, and believes it when it holds for some of them.
@@ -303,6 +335,10 @@ mod tests {
         committed: Instant,
     }
 
+    fn freeze(thawed: Instant, frozen: u64, busy_percent: u8) -> Freeze {
+        Freeze { thawed, frozen: ms(frozen), stopping: Duration::ZERO, busy_percent }
+    }
+
     /// A session as the agent runs it: one epoch is captured ahead of the one that ships.
     fn simulate(pace: &mut Pace, loads: &[Load]) -> Vec<Times> {
         let mut now = Instant::now();
@@ -323,7 +359,7 @@ mod tests {
             let ready = begin + ms(load.before);
             let froze = pace.freeze_after().map_or(ready, |after| after.max(ready));
             let thawed = froze + ms(load.frozen);
-            pace.captured(thawed, ms(load.frozen));
+            pace.captured(&freeze(thawed, load.frozen, 100));
             let has_link = free.max(thawed);
             pace.shipping(has_link);
             let committed = has_link + ms(load.ship);
@@ -464,6 +500,26 @@ mod tests {
         let all = simulate(&mut pace, &loads);
         assert!(all.windows(2).all(|pair| pair[1].began - pair[0].began >= EVERY));
         assert_eq!(all[11].began - all[10].began, EVERY);
+    }
+
+    #[test]
+    fn a_workload_that_sleeps_is_frozen_more_often_and_one_that_works_keeps_its_share() {
+        let spec = PaceSpec { mode: PaceMode::Continuous, frozen_percent_max: Some(50) };
+        let mut pace = Pace::new(spec).asleep(80);
+        let interval = |pace: &mut Pace, busy_percent| {
+            let thawed = Instant::now();
+            pace.captured(&freeze(thawed, 8, busy_percent));
+            pace.freeze_after().map(|after| after + ms(8) - thawed)
+        };
+        assert_eq!(interval(&mut pace, 100), Some(ms(16)), "at first it is taken for busy");
+        assert_eq!(interval(&mut pace, 0), Some(ms(16) * 50 / 57));
+        for _ in 0..20 {
+            interval(&mut pace, 0);
+        }
+        assert!(interval(&mut pace, 0).is_some_and(|interval| interval <= ms(11)));
+        assert_eq!(interval(&mut pace, 100), Some(ms(16)));
+        let mut strict = Pace::new(spec);
+        assert_eq!(interval(&mut strict, 0), Some(ms(16)), "what is said counts");
     }
 
     #[test]

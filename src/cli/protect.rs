@@ -88,7 +88,7 @@ struct Pace {
     #[arg(long, conflicts_with_all = ["every", "lag"])]
     continuous: bool,
     /// Most of its time that the workload may be frozen for; epochs get rarer to keep it [default: 25, with
-    /// `--commit output` 50]
+    /// `--commit output` 50, and up to 80 as far as it sleeps in between]
     #[arg(long, value_name = "PERCENT")]
     max_frozen: Option<u8>,
 }

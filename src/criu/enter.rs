@@ -184,8 +184,8 @@ fn become_criu(control: &OwnedFd) -> Result<Infallible, String> {
     } else {
         raise_pids(last_pid.as_ref())?;
     }
-    if plan.pages || plan.forks {
-        // A dump: a workload will be frozen for as long as it takes.
+    if plan.pages {
+        // A dump: a workload will be frozen for as long as it takes. One that is forked hurries when it begins.
         sys::hurry();
     }
     execute(&plan)

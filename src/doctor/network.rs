@@ -1,4 +1,4 @@
-//! Sandboxes' networks, tried in a network namespace of the doctor's own, and the agent's port.
+//! Sandboxes' networks, tried in a network namespace of the doctor's own, and the agent's port and this host's bridges.
 
 use std::{
     io::{self, ErrorKind},
@@ -16,7 +16,7 @@ use super::{Check, Group};
 use crate::{
     config::Config,
     takeover::lease::{self, Hook},
-    workload::network::enable_forwarding,
+    workload::network::{SEE_BRIDGED, enable_forwarding, unseen_bridges},
 };
 
 /// The ends of the pair that is tried.
@@ -25,15 +25,17 @@ const TABLE: &str = "standin_doctor";
 
 /// Moves the calling thread into a network namespace of its own, behind the check of the port.
 pub(super) fn check(config: &Config) -> Vec<Check> {
-    let port = port(config);
+    let here = [port(config), bridges()];
     if let Err(errno) = unshare(CloneFlags::CLONE_NEWNET) {
         let found = format!("a network namespace cannot be made: {errno}");
         let remedy = "run it as root of the host (CAP_SYS_ADMIN), with CONFIG_NET_NS in the kernel";
-        return vec![Check::fail(Group::Network, "network-namespace", found, remedy), port];
+        let no_namespace = Check::fail(Group::Network, "network-namespace", found, remedy);
+        return std::iter::once(no_namespace).chain(here).collect();
     }
     let mut checks = vec![Check::ok(Group::Network, "network-namespace", "works")];
     checks.extend(devices());
-    checks.extend([nft(), port]);
+    checks.push(nft());
+    checks.extend(here);
     checks
 }
 
@@ -93,6 +95,31 @@ fn nft() -> Check {
             let remedy = "`apt install nftables`, with CONFIG_NF_TABLES in the kernel, if you filter or fence \
                           with it; protection works without it";
             Check::warn(Group::Network, "nftables", reason, remedy)
+        }
+    }
+}
+
+/// Whether what they pass from port to port can be held.
+fn bridges() -> Check {
+    const ID: &str = "bridges";
+    match unseen_bridges(None) {
+        Ok(unseen) if unseen.is_empty() => Check::ok(
+            Group::Network,
+            ID,
+            "the packet filter sees what they pass from port to port, or there are none",
+        ),
+        Ok(unseen) => {
+            let found = format!(
+                "the packet filter does not see what these pass from port to port: {}",
+                unseen.join(", ")
+            );
+            let remedy = format!("for `--commit output` of a container on one of them: {SEE_BRIDGED}");
+            Check::warn(Group::Network, ID, found, remedy)
+        }
+        Err(error) => {
+            let remedy =
+                "containers on bridges cannot have `--commit output`; see `ip -d link show type bridge`";
+            Check::warn(Group::Network, ID, error.to_string(), remedy)
         }
     }
 }

@@ -43,5 +43,7 @@ pub use maps::{Mapping, MappingKind, MapsError, TASK_END, map_file, parse as map
 pub use pagemap::pages_of;
 pub use read::{Memory, Pages, ReadError};
 pub use tracker::{Pass, TrackError, Tracker};
-pub use tree::{TASKS_MAX, Task, TreeError, is_kernel_thread, pidfd_of, resident_bytes, tasks_of};
+pub use tree::{
+    TASKS_MAX, Task, TreeError, is_kernel_thread, pidfd_of, processor_time, resident_bytes, tasks_of,
+};
 pub use vmas::{Vmas, VmasError};

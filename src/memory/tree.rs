@@ -1,6 +1,8 @@
 //! The tasks of a process tree.
 
-use std::{fs, io, os::fd::OwnedFd};
+use std::{fs, io, os::fd::OwnedFd, time::Duration};
+
+use nix::unistd::Pid;
 
 use super::sys;
 
@@ -155,4 +157,10 @@ fn absent_is_none<T>(read: Result<T, TreeError>) -> Result<Option<T>, TreeError>
         }
         Err(error) => Err(error),
     }
+}
+
+/// The time for which the threads of a process have used processors. None: it is gone, or not to be told.
+pub fn processor_time(pid: i32) -> Option<Duration> {
+    let clock = nix::time::clock_getcpuclockid(Pid::from_raw(pid)).ok()?;
+    nix::time::clock_gettime(clock).ok().map(Duration::from)
 }

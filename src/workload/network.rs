@@ -346,6 +346,36 @@ fn bridges_of(devices: &[u32]) -> Result<Vec<Option<u32>>, NetworkError> {
     Ok(devices.iter().map(master).collect())
 }
 
+/// What has this host's packet filter see what bridges pass from port to port.
+pub const SEE_BRIDGED: &str = "`modprobe br_netfilter; sysctl -w net.bridge.bridge-nf-call-iptables=1 \
+                               net.bridge.bridge-nf-call-ip6tables=1`";
+
+/// The names of those bridges, of all if `None`, that pass packets from port to port without this host's packet filter.
+pub fn unseen_bridges(bridges: Option<&[u32]>) -> Result<Vec<String>, NetworkError> {
+    let loaded = |family| sysctl_value(&format!("bridge/bridge-nf-call-{family}"));
+    let calls = [("nf_call_iptables", loaded("iptables")), ("nf_call_ip6tables", loaded("ip6tables"))];
+    if bridges.is_some_and(<[u32]>::is_empty)
+        || calls.iter().all(|(_, for_all)| for_all.as_deref() == Some("1"))
+    {
+        return Ok(Vec::new());
+    }
+    let is_asked = |link: &serde_json::Value| {
+        let index = link["ifindex"].as_u64().unwrap_or(0);
+        bridges.is_none_or(|bridges| bridges.iter().any(|bridge| u64::from(*bridge) == index))
+    };
+    let is_seen = |link: &serde_json::Value| {
+        let own = |option: &str| link["linkinfo"]["info_data"][option].as_u64() == Some(1);
+        calls.iter().all(|(option, for_all)| match for_all.as_deref() {
+            // Without the module a bridge's own option does nothing.
+            None => false,
+            Some(value) => value == "1" || own(option),
+        })
+    };
+    let links = shown(&["-d", "-j", "link", "show", "type", "bridge"])?;
+    let unseen = links.iter().filter(|link| is_asked(link) && !is_seen(link));
+    Ok(unseen.filter_map(|link| link["ifname"].as_str().map(str::to_owned)).collect())
+}
+
 fn sysctl_value(key: &str) -> Option<String> {
     let text = fs::read_to_string(Path::new("/proc/sys/net").join(key)).ok()?;
     Some(text.trim().to_owned())

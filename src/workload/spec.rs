@@ -513,6 +513,8 @@ pub const FROZEN_PERCENT_MAX: u8 = 90;
 pub const FROZEN_PERCENT: u8 = 25;
 /// The same where its clients wait for epochs: what it loses, they gain.
 pub const FROZEN_PERCENT_OF_OUTPUT: u8 = 50;
+/// And of one that sleeps meanwhile, as one does that waits for its clients: it loses nothing.
+pub const FROZEN_PERCENT_ASLEEP: u8 = 80;
 
 impl Default for PaceSpec {
     fn default() -> Self {

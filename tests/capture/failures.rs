@@ -79,6 +79,7 @@ fn after_a_page_server_that_failed_the_next_epoch_is_right() {
     let mut primary = Primary::start("churn", Tracking::WriteProtect);
     primary.true_epoch(false);
     for _ in 0..3 {
+        primary.capturer.spawn_ahead().unwrap();
         let error = primary.failing(&mut |_, _| {
             sys::shut_streams();
             Ok(())

@@ -296,6 +296,43 @@ pub(super) fn redis_goes_round(daemon: &'static Daemon) {
     assert!(docker.inside(primary, "redis-cli dbsize").starts_with("2000"));
 }
 
+/// Output commit holds what a container says to another one on its bridge as what it says to others.
+#[test]
+fn what_a_neighbour_on_the_bridge_is_told_waits_too() {
+    let cluster = Cluster::with("docker-neighbour", &["--lease-ms", "3000"]);
+    let mut docker = Docker::up_in(cluster, &DOCKER);
+    let redis = ["redis-server", "--save", "", "--protected-mode", "no"];
+    docker.run(&["--network", "app", "--ip", "172.30.0.9"], &redis);
+    docker.docker(Host::A, &["run", "-d", "--name", "neighbour", "--network", "app", "lab", "sleep", "1000"]);
+    let ask = |docker: &Docker| {
+        let ask = ["exec", "neighbour", "redis-cli", "-h", "172.30.0.9", "INCR", "asked"];
+        let asked =
+            docker.cluster.lab.on(Host::A, &[&["timeout", "1"], docker.daemon.command, &ask].concat());
+        String::from_utf8_lossy(&asked.stdout).trim().to_owned()
+    };
+    docker.ship_image();
+    wait_for("redis", || ask(&docker) == "1");
+    docker.protect(&[]);
+    let see = |sees| {
+        let key = "net.bridge.bridge-nf-call-iptables";
+        docker.cluster.lab.ok(Host::A, &["sysctl", "-qw", &format!("{key}={sees}")]);
+    };
+    see(0);
+    let why = docker.cluster.refused(Host::A, &["commit", "redis", "output"]).1;
+    assert!(why.contains("br_netfilter") && why.contains("the bridge br-"), "{why}");
+    let doctor = docker.cluster.lab.on(Host::A, &[super::lab::STANDIN, "doctor"]);
+    assert!(String::from_utf8_lossy(&doctor.stdout).contains("does not see what these pass"));
+    see(1);
+    docker.cluster.standin(Host::A, &["commit", "redis", "output"]);
+    wait_for("output to wait", || docker.cluster.status(Host::A, "redis")["held"]["output"] == true);
+    assert_eq!(ask(&docker), "2");
+    docker.cluster.end_agent(Host::A, "KILL");
+    assert_eq!(ask(&docker), "", "nobody lets it out");
+    docker.cluster.start_agent(Host::A);
+    docker.cluster.wait_state(Host::A, "primary", "protected");
+    assert_ne!(ask(&docker), "");
+}
+
 #[test]
 fn a_redis_in_docker_goes_round_three_times_and_more() {
     redis_goes_round(&DOCKER);

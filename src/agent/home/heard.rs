@@ -18,7 +18,7 @@ use crate::{
         stale::Watch,
     },
     workload::{
-        network::{self, Behind, Gate},
+        network::{self, Behind, Gate, NetworkError, SEE_BRIDGED, unseen_bridges},
         spec::{Commit, Vip, WorkloadSpec},
     },
 };
@@ -73,6 +73,12 @@ impl Home {
             Err(error) if spec.commit == Commit::Output => return Err(error.into()),
             made => Some(made.map(Arc::new)),
         };
+        if spec.commit == Commit::Output
+            && let Ok([bridge, ..]) = self.unseen_bridges().as_deref()
+        {
+            let name = spec.place.name();
+            tracing::warn!(%name, bridge, "what it says to others on this bridge does not wait: {SEE_BRIDGED}");
+        }
         if let Some(error) = self.why_no_hold() {
             tracing::warn!(%error, name = %spec.place.name(), "its input is not held while it is frozen");
         }
@@ -93,6 +99,11 @@ impl Home {
             marks.addresses.dedup();
         }
         marks
+    }
+
+    /// Bridges on which it says what cannot be held.
+    pub(in crate::agent) fn unseen_bridges(&self) -> std::result::Result<Vec<String>, NetworkError> {
+        self.place.gate().map_or(Ok(Vec::new()), |gate| unseen_bridges(Some(&gate.behind().bridges)))
     }
 
     /// Its packets, if they can be held.

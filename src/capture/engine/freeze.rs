@@ -5,12 +5,16 @@ use std::{
     collections::BTreeMap,
     io,
     os::fd::AsFd as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use super::{CaptureError, Capturer, Emit, Finish, Spare, Stage, encode};
+use super::{
+    CaptureError, Capturer, Emit, Finish, Source, Stage,
+    crius::{Crius, Spare},
+    encode, processor_time,
+};
 use crate::{
     capture::{
         blame,
@@ -20,12 +24,7 @@ use crate::{
         images::{self, Note},
         lists::Lists,
     },
-    criu::{
-        hurry, hurry_meanwhile,
-        images::namespaces,
-        page_server, parent, stats,
-        swrk::{CriuError, DumpOptions},
-    },
+    criu::{gate::Gate, hurry, hurry_meanwhile, images::namespaces, page_server, stats, swrk::CriuError},
     delta::{Encoder, Known},
     extents,
     memory::ReadError,
@@ -33,9 +32,6 @@ use crate::{
     observe::unix_ms,
     wire::message::{FrameHead, Manifest, SpaceMap},
 };
-
-/// How long CRIU may be silent in a dump before it is told to give up.
-const DUMP_SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// How what a freeze has read goes out.
 struct Outlet<'a, 'e> {
@@ -47,28 +43,20 @@ struct Outlet<'a, 'e> {
     emit: &'a mut Emit<'e>,
 }
 
-impl Capturer {
-    /// For an epoch after which the tree runs on, or for one that hands it off.
-    pub(super) fn dump_options(&self, runs_on: bool) -> DumpOptions {
-        let mut options = DumpOptions::new(self.source.root_inside);
-        if let Some(whole) = &self.source.whole {
-            options.pid = self.source.root.unsigned_abs();
-            options.root = Some(whole.root.display().to_string());
-            options.external.clone_from(&whole.external);
-            options.empty_net = whole.empty_net;
-        }
-        options.leave_running = runs_on;
-        options.parent = Some(format!("../{}", parent::DIRECTORY));
-        options.silence_max = DUMP_SILENCE_MAX;
-        options
+impl Source {
+    fn lists(&self, dir: &Path, gate: Arc<Gate>, ahead: bool) -> Lists<'_> {
+        let (dir, from_host) = (dir.to_owned(), self.whole.is_some());
+        Lists { dir, from_host, gate, ahead, vmas: self.vmas.as_deref() }
     }
+}
 
+impl Capturer {
     fn note(&self, frozen_at_unix_ms: u64) -> Note {
         Note {
             frozen_at_unix_ms,
             outside: self.source.outside.clone(),
             root: self.source.root_inside,
-            own_ipc: self.own_ipc,
+            own_ipc: self.crius.own_ipc(),
             output_held: self.output_held,
         }
     }
@@ -83,23 +71,21 @@ impl Capturer {
         figures: &mut EpochFigures,
         emit: &mut Emit<'_>,
     ) -> Result<(bool, FreezeParts), CaptureError> {
-        let Spare { mut swrk, dir } = self.spare.take().ok_or(CaptureError::NoMemory)?;
+        let Spare { mut swrk, dir, .. } = self.crius.take_spare().ok_or(CaptureError::NoMemory)?;
         let (socket, page_version) = (swrk.take_page_server().ok_or(CaptureError::NoMemory)?, swrk.version());
-        let options = self.dump_options(matches!(*finish, Finish::Continue));
+        let options = self.source.dump_options(matches!(*finish, Finish::Continue));
         figures.frozen_at_unix_ms = unix_ms();
         let note = self.note(figures.frozen_at_unix_ms);
         figures.output_held = note.output_held;
+        // Clients wait for the next epoch too: while the tree stands, all but one of the processors have little to do.
+        let forks = note.output_held && options.leave_running && has_processors();
+        let meanwhile = forks.then(|| self.crius.clone());
+        let processes = self.processes();
         let mut outlet = Outlet { encoder: &mut self.encoder, dir, note, figures, emit };
         let root = self.source.root;
         let gate = swrk.take_gate().map(Arc::new);
-        let without_ipc = (self.source.init.is_some() && !self.own_ipc).then(|| self.root.as_fd());
-        let lists = gate.clone().map(|gate| Lists {
-            dir: outlet.dir.clone(),
-            from_host: self.source.whole.is_some(),
-            gate,
-            ahead: self.guards_doubted == 0,
-            vmas: self.source.vmas.as_deref(),
-        });
+        let without_ipc = (self.source.init.is_some() && !self.crius.own_ipc()).then(|| self.root.as_fd());
+        let lists = gate.clone().map(|gate| self.source.lists(&outlet.dir, gate, self.guards_doubted == 0));
         // They go to the reader and come back when it ends.
         let lent = Mutex::new(Lent {
             tracking: self.source.tracking,
@@ -113,9 +99,11 @@ impl Capturer {
         let mut refused = None;
         // What was read, and how it went out if that was before the thaw.
         let (mut taken, mut sent) = (None, None);
+        let thawed = &mut self.thawed;
         let dumped = std::thread::scope(|scope| {
             let (starter, mut collector, ends) = collector::channels(gate.clone());
-            let reader = Reader { ends, root, pending, lists, without_ipc };
+            let meanwhile = move || meanwhile.iter().for_each(Crius::spawn_beside);
+            let reader = Reader { ends, root, pending, lists, without_ipc, meanwhile };
             let mut starter = Some(starter);
             let lent = &lent;
             let reading = scope.spawn(move || {
@@ -166,6 +154,7 @@ impl Capturer {
             if options.leave_running || dumped.is_err() {
                 // What cannot be let go now is told of at the next freeze.
                 let _ = told.as_mut().map(|told| told(Stage::Running));
+                *thawed = processor_time(&processes).map(|used| (Instant::now(), used));
             }
             drop(hurried);
             // Without a freeze the reader waits for nothing any more.
@@ -192,6 +181,11 @@ impl Capturer {
         outlet.send(&mut self.known, self.files.as_mut(), frozen)?;
         Ok((false, parts))
     }
+}
+
+/// More than one, that is.
+fn has_processors() -> bool {
+    std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1)
 }
 
 fn explained(source: CriuError, root: i32) -> CaptureError {

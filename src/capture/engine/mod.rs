@@ -1,54 +1,39 @@
 //! The capturer: one call is one epoch. Blocking; the agent calls it from a thread of its own.
 
+mod ahead;
+mod crius;
 mod freeze;
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io,
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::DirBuilderExt,
-    },
-    path::{Path, PathBuf},
+    fs, io,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
+    path::PathBuf,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
+use self::crius::Crius;
 use super::{
     files::{Files, FilesError},
     frozen::{FreezeParts, Tracked},
     images::Outside,
-    ipc,
     shared::SharedMemory,
     tracking::{Dumped, Tracking},
 };
 use crate::{
-    criu::{
-        Install,
-        bridge::Bridge,
-        fork_server::ForkServer,
-        images::namespaces::NamespaceError,
-        parent,
-        spawn::{Place, Spawn},
-        swrk::{CriuError, Swrk},
-    },
+    criu::{Install, bridge::Bridge, images::namespaces::NamespaceError, parent, swrk::CriuError},
     delta::{Encoder, Known, LinkRate, Offered, ReadStamp},
-    extents,
     files::{self, HeldFiles},
-    memory::{self, AttachError, Guards, Pages, ReadError, Task, TrackError, Tracker, TreeError, Vmas},
-    model::{EpochFigures, Extent, PAGE_SIZE, Resync, Space},
+    memory::{self, AttachError, Guards, ReadError, TrackError, Tracker, TreeError, Vmas},
+    model::{EpochFigures, Extent, Resync, Space},
     wire::message::{FrameHead, Manifest},
 };
 
-/// From this many stale pages on, they are read and sent before the freeze.
-const PRECOPY_PAGES_MIN: u64 = 32;
-/// From this many on, it is looked again what was written meanwhile, and perhaps sent, before the freeze.
-const PRECOPY_AGAIN_PAGES_MIN: u64 = 1024;
-/// Most pre-copy rounds of one epoch; a tree that dirties faster than it is read is frozen all the same.
-const PRECOPY_ROUNDS_MAX: u32 = 4;
-/// Pages read at a time while the tree runs (4 MiB): what the primary holds of a pre-copy.
-const PART_PAGES: u64 = 1024;
+/// What was sent ahead so long ago is looked at again before the freeze.
+const AHEAD_AGE_MAX: Duration = Duration::from_millis(3);
+/// So many processes are asked for the time that they have used: that takes a microsecond each.
+const PROCESSES_ASKED_MAX: usize = 100;
 /// For so many epochs CRIU is told no guard regions ahead once they were others in the freeze: there are programs that
 /// change them all the time.
 const GUARDS_DOUBTED_EPOCHS: u32 = 100;
@@ -182,42 +167,48 @@ pub struct Captured {
     pub figures: EpochFigures,
     /// What the frozen time was spent on; zeroes if the tree was killed.
     pub parts: FreezeParts,
+    /// When the tree ran again, or was known to be handed off.
+    pub thawed: Instant,
+    /// How long it took to do ahead what can be done while the tree runs.
+    pub ahead: Duration,
+    /// For which share of the time since the last freeze the tree had used a processor, if that is known.
+    pub busy_percent: Option<u8>,
     /// Whether the tree was killed.
     pub killed: bool,
 }
 
 /// Captures epochs of one workload.
 pub struct Capturer {
-    source: Source,
+    source: Arc<Source>,
     tasks: BTreeMap<i32, Tracked>,
     dumped: Dumped,
     files: Option<Files>,
     known: Known,
     /// In a box: its hash's state would be moved about with the capturer.
     encoder: Box<Encoder>,
-    /// None with soft-dirty bits: there is no bridge that would fork.
-    fork_server: Option<ForkServer>,
-    spare: Option<Spare>,
-    next_dir: u32,
+    crius: Crius,
     /// An epoch failed: of pages that were sent in it nothing is known.
     unsure: bool,
     /// What the standby tells of what it holds, for the next epoch.
     told: Option<Told>,
     /// Of the tree's root.
-    root: OwnedFd,
-    /// The tree's IPC namespace is part of the image.
-    own_ipc: bool,
+    root: Arc<OwnedFd>,
     /// Epochs that will not tell guard regions ahead.
     guards_doubted: u32,
     shared: SharedMemory,
     on_stages: Option<Box<OnStages>>,
     /// As was said of the newest freeze.
     output_held: bool,
+    /// When the newest freeze ended, and the processor time that the tree had used by then.
+    thawed: Option<(Instant, Duration)>,
 }
 
 /// Where a freeze stands, for who has to do something about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
+    /// What can be done ahead is done. Whoever is told may keep the epoch waiting: what is too old then is done again, and this
+    /// told again.
+    Ready,
     /// Its pre-copy is done, and the freeze begins.
     Freezing,
     /// All tasks stand, and nothing of the kernel's state has been looked at.
@@ -226,7 +217,7 @@ pub enum Stage {
     Running,
 }
 
-/// Told of stages; says whether what the tree sends is held by now. An error at the first two makes the epoch fail.
+/// Told of stages; says whether what the tree sends is held by now. An error at the first three makes the epoch fail.
 pub type OnStages = dyn FnMut(Stage) -> Result<bool, io::Error> + Send;
 
 /// What a standby tells of what it holds, in hashes.
@@ -240,10 +231,10 @@ pub struct Told {
     pub bytes: u64,
 }
 
-/// A CRIU that waits, and the directory that it will write to.
-struct Spare {
-    swrk: Swrk,
-    dir: PathBuf,
+impl Drop for Capturer {
+    fn drop(&mut self) {
+        self.crius.close();
+    }
 }
 
 impl Capturer {
@@ -251,7 +242,9 @@ impl Capturer {
     pub fn new(source: Source) -> Result<Self, CaptureError> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&source.work)?;
         parent::create(&source.work.join(parent::DIRECTORY))?;
-        let root = source.root;
+        let root = Arc::new(memory::pidfd_of(source.root)?);
+        let source = Arc::new(source);
+        let crius = Crius::new(Arc::clone(&source), Arc::clone(&root));
         let mut capturer = Self {
             files: Files::new(source.root, &source.trees),
             source,
@@ -259,20 +252,18 @@ impl Capturer {
             dumped: Dumped::default(),
             known: Known::default(),
             encoder: Box::default(),
-            fork_server: None,
-            spare: None,
-            next_dir: 0,
+            crius,
             unsure: false,
             told: None,
-            root: memory::pidfd_of(root)?,
-            own_ipc: false,
+            root,
             guards_doubted: 0,
             shared: SharedMemory::default(),
             on_stages: None,
             output_held: false,
+            thawed: None,
         };
         capturer.track()?;
-        capturer.look_at_ipc()?;
+        capturer.crius.look_at_ipc()?;
         capturer.spawn_ahead()?;
         Ok(capturer)
     }
@@ -319,18 +310,9 @@ impl Capturer {
         if base.is_some() && self.needs_full() {
             return Err(CaptureError::NeedsFull);
         }
-        let began = Instant::now();
-        self.look_at_ipc()?;
-        if matches!(finish, Finish::Continue) {
-            self.spawn_ahead()?;
-        } else {
-            // The one that waits was asked to let the tree run on.
-            self.spare = None;
-            self.spawn()?;
-        }
-        self.track()?;
+        let mut began = Instant::now();
         let told = self.told.take();
-        let mut resync = told.as_ref().map(|told| Resync { resync_bytes: told.bytes, full_bytes: 0 });
+        let resync = told.as_ref().map(|told| Resync { resync_bytes: told.bytes, full_bytes: 0 });
         let full = base.is_none() || told.is_some();
         if full {
             self.files.iter_mut().for_each(Files::reset);
@@ -340,18 +322,20 @@ impl Capturer {
         }
         self.known.begin_epoch(base.is_some());
         emit(head, Vec::new())?;
-        if let Some(files) = &mut self.files {
-            let kept_bytes = files.send_ahead(emit)?;
-            if let Some(resync) = &mut resync {
-                resync.full_bytes = kept_bytes;
-            }
-        }
         let mut figures = EpochFigures { id, full, resync, ..EpochFigures::default() };
-        let pending = self.precopy(&mut figures, emit)?;
-        self.precopy_shared(&figures, emit)?;
-        if let Some(files) = &mut self.files {
-            files.write_back(matches!(finish, Finish::Continue));
-        }
+        let mut pending = BTreeMap::new();
+        let ahead = loop {
+            let looked = Instant::now();
+            self.send_ahead(&finish, &mut pending, &mut figures, emit)?;
+            let ready = Instant::now();
+            self.tell(Stage::Ready)?;
+            let waited = ready.elapsed();
+            began += waited;
+            if waited <= AHEAD_AGE_MAX {
+                break ready - looked;
+            }
+        };
+        let busy_percent = self.busy_percent();
         let frozen = self
             .tell(Stage::Freezing)
             .and_then(|()| self.freeze(began, pending, &mut finish, &mut figures, emit));
@@ -364,7 +348,20 @@ impl Capturer {
             _ => self.guards_doubted.saturating_sub(1),
         };
         let (killed, parts) = frozen?;
-        Ok(Captured { figures, parts, killed })
+        let thawed = began + Duration::from_micros(figures.capture_us);
+        Ok(Captured { figures, parts, thawed, ahead, busy_percent, killed })
+    }
+
+    /// See [`Captured`].
+    fn busy_percent(&mut self) -> Option<u8> {
+        let (thawed, before) = self.thawed.take()?;
+        let used = processor_time(&self.processes())?.saturating_sub(before);
+        let passed = thawed.elapsed().max(Duration::from_micros(1));
+        Some((used.as_nanos() * 100 / passed.as_nanos()).min(100) as u8)
+    }
+
+    fn processes(&self) -> Vec<i32> {
+        self.tasks.keys().copied().collect()
     }
 
     /// The standby holds the oldest epoch whose outcome is open.
@@ -408,70 +405,7 @@ impl Capturer {
 
     /// Makes sure that a CRIU waits for the next freeze, after which the tree runs on.
     pub fn spawn_ahead(&mut self) -> Result<(), CaptureError> {
-        if self.spare.is_some() {
-            return Ok(());
-        }
-        self.spawn()?;
-        let options = self.dump_options(true);
-        if let Some(spare) = &mut self.spare
-            && let Err(error) = spare.swrk.begin(&options)
-        {
-            self.spare = None;
-            return Err(error.into());
-        }
-        Ok(())
-    }
-
-    fn spawn(&mut self) -> Result<(), CaptureError> {
-        let dir = self.source.work.join(format!("dump-{}", self.next_dir % 2));
-        self.next_dir += 1;
-        fresh_dir(&dir)?;
-        let images = File::open(&dir)?;
-        let swrk = match self.source.tracking {
-            Tracking::WriteProtect => self.fork_criu(&images)?,
-            Tracking::SoftDirty => {
-                let spawn = Spawn { place: self.place(), page_server: true, ..Spawn::new(images.as_fd()) };
-                Swrk::spawn(&self.source.install, &spawn)?
-            }
-        };
-        self.spare = Some(Spare { swrk, dir });
-        Ok(())
-    }
-
-    /// Whether the next image must have the IPC namespace. A tree without a sandbox shares the host's, which it cannot have.
-    fn look_at_ipc(&mut self) -> Result<(), CaptureError> {
-        let own_ipc = self.source.init.is_some() && ipc::has_objects(self.root.as_fd())?;
-        if std::mem::replace(&mut self.own_ipc, own_ipc) != own_ipc {
-            // They are in the wrong one.
-            (self.spare, self.fork_server) = (None, None);
-        }
-        Ok(())
-    }
-
-    fn place(&self) -> Place<'_> {
-        match &self.source.init {
-            Some(init) => {
-                let ipc = (!self.own_ipc).then_some(self.root.as_fd());
-                Place::Inside { init: init.as_fd(), cgroup: self.source.own_cgroup_namespace, ipc }
-            }
-            None => Place::Here,
-        }
-    }
-
-    /// Has a CRIU forked; the one that forks is started first if there is none, or it does not fork any more.
-    fn fork_criu(&mut self, images: &File) -> Result<Swrk, CaptureError> {
-        let install = &self.source.install;
-        if let Some(server) = &self.fork_server {
-            match Swrk::fork(install, server, images.as_fd()) {
-                Ok(swrk) => return Ok(swrk),
-                Err(error) => tracing::warn!(%error, "CRIU is started anew"),
-            }
-        }
-        let work = File::open(&self.source.work)?;
-        let bridge = Some(&self.source.bridge);
-        let spawn = Spawn { place: self.place(), bridge, ..Spawn::new(work.as_fd()) };
-        let server = self.fork_server.insert(ForkServer::start(install, &spawn).map_err(CriuError::from)?);
-        Ok(Swrk::fork(install, server, images.as_fd())?)
+        self.crius.spawn_ahead()
     }
 
     /// Attaches trackers to tasks that are new or have executed another program, and drops those of tasks that ended.
@@ -510,114 +444,14 @@ impl Capturer {
         }
         Ok(())
     }
+}
 
-    /// Scans while the tree runs; if much is stale, sends it now. Returns what must be read in the freeze.
-    fn precopy(
-        &mut self,
-        figures: &mut EpochFigures,
-        emit: &mut Emit<'_>,
-    ) -> Result<BTreeMap<Space, Vec<Extent>>, CaptureError> {
-        let mut pending: BTreeMap<Space, Vec<Extent>> = BTreeMap::new();
-        let mut pages = Pages::default();
-        let mut stale_before = u64::MAX;
-        for _ in 0..PRECOPY_ROUNDS_MAX {
-            self.scan(figures, &mut pending)?;
-            let stale: u64 = pending.values().map(|extents| extents::pages(extents)).sum();
-            // Not worth a round, or rounds do not help any more.
-            if stale < PRECOPY_PAGES_MIN || stale > stale_before / 2 {
-                break;
-            }
-            stale_before = stale;
-            for tracked in self.tasks.values_mut() {
-                let Some(wanted) = pending.get_mut(&tracked.space) else { continue };
-                let (space, known, encoder) = (tracked.space, &mut self.known, &mut self.encoder);
-                let mut read: Vec<Extent> = Vec::new();
-                let at = known.stamp();
-                let sent = tracked.tracker.memory().read_in_parts(wanted, PART_PAGES, &mut pages, |part| {
-                    read.extend_from_slice(part.extents());
-                    encode(encoder, known, space, part.extents(), part.data(), at, emit)
-                });
-                extents::normalize(&mut read);
-                *wanted = extents::subtract(wanted, &read);
-                if memory::reads_directly(tracked.tracker.pid()) {
-                    tracked.ahead.append(&mut read);
-                }
-                match sent {
-                    // It ended meanwhile, as processes do; what was sent of it the manifest will not list.
-                    Ok(()) | Err(CaptureError::Read(ReadError::Gone(_))) => {}
-                    Err(error) => return Err(error),
-                }
-            }
-            if stale < PRECOPY_AGAIN_PAGES_MIN {
-                break;
-            }
-        }
-        pages.shrink();
-        Ok(pending)
+/// What they have used; not known of many, each of which is asked.
+fn processor_time(processes: &[i32]) -> Option<Duration> {
+    if processes.is_empty() || processes.len() > PROCESSES_ASKED_MAX {
+        return None;
     }
-
-    /// Sends shared memory while the tree runs, if there is much of it to be sent.
-    fn precopy_shared(&mut self, figures: &EpochFigures, emit: &mut Emit<'_>) -> Result<(), CaptureError> {
-        // Without a bridge CRIU sends it.
-        let is_ours = self.source.tracking == Tracking::WriteProtect;
-        if !is_ours || !(figures.full || self.unsure || self.shared.is_unsettled()) {
-            return Ok(());
-        }
-        let tasks = memory::tasks_of(self.source.root)?;
-        // Of a task that has ended nothing is mapped.
-        let maps = |task: &Task| Some((task.pid, fs::read(format!("/proc/{}/maps", task.pid)).ok()?));
-        let maps: Vec<(i32, Vec<u8>)> = tasks.iter().filter_map(maps).collect();
-        for mapped in self.shared.find(maps.iter().map(|(pid, maps)| (*pid, maps.as_slice()))) {
-            let space = Space::Shared(mapped.inode);
-            let looked = self.shared.look(&mapped)?;
-            self.known.mark_stale(space, &looked.changed);
-            let missing = self.known.missing(space, &looked.there);
-            let at = self.known.stamp();
-            for run in &missing {
-                for start in (run.start..run.end()).step_by((PART_PAGES * PAGE_SIZE) as usize) {
-                    let pages = ((run.end() - start) / PAGE_SIZE).min(PART_PAGES);
-                    let part = [Extent { start, pages }];
-                    let content = self.shared.content(mapped.inode, &part);
-                    encode(&mut self.encoder, &mut self.known, space, &part, &content, at, emit)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// One pass over every task; adds what it finds, and what the standby does not have, to `pending`.
-    fn scan(
-        &mut self,
-        figures: &mut EpochFigures,
-        pending: &mut BTreeMap<Space, Vec<Extent>>,
-    ) -> Result<(), CaptureError> {
-        let (mut dirty, mut populated) = (Vec::new(), Vec::new());
-        for pid in self.tasks.keys().copied().collect::<Vec<_>>() {
-            let Some(tracked) = self.tasks.get_mut(&pid) else { continue };
-            let space = tracked.space;
-            let mut scanned = tracked.tracker.take_dirty(&mut dirty).map(drop);
-            if scanned.is_ok() {
-                self.known.mark_stale(space, &dirty);
-                figures.dirty_bytes += extents::pages(&dirty) * PAGE_SIZE;
-                let wanted = pending.entry(space).or_default();
-                wanted.extend_from_slice(&dirty);
-                if figures.full || self.unsure {
-                    scanned = tracked.tracker.populated(&mut populated);
-                    wanted.extend_from_slice(&self.known.missing(space, &populated));
-                }
-                extents::normalize(wanted);
-            }
-            if let Err(error) = scanned {
-                // Without a tracker it is read whole: the next look at the tree finds out what became of it. Kept, the
-                // tracker of a pass that failed would hide pages that it protected and did not report.
-                self.tasks.remove(&pid);
-                if !matches!(error, TrackError::Gone(_) | TrackError::Replaced(_)) {
-                    return Err(error.into());
-                }
-            }
-        }
-        Ok(())
-    }
+    processes.iter().map(|pid| memory::processor_time(*pid)).sum()
 }
 
 fn encode(
@@ -636,12 +470,4 @@ fn encode(
         }
     });
     result.map_err(CaptureError::Io)
-}
-
-fn fresh_dir(dir: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    fs::DirBuilder::new().mode(0o700).create(dir)
 }

@@ -287,13 +287,26 @@ EXPORT long recvmsg(int fd, struct msghdr *message, int flags)
 
 /*
  * The first look at each page of memory is a fault, some 60 of them in a freeze. So what CRIU has of
- * memory is made present while it waits for its task, and once more when it is about to begin: it
- * asks for the size of a message first (recv_criu_msg() in cr-service.c), of the request and then of
- * the answer to "pre-dump". Where Linux cannot do that (before 5.14) there are faults. Libraries are
- * left out, but for their data: CRIU uses little of their code, and all of it would take
- * milliseconds (as mlockall does).
+ * memory is made present while it waits for its task, and what its heap got since when it is about to
+ * begin: it asks for the size of a message first (recv_criu_msg() in cr-service.c), of the request and
+ * then of the answer to "pre-dump". Where Linux cannot do that (before 5.14) there are faults. Libraries
+ * are left out, but for what all share (libc's data, and data without a file): CRIU uses little of them,
+ * and all of it would take milliseconds (as mlockall does).
  */
 #define PREPARED_MAX 2
+#define PAGE_BYTES 4096
+
+/* Where the heap ended when it was last looked at. */
+static u64 heap_end;
+
+static int is_written_by_criu(const char *line)
+{
+	if (ends_with(line, "/criu") || ends_with(line, "/libc.so.6"))
+		return 1;
+	while (*line && *line != '/')
+		line++;
+	return !*line;
+}
 
 /* A line of /proc/self/maps: "start-end rw-p offset device inode   path". */
 static void have_mapping_present(const char *line)
@@ -303,7 +316,7 @@ static void have_mapping_present(const char *line)
 	for (int i = 0; i < 2; i++, line++)
 		for (; *line && *line != '-' && *line != ' '; line++)
 			ends[i] = ends[i] * 16 + (u64)(*line <= '9' ? *line - '0' : *line - 'a' + 10);
-	if (starts_with(line, "rw-p"))
+	if (starts_with(line, "rw-p") && is_written_by_criu(line))
 		sys3(SYS_MADVISE, ends[0], ends[1] - ends[0], MADV_POPULATE_WRITE);
 	else if (starts_with(line, "r-") && ends_with(line, "/criu"))
 		sys3(SYS_MADVISE, ends[0], ends[1] - ends[0], MADV_POPULATE_READ);
@@ -315,7 +328,7 @@ static void have_memory_present(void)
 	static char text[16 * 1024];
 	long fd, n, kept = 0;
 
-	for (u64 i = STACK_BYTES; i >= 4096; i -= 4096)
+	for (u64 i = STACK_BYTES; i >= PAGE_BYTES; i -= PAGE_BYTES)
 		(void)(stack[i - 1] = 0);
 	fd = sys4(SYS_OPENAT, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC, 0);
 	if (fd < 0)
@@ -335,6 +348,16 @@ static void have_memory_present(void)
 			text[kept++] = text[line];
 	}
 	sys3(SYS_CLOSE, fd, 0, 0);
+	heap_end = (u64)sys3(SYS_BRK, 0, 0, 0);
+}
+
+static void have_new_heap_present(void)
+{
+	u64 end = (u64)sys3(SYS_BRK, 0, 0, 0), start = heap_end / PAGE_BYTES * PAGE_BYTES;
+
+	if (heap_end && end > start)
+		sys3(SYS_MADVISE, start, end - start, MADV_POPULATE_WRITE);
+	heap_end = end;
 }
 
 /* What is in the workload's file system its makers chose: a library there, or an /etc/ld.so.preload, would run with CRIU's
@@ -376,6 +399,10 @@ EXPORT int setsockopt(int fd, int level, int name, const void *value, unsigned i
 	return (int)with_errno(raw_syscall(SYS_SETSOCKOPT, fd, level, name, (long)value, size, 0));
 }
 
+/* As hurry() in sys.rs. Until it is to begin it has time. */
+#define PRIO_PROCESS 0
+#define HURRIED_NICE (-15)
+
 /* CRIU's first call of it is for its task, when it has come wholly to be (cr_service_work() in cr-service.c). */
 EXPORT long recv(int fd, void *buffer, u64 size, int flags)
 {
@@ -390,10 +417,16 @@ EXPORT long recv(int fd, void *buffer, u64 size, int flags)
 	}
 	find_agent();
 	if (gate_fd >= 0 && prepared < PREPARED_MAX && flags == (MSG_PEEK | MSG_TRUNC)) {
-		prepared++;
-		have_memory_present();
+		if (prepared++)
+			have_new_heap_present();
+		else
+			have_memory_present();
 	}
 	got = raw_syscall(SYS_RECVFROM, fd, (long)buffer, (long)size, flags, 0, 0);
+	if (prepared == PREPARED_MAX) {
+		prepared++;
+		sys3(SYS_SETPRIORITY, PRIO_PROCESS, 0, HURRIED_NICE);
+	}
 	if (flags == (MSG_PEEK | MSG_DONTWAIT))
 		let_send(fd);
 	return with_errno(got);

@@ -14,7 +14,8 @@
 //! so that two of a new connection that wait together meet as they would have; and input before it is routed: what
 //! was held for a workload that has moved meanwhile is sent after it.
 //!
-//! What a bridge passes from port to port is not seen here: kernels that were built without `nft_queue` cannot hold it there.
+//! What a bridge passes from port to port is seen here where `br_netfilter` shows it: in the family of bridges, kernels that
+//! were built without `nft_queue` cannot hold it.
 //!
 //! The table is one to a workload. It stays when its maker ends: then its queues are nobody's, and what would wait is dropped.
 
