@@ -128,7 +128,8 @@ struct Freeze<'a, 'b> {
 }
 
 impl<F: FnOnce() + Send> Reader<'_, F> {
-    /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far.
+    /// Serves one freeze; returns what was read, or why the epoch must fail. `None`: CRIU never got so far, or gave up by
+    /// itself, and the tree runs: what goes wrong here then is of no frozen tree, and CRIU knows the reason.
     pub(super) fn serve(mut self, lent: &mut Lent<'_>) -> Option<Result<Frozen, CaptureError>> {
         let (gate, own_orders) =
             (self.lists.as_ref().map(|lists| Arc::clone(&lists.gate)), self.ends.own_orders.take());
@@ -185,7 +186,11 @@ impl<F: FnOnce() + Send> Reader<'_, F> {
         let mut frozen = Frozen::default();
         let (tasks, listed) = match list(self.root, self.lists.as_ref(), lent, &mut frozen.parts) {
             Ok(listed) => listed,
-            Err(error) => return Some(Err(error)),
+            Err(error) => {
+                // CRIU waits for none any more.
+                drop(self.lists);
+                return refuse(&self.ends, error);
+            }
         };
         let from_host = self.lists.as_ref().is_some_and(|lists| lists.from_host);
         let (lists, left, shared) = (self.lists, BTreeSet::new(), BTreeMap::new());
@@ -226,7 +231,10 @@ impl<F: FnOnce() + Send> Reader<'_, F> {
                 }
                 Ok(Order::Finish { manifest, sent, closed }) => break (manifest, sent, closed),
                 Ok(_) => {}
-                Err(_) => return result.err().map(Err),
+                // Of what CRIU was told wrongly it may have failed.
+                Err(_) => {
+                    return result.err().filter(|error| matches!(error, CaptureError::Guards(_))).map(Err);
+                }
             }
         };
         result = result.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
@@ -238,6 +246,14 @@ impl<F: FnOnce() + Send> Reader<'_, F> {
         let _ = self.ends.verdict.send(result.is_ok());
         Some(result.map(|()| frozen))
     }
+}
+
+/// Lets CRIU go on as far as its close, and has the epoch fail there.
+fn refuse(ends: &Ends, error: CaptureError) -> Option<Result<Frozen, CaptureError>> {
+    while !matches!(ends.orders.recv().ok()?, Order::Finish { .. }) {}
+    // CRIU that is gone by now rolls back by itself.
+    let _ = ends.verdict.send(false);
+    Some(Err(error))
 }
 
 /// Makes the lists for CRIU; gives the tree, and the mappings whose pages we list.
@@ -491,7 +507,9 @@ impl Piece {
 mod tests {
     use super::*;
     use crate::{
-        capture::collector::channels, criu::page_server::Handler as _, delta::Encoder,
+        capture::collector::{Collector, channels},
+        criu::page_server::Handler as _,
+        delta::Encoder,
         wire::message::SpaceMap,
     };
 
@@ -535,6 +553,38 @@ mod tests {
     fn a_criu_that_gives_up_early_is_not_kept_waiting() {
         let (_starter, mut collector, _ends) = channels(None);
         assert!(collector.close().is_err());
+    }
+
+    /// The tree runs again then, and its tasks end.
+    #[test]
+    fn what_goes_wrong_once_criu_has_given_up_is_not_the_reason() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        let root = child.id().cast_signed();
+        let serve = |criu: fn(Collector)| {
+            let (starter, collector, ends) = channels(None);
+            let (pending, lists, without_ipc) = (BTreeMap::new(), None, None);
+            let reader = Reader { ends, root, pending, lists, without_ipc, meanwhile: || () };
+            starter.begin();
+            let criu = std::thread::spawn(move || criu(collector));
+            let served = reader.serve(&mut Lent {
+                tracking: Tracking::WriteProtect,
+                tasks: &mut BTreeMap::new(),
+                dumped: &mut Dumped::default(),
+                known: &mut Known::default(),
+                shared: &mut SharedMemory::default(),
+                files: &mut None,
+            });
+            criu.join().unwrap();
+            served
+        };
+        let gave_up = serve(drop);
+        assert!(gave_up.is_none(), "{gave_up:?}");
+        let asked = serve(|mut criu| {
+            criu.opened(Space::Task(1)).unwrap();
+            assert!(criu.close().is_err());
+        });
+        assert!(matches!(asked, Some(Err(CaptureError::Tree(_)))), "{asked:?}");
     }
 
     #[test]
