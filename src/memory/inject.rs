@@ -30,6 +30,7 @@ use libc::user_regs_struct;
 use super::{
     maps::{self, MappingKind},
     ptrace::{self, Stop},
+    read::read_exactly,
     sys, tree,
 };
 
@@ -247,13 +248,12 @@ fn syscall_gadget(pid: i32) -> Result<u64, AttachError> {
     let mappings = maps::parse(&text)?;
     let vdso = mappings.iter().find(|m| m.kind == MappingKind::Vdso).ok_or(AttachError::NoVdso(pid))?.extent;
     let mut code = vec![0; vdso.bytes().min(VDSO_BYTES_MAX) as usize];
-    let range = sys::remote_range(vdso.start, code.len() as u64);
-    match sys::process_vm_read(pid, &[range], &mut code) {
-        Ok(read) if read == code.len() => {}
-        Ok(_) => return Err(AttachError::NoVdso(pid)),
-        Err(e) if e.raw_os_error() == Some(libc::EPERM) => return Err(AttachError::NotPermitted(pid)),
-        Err(e) => return Err(AttachError::io(pid, "reading the vDSO", e)),
-    }
+    read_exactly(pid, vdso.start, &mut code).map_err(|e| match e.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => AttachError::NotPermitted(pid),
+        Some(libc::EIO) => AttachError::NoVdso(pid),
+        None => AttachError::Gone(pid),
+        Some(_) => AttachError::io(pid, "reading the vDSO", e),
+    })?;
     // EI_CLASS of the ELF header: 1 is 32-bit.
     if code.get(4) == Some(&1) {
         return Err(AttachError::Compat(pid));
@@ -493,10 +493,7 @@ fn fails_for_a_stop(registers: &user_regs_struct) -> bool {
 fn rseq_abort(pid: i32, tid: i32, rip: u64) -> Option<u64> {
     /// Offset of the pointer to the active sequence in `struct rseq`.
     const RSEQ_CS: u64 = 8;
-    let read = |at: u64, into: &mut [u8]| {
-        let range = sys::remote_range(at, into.len() as u64);
-        sys::process_vm_read(pid, &[range], into).is_ok_and(|read| read == into.len())
-    };
+    let read = |at: u64, into: &mut [u8]| read_exactly(pid, at, into).is_ok();
     let config = ptrace::rseq(tid).ok().filter(|config| config.abi_pointer != 0)?;
     let mut pointer = [0; 8];
     if !read(config.abi_pointer + RSEQ_CS, &mut pointer) || pointer == [0; 8] {

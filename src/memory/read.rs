@@ -1,21 +1,23 @@
-//! Batched reads of another process' memory.
+//! Reads of another process' memory.
 //!
-//! process_vm_readv takes 1024 ranges in a call and stops at the first page that it cannot read; such a page
-//! (`PROT_NONE`, write-only) is read through `/proc/PID/mem`, which ignores protection. What that cannot read
-//! either is reported, page by page: in a running process it is a page that has vanished, in a frozen one a
-//! page that the image must do without or the epoch fails, which the caller decides.
+//! By `/proc/PID/mem`, never by process_vm_readv, though that takes half the time: it pins what it reads, and of pages
+//! that a process shares with its fork the kernel then makes copies for it (gup_must_unshare in mm/gup.c). A database's
+//! snapshot process would come to have all of its memory twice. And such a copy is not marked as written, so that the
+//! kernel may drop it, data and all, once a later fork has said MADV_FREE about it (madvise_free_pte_range asks that
+//! mark alone; seen on Linux 6.18).
+//!
+//! What cannot be read is reported, page by page: in a running process it is a page that has vanished, in a frozen one a
+//! page that the image must do without or the epoch fails, which the caller decides. Protection (`PROT_NONE`, write-only)
+//! does not keep us from reading.
 
 use std::{fs::File, io, os::unix::fs::FileExt, thread};
 
-use super::sys;
 use crate::{
     extents,
     model::{Extent, PAGE_SIZE},
 };
 
-/// Ranges that the kernel takes in one call (`UIO_MAXIOV`).
-const RANGES_MAX: usize = 1024;
-/// From this many pages on, two threads read: a page costs 0.3–1.6 µs, a thread about 30 µs to start.
+/// From this many pages on, two threads read: a page costs 1.1–1.7 µs, a thread about 30 µs to start.
 const PARALLEL_PAGES_MIN: u64 = 512;
 
 /// Why a read failed as a whole.
@@ -128,18 +130,21 @@ impl Memory {
             pages.buffer.resize(bytes, 0);
         }
         let buffer = &mut pages.buffer[..bytes];
+        if total == 0 {
+            return Ok(());
+        }
+        let mem = open(self.pid).map_err(|e| ReadError::io(self.pid, e))?;
         if total < PARALLEL_PAGES_MIN {
-            pages.unread = self.read_part(wanted, buffer)?;
+            pages.unread = read_part(&mem, wanted, buffer).ok_or(ReadError::Gone(self.pid))?;
         } else {
             let (first, second) = split(wanted, total / 2);
             let (low, high) = buffer.split_at_mut((total / 2 * PAGE_SIZE) as usize);
             let (low, high) = thread::scope(|scope| {
-                let other = scope.spawn(|| self.read_part(&second, high));
-                let low = self.read_part(&first, low);
-                (low, other.join().expect("a reading thread does not panic"))
+                let other = scope.spawn(|| read_part(&mem, &second, high));
+                (read_part(&mem, &first, low), other.join().expect("a reading thread does not panic"))
             });
-            pages.unread = low?;
-            pages.unread.extend(high?);
+            let both = low.zip(high).ok_or(ReadError::Gone(self.pid))?;
+            pages.unread = [both.0, both.1].concat();
             extents::normalize(&mut pages.unread);
         }
         pages.extents.extend_from_slice(wanted);
@@ -165,74 +170,42 @@ impl Memory {
         }
         Ok(())
     }
+}
 
-    /// Fills `buffer` with the pages; gives those that could not be read, whose bytes mean nothing.
-    fn read_part(self, wanted: &[Extent], buffer: &mut [u8]) -> Result<Vec<Extent>, ReadError> {
-        let mut unread = Vec::new();
-        let mut mem = None;
-        let (mut rest, mut buffer) = (wanted.iter().copied(), buffer);
-        let mut next = rest.next();
-        let mut ranges = Vec::with_capacity(RANGES_MAX.min(wanted.len()));
-        let mut batch = Vec::with_capacity(RANGES_MAX.min(wanted.len()));
-        while next.is_some() {
-            ranges.clear();
-            batch.clear();
-            while let Some(extent) = next.filter(|_| ranges.len() < RANGES_MAX) {
-                ranges.push(sys::remote_range(extent.start, extent.bytes()));
-                batch.push(extent);
-                next = rest.next();
-            }
-            let (now, later) = buffer.split_at_mut((extents::pages(&batch) * PAGE_SIZE) as usize);
-            buffer = later;
-            let read = match sys::process_vm_read(self.pid, &ranges, now) {
-                Ok(read) => read,
-                Err(e) if e.raw_os_error() == Some(libc::EFAULT) => 0,
-                Err(e) => return Err(ReadError::io(self.pid, e)),
-            };
-            if read < now.len() {
-                self.read_rest(&batch, now, read, &mut mem, &mut unread)?;
-            }
-        }
-        Ok(unread)
-    }
+/// The memory of a process, bound to the address space of now, should it execute another program.
+fn open(pid: i32) -> io::Result<File> {
+    File::open(format!("/proc/{pid}/mem"))
+}
 
-    /// Reads, run by run, what a batch did not reach.
-    fn read_rest(
-        self,
-        batch: &[Extent],
-        buffer: &mut [u8],
-        read: usize,
-        mem: &mut Option<File>,
-        unread: &mut Vec<Extent>,
-    ) -> Result<(), ReadError> {
-        if mem.is_none() {
-            let opened = File::open(format!("/proc/{}/mem", self.pid));
-            *mem = Some(opened.map_err(|e| ReadError::io(self.pid, e))?);
-        }
-        let mem = mem.as_ref().expect("was opened above");
-        let mut offset = 0;
-        for extent in batch {
-            let len = extent.bytes() as usize;
-            // The whole pages of this run that were read already.
-            let mut done = read.saturating_sub(offset).min(len) / PAGE_SIZE as usize * PAGE_SIZE as usize;
-            while done < len {
-                let at = extent.start + done as u64;
-                match mem.read_at(&mut buffer[offset + done..offset + len], at) {
-                    Ok(got) if got >= PAGE_SIZE as usize => {
-                        done += got / PAGE_SIZE as usize * PAGE_SIZE as usize;
-                    }
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    // An end of file is an address space that is gone, an error a page that is.
-                    Ok(_) | Err(_) => {
-                        extents::push(unread, at, at + PAGE_SIZE);
-                        done += PAGE_SIZE as usize;
-                    }
+/// Reads a few bytes.
+pub(super) fn read_exactly(pid: i32, at: u64, into: &mut [u8]) -> io::Result<()> {
+    open(pid)?.read_exact_at(into, at)
+}
+
+/// Fills `buffer` with the pages; gives those that could not be read, whose bytes mean nothing. None: the address space is
+/// gone.
+fn read_part(mem: &File, wanted: &[Extent], mut buffer: &mut [u8]) -> Option<Vec<Extent>> {
+    let mut unread = Vec::new();
+    for extent in wanted {
+        let (run, rest) = buffer.split_at_mut(extent.bytes() as usize);
+        buffer = rest;
+        let mut done = 0;
+        while done < run.len() {
+            let at = extent.start + done as u64;
+            match mem.read_at(&mut run[done..], at) {
+                Ok(got) if got >= PAGE_SIZE as usize => {
+                    done += got / PAGE_SIZE as usize * PAGE_SIZE as usize;
+                }
+                Ok(0) => return None,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Ok(_) | Err(_) => {
+                    extents::push(&mut unread, at, at + PAGE_SIZE);
+                    done += PAGE_SIZE as usize;
                 }
             }
-            offset += len;
         }
-        Ok(())
     }
+    Some(unread)
 }
 
 /// The first pages of a list and the rest.

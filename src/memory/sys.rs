@@ -1,4 +1,4 @@
-//! The kernel's calls behind the tracker: userfaultfd, PAGEMAP_SCAN, process_vm_readv and pidfds.
+//! The kernel's calls behind the tracker: userfaultfd, PAGEMAP_SCAN and pidfds.
 
 use std::{
     fs::File,
@@ -157,24 +157,6 @@ pub(super) fn pagemap_scan(
     // most `vec_len` regions to `vec`, which is a live, exclusively borrowed slice of that length.
     let filled = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
     if filled < 0 { Err(io::Error::last_os_error()) } else { Ok(filled as usize) }
-}
-
-/// Reads remote ranges, one after the other, into `into`; gives the bytes of the readable prefix.
-///
-/// `into` must be as long as the ranges together; the kernel takes at most 1024 of them.
-pub(super) fn process_vm_read(pid: i32, ranges: &[libc::iovec], into: &mut [u8]) -> io::Result<usize> {
-    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-    // SAFETY: the kernel writes at most `iov_len` bytes to `into`, which is exclusively borrowed; the
-    // remote ranges are addresses of another process, which the kernel checks.
-    let read = unsafe {
-        libc::process_vm_readv(pid, &raw const local, 1, ranges.as_ptr(), ranges.len() as libc::c_ulong, 0)
-    };
-    if read < 0 { Err(io::Error::last_os_error()) } else { Ok(read as usize) }
-}
-
-/// A range of another process as the kernel takes it.
-pub(super) fn remote_range(start: u64, bytes: u64) -> libc::iovec {
-    libc::iovec { iov_base: start as *mut libc::c_void, iov_len: bytes as usize }
 }
 
 /// Opens a pidfd of a process, or of one thread (`PIDFD_THREAD`, kernel 6.9).

@@ -96,6 +96,8 @@ pub struct Tracker {
     /// Bound to the address space of the attach; reads nothing once that is gone.
     attached_pagemap: File,
     stopped: Duration,
+    /// Where its first mapping can begin.
+    lowest: u64,
     maps_text: Vec<u8>,
     tracked: Vec<Tracked>,
     listing: Listing,
@@ -120,6 +122,7 @@ impl Tracker {
             uffd: injected.uffd,
             attached_pagemap,
             stopped: injected.stopped,
+            lowest: register::lowest(),
             maps_text: Vec::new(),
             tracked: Vec::new(),
             listing: Listing::default(),

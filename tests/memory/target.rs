@@ -229,7 +229,8 @@ impl Program {
             }
             "fork" => return self.fork().to_string(),
             "vfork" => return vfork_and_sleep(number(1)).to_string(),
-            "replace" => return replace_and_move(number(1)).to_string(),
+            "replace" => return replace_and_move(number(1), false).to_string(),
+            "replace-first" => return replace_and_move(number(1), true).to_string(),
             "limit" => return limit_descriptors().to_string(),
             name => return self.on_memory(name, words, &number),
         }
@@ -593,20 +594,24 @@ fn vfork_and_sleep(ms: u64) -> i32 {
 }
 
 /// Again and again a small mapping, a large one in its place, and that one moved; how often the kernel would not move it.
-fn replace_and_move(times: u64) -> u64 {
+/// `first`: below all other mappings, the small one not where the large one begins.
+fn replace_and_move(times: u64, first: bool) -> u64 {
     const PAGES: usize = 32;
+    const LOW: usize = 16 << 20;
     let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    let (place, room) = (map(PAGES, private, -1), map(PAGES, private, -1));
+    let room = map(PAGES, private, -1);
+    let place: *mut u8 = if first { std::ptr::without_provenance_mut(LOW) } else { map(PAGES, private, -1) };
+    let small: *mut u8 = if first { place.wrapping_add(PAGES / 2 * PAGE) } else { place };
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let mut refused = 0;
     for round in 0..times {
         // SAFETY: both places are this program's own and hold nothing.
         unsafe {
             libc::munmap(place.cast(), PAGES * PAGE);
-            libc::mmap(place.cast(), PAGE, access, private | libc::MAP_FIXED, -1, 0);
+            libc::mmap(small.cast(), PAGE, access, private | libc::MAP_FIXED, -1, 0);
             // Long enough to be found in the list of mappings, which is then read in vain.
             spin(Duration::from_micros(40 + round % 64));
-            libc::munmap(place.cast(), PAGE);
+            libc::munmap(small.cast(), PAGE);
             libc::mmap(place.cast(), PAGES * PAGE, access, private | libc::MAP_FIXED, -1, 0);
             spin(Duration::from_micros(round % 32));
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;

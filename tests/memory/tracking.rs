@@ -236,20 +236,60 @@ fn a_mapping_that_another_is_moved_up_to_during_a_pass_is_followed() {
 /// A registration of what was listed splits what is there by now, and the kernel moves no mapping that is split.
 #[test]
 fn a_mapping_in_the_place_of_one_that_was_listed_can_be_moved() {
-    let (mut target, mut tracker, mut replica, _) = followed(&[]);
-    target.tell("replace 30000");
-    let (refused, passes) = std::thread::scope(|scope| {
-        let answer = scope.spawn(|| target.answer());
-        let mut passes = 0;
-        while !answer.is_finished() {
-            tracker.register().unwrap();
-            passes += 1;
-        }
-        (answer.join().unwrap(), passes)
-    });
-    assert!(passes > 50);
-    assert_eq!(refused, "0", "moves that were refused, {passes} passes");
-    frozen_pass(&target, &mut tracker, &mut replica);
+    for command in ["replace 30000", "replace-first 30000"] {
+        let (mut target, mut tracker, mut replica, _) = followed(&[]);
+        target.tell(command);
+        let (refused, passes) = std::thread::scope(|scope| {
+            let answer = scope.spawn(|| target.answer());
+            let mut passes = 0;
+            while !answer.is_finished() {
+                tracker.register().unwrap();
+                passes += 1;
+            }
+            (answer.join().unwrap(), passes)
+        });
+        assert!(passes > 50);
+        assert_eq!(refused, "0", "{command}: moves that were refused, {passes} passes");
+        frozen_pass(&target, &mut tracker, &mut replica);
+    }
+}
+
+/// Else a database's snapshot process would come to have its memory twice, in copies that the kernel does not take for
+/// written, and which it may drop when a later child says MADV_FREE.
+#[test]
+fn what_is_read_of_a_process_stays_shared_with_its_fork() {
+    let (mut target, mut tracker, mut replica, at) = followed(&["anon a 700", "fill a 1"]);
+    let child: i32 = target.ask("fork").parse().unwrap();
+    await_state(child, |states| states.starts_with('S'));
+    let mut of_child = Tracker::attach(child).unwrap();
+    let mut second = Replica::default();
+    for pid in [child, target.pid()] {
+        signal_process(pid, libc::SIGSTOP);
+        await_state(pid, |states| states == "T");
+    }
+    second.follow(&mut of_child, true);
+    second.check(&of_child);
+    replica.follow(&mut tracker, true);
+    replica.check(&tracker);
+    for pid in [child, target.pid()] {
+        let sizes = sizes_of(pid, at[0]);
+        let size = |name: &str| sizes.iter().find(|(of, _)| of == name).map(|(_, kib)| *kib);
+        assert_eq!(size("Rss"), Some(2800), "process {pid}");
+        assert_eq!(size("Shared_Dirty"), Some(2800), "process {pid}: {sizes:?}");
+    }
+    signal_process(child, libc::SIGKILL);
+    target.thaw();
+}
+
+/// The fields of a mapping in `/proc/PID/smaps` that are in KiB.
+fn sizes_of(pid: i32, start: u64) -> Vec<(String, u64)> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let is_it = |line: &str| line.starts_with(&format!("{start:x}-"));
+    let lines = text.lines().skip_while(|line| !is_it(line)).skip(1);
+    let fields = lines.map_while(|line| line.split_once(':'));
+    fields
+        .filter_map(|(name, kib)| Some((name.to_owned(), kib.trim().strip_suffix(" kB")?.parse().ok()?)))
+        .collect()
 }
 
 #[test]

@@ -27,7 +27,7 @@ use super::{Guards, POPULATED, Pass, TrackError, Tracked, Tracker, is_tracked, r
 use crate::{
     extents,
     memory::{
-        maps::{self, Mapping, MapsError},
+        maps::{self, Mapping, MapsError, TASK_END},
         sys::{self, PageRegion, Query, category},
     },
     model::{Extent, PAGE_SIZE},
@@ -37,6 +37,16 @@ use crate::{
 const REGISTER_ROUNDS_MAX: usize = 3;
 /// How often mappings are listed that change while they are, which is rare.
 const LISTINGS_MAX: usize = 8;
+/// The end of what a process can map (TASK_SIZE of the kernel's).
+const HIGHEST: u64 = TASK_END - PAGE_SIZE;
+/// Below it Linux lets nobody map, as it is configured mostly (CONFIG_LSM_MMAP_MIN_ADDR).
+const LOWEST_MIN: u64 = 64 << 10;
+
+/// Where the first mapping of a process can begin.
+pub(super) fn lowest() -> u64 {
+    let told = fs::read_to_string("/proc/sys/vm/mmap_min_addr").ok();
+    told.and_then(|told| told.trim().parse().ok()).unwrap_or(0).max(LOWEST_MIN)
+}
 
 /// `/proc/PID/maps`.
 struct Listed {
@@ -128,7 +138,8 @@ impl Tracker {
     ///
     /// The kernel splits a mapping at the end of what is registered, and the process, which runs, may have made a larger
     /// one in the place of one that was listed. Then its `mremap` of that fails (EFAULT) until the rest is registered
-    /// too. So a call reaches over holes and over what is registered already, to where nothing private was.
+    /// too. So a call reaches over holes and over what is registered already, to where something was that is not private,
+    /// and below the first mapping and behind the last as far as there is memory.
     ///
     /// A page may bear the mark of a protection that did not hold: when `mremap` joins a mapping to its neighbour, the
     /// kernel takes both off our list (copy_vma, then mremap_userfaultfd_prep, seen on Linux 6.18) and leaves the
@@ -137,14 +148,14 @@ impl Tracker {
     fn register_pending(&mut self) -> Result<Vec<Mapping>, TrackError> {
         let mut passed = Vec::new();
         let uffd = self.uffd.as_fd();
-        let mut start = self.tracked.first().map_or(0, |first| first.mapping.extent.start);
-        let listed_end = self.tracked.last().map_or(0, |last| last.mapping.extent.end());
+        let lowest = self.tracked.first().map_or(0, |first| first.mapping.extent.start);
+        let mut start = lowest.min(self.lowest);
         let mut at = 0;
         while at < self.tracked.len() {
             let len = self.tracked[at..].iter().take_while(|t| t.mapping.is_private()).count();
             let run = at..at + len;
             let other = self.tracked.get(run.end).map(|other| other.mapping.extent);
-            let end = other.map_or(listed_end, |other| other.start);
+            let end = other.map_or(HIGHEST, |other| other.start);
             if self.tracked[run.clone()].iter().any(|t| !t.registered) {
                 let whole = Extent { start, pages: (end - start) / PAGE_SIZE };
                 let all = sys::uffd_register(uffd, whole).is_ok();
