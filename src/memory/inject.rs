@@ -19,8 +19,10 @@
 //!   never left stopped.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -31,7 +33,9 @@ use super::{
     maps::{self, MappingKind},
     ptrace::{self, Stop},
     read::read_exactly,
-    sys, tree,
+    sys,
+    tracker::Tracker,
+    tree,
 };
 
 /// How long one thread may take to stop; one that sleeps or runs needs microseconds.
@@ -164,6 +168,8 @@ impl AttachError {
 pub(super) struct Injected {
     /// The descriptor, a duplicate of the one that was closed in the process.
     pub(super) uffd: OwnedFd,
+    /// The number that it had there.
+    pub(super) number: i32,
     /// How long the one thread was stopped.
     pub(super) stopped: Duration,
 }
@@ -171,8 +177,42 @@ pub(super) struct Injected {
 /// Makes `pid` open a userfaultfd and takes it.
 pub(super) fn userfaultfd_of(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
     check(pid)?;
-    let injected = sys::outliving(|| inject(pid, pidfd));
-    injected.map_err(|e| AttachError::io(pid, "starting the process for the attach", e))?
+    let taken = in_thread(pid, |tracee| take_userfaultfd(tracee, pidfd))?;
+    let ((uffd, number), stopped) = taken;
+    Ok(Injected { uffd, number, stopped })
+}
+
+/// Closes userfaultfds of these trackers that a process has inherited, because it was forked in the moment in which its
+/// parent had them open; gives how many. A process with more than one thread may have another file under that number at
+/// any time: it is left alone.
+pub fn take_back<'a>(
+    trackers: impl IntoIterator<Item = &'a Tracker>,
+    pid: i32,
+) -> Result<usize, AttachError> {
+    let (mut is_open, mut closed) = (BTreeMap::new(), 0);
+    for tracker in trackers {
+        let (uffd, number) = tracker.userfaultfd();
+        let is_some = is_open.entry(number).or_insert_with(|| is_userfaultfd(pid, number));
+        if !*is_some || !sys::is_same_file(uffd, pid, number) {
+            continue;
+        }
+        check(pid)?;
+        let close = |tracee: &Tracee| {
+            let alone = thread_ids(pid)?.len() == 1;
+            // It ran until now.
+            if !alone || !sys::is_same_file(uffd, pid, number) {
+                return Ok(false);
+            }
+            tracee.call(libc::SYS_close, number as u64).map(|result| result == 0)
+        };
+        closed += usize::from(in_thread(pid, close)?.0);
+    }
+    Ok(closed)
+}
+
+fn is_userfaultfd(pid: i32, number: i32) -> bool {
+    let target = fs::read_link(format!("/proc/{pid}/fd/{number}"));
+    target.is_ok_and(|target| target == Path::new("anon_inode:[userfaultfd]"))
 }
 
 /// The error, or `Gone` if the process is dying: then it answers with all kinds of errors.
@@ -262,8 +302,20 @@ fn syscall_gadget(pid: i32) -> Result<u64, AttachError> {
     Ok(vdso.start + at as u64)
 }
 
-/// Tries threads, the main one first, until one stops.
-fn inject(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
+/// Has something done to a stopped thread, by who outlives us; tries threads, the main one first, until one stops. Gives
+/// for how long it stood, too.
+fn in_thread<T>(
+    pid: i32,
+    act: impl Fn(&Tracee) -> Result<T, AttachError>,
+) -> Result<(T, Duration), AttachError> {
+    let done = sys::outliving(|| in_first_thread(pid, act));
+    done.map_err(|e| AttachError::io(pid, "starting the process for the attach", e))?
+}
+
+fn in_first_thread<T>(
+    pid: i32,
+    act: impl Fn(&Tracee) -> Result<T, AttachError>,
+) -> Result<(T, Duration), AttachError> {
     let mut candidates = thread_ids(pid)?;
     // Those that wait in the kernel come last; they may still be worth a try.
     candidates.sort_by_cached_key(|tid| {
@@ -273,17 +325,17 @@ fn inject(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
     for tid in candidates.into_iter().take(THREADS_TRIED_MAX) {
         let started = Instant::now();
         let Some(tracee) = Tracee::stop(pid, tid)? else { continue };
-        let uffd = take_userfaultfd(&tracee, pidfd);
+        let acted = act(&tracee);
         let released = tracee.release();
         let stopped = started.elapsed();
-        let uffd = uffd?;
+        let acted = acted?;
         released?;
-        return Ok(Injected { uffd, stopped });
+        return Ok((acted, stopped));
     }
     Err(AttachError::NotStopping { pid, state: Status::of(pid, pid)?.state })
 }
 
-fn take_userfaultfd(tracee: &Tracee, pidfd: BorrowedFd<'_>) -> Result<OwnedFd, AttachError> {
+fn take_userfaultfd(tracee: &Tracee, pidfd: BorrowedFd<'_>) -> Result<(OwnedFd, i32), AttachError> {
     let pid = tracee.pid;
     let flags = libc::O_CLOEXEC as u64 | libc::O_NONBLOCK as u64 | UFFD_USER_MODE_ONLY;
     let fd = tracee.call(libc::SYS_userfaultfd, flags)?;
@@ -303,7 +355,7 @@ fn take_userfaultfd(tracee: &Tracee, pidfd: BorrowedFd<'_>) -> Result<OwnedFd, A
         let source = io::Error::from_raw_os_error(-closed as i32);
         return Err(AttachError::io(pid, "closing the userfaultfd", source));
     }
-    taken
+    taken.map(|uffd| (uffd, fd as i32))
 }
 
 /// A stopped thread whose registers and signal mask are kept.

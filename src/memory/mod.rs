@@ -37,7 +37,7 @@ mod tree;
 mod vmas;
 
 pub use direct::reads_directly;
-pub use inject::AttachError;
+pub use inject::{AttachError, take_back};
 pub use listing::Guards;
 pub use maps::{Mapping, MappingKind, MapsError, TASK_END, map_file, parse as mappings_of};
 pub use pagemap::pages_of;

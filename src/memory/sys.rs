@@ -172,6 +172,15 @@ pub(super) fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: i32) -> io::Result<OwnedFd>
     owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) })
 }
 
+/// Whether a descriptor of another process is one of ours, or a copy of it.
+pub(super) fn is_same_file(ours: BorrowedFd<'_>, pid: i32, theirs: i32) -> bool {
+    const KCMP_FILE: i32 = 0;
+    // SAFETY: kcmp takes five integers.
+    let order =
+        unsafe { libc::syscall(libc::SYS_kcmp, libc::getpid(), pid, KCMP_FILE, ours.as_raw_fd(), theirs) };
+    order == 0
+}
+
 fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());

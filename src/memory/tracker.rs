@@ -93,6 +93,8 @@ pub struct Tracker {
     pid: i32,
     pidfd: OwnedFd,
     uffd: OwnedFd,
+    /// Under which the process had it for a moment.
+    uffd_number: i32,
     /// Bound to the address space of the attach; reads nothing once that is gone.
     attached_pagemap: File,
     stopped: Duration,
@@ -120,6 +122,7 @@ impl Tracker {
             pid,
             pidfd,
             uffd: injected.uffd,
+            uffd_number: injected.number,
             attached_pagemap,
             stopped: injected.stopped,
             lowest: register::lowest(),
@@ -134,6 +137,11 @@ impl Tracker {
     /// The process' pid on the host.
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// The descriptor, and the number that it had in the process.
+    pub(super) fn userfaultfd(&self) -> (BorrowedFd<'_>, i32) {
+        (self.uffd.as_fd(), self.uffd_number)
     }
 
     /// How long the attach stopped one thread.

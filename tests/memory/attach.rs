@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use standin::memory::{AttachError, Tracker};
+use standin::memory::{AttachError, Tracker, take_back};
 
 use crate::target::{Target, await_state};
 
@@ -277,4 +277,43 @@ fn a_target_outlives_whoever_is_killed_while_it_attaches() {
         assert_eq!(target.ask("signals"), "0", "round {round}");
     }
     Tracker::attach(target.pid()).unwrap();
+}
+
+/// CRIU would not dump it, for as long as it lives.
+#[test]
+fn a_child_that_was_forked_in_the_middle_of_an_attach_gives_back_what_it_inherited() {
+    let has_one = |pid: i32| {
+        let links = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        links
+            .flatten()
+            .filter_map(|link| fs::read_link(link.path()).ok())
+            .any(|to| to.ends_with("anon_inode:[userfaultfd]"))
+    };
+    let mut inherited = 0;
+    for _ in 0..50 {
+        let mut target = Target::start();
+        target.tell("forks 150");
+        let pid = target.pid();
+        let (children, trackers) = thread::scope(|scope| {
+            let children = scope.spawn(|| target.answer());
+            let mut trackers = Vec::new();
+            while !children.is_finished() {
+                trackers.push(Tracker::attach(pid).unwrap());
+            }
+            (children.join().unwrap(), trackers)
+        });
+        let children: Vec<i32> = children.split(' ').map(|pid| pid.parse().unwrap()).collect();
+        for child in children {
+            await_state(child, |states| states == "S");
+            let before = descriptors(child);
+            let taken = take_back(&trackers, child).unwrap();
+            assert!(!has_one(child), "process {child}: {taken} closed");
+            assert_eq!(descriptors(child), before - taken);
+            inherited += taken;
+        }
+        if inherited > 3 {
+            break;
+        }
+    }
+    assert!(inherited > 0, "no child was forked in the middle");
 }

@@ -228,6 +228,7 @@ impl Program {
                 panic!("exec failed: {error}");
             }
             "fork" => return self.fork().to_string(),
+            "forks" => return fork_beside(number(1)),
             "vfork" => return vfork_and_sleep(number(1)).to_string(),
             "replace" => return replace_and_move(number(1), false).to_string(),
             "replace-first" => return replace_and_move(number(1), true).to_string(),
@@ -576,6 +577,34 @@ fn limit_descriptors() -> i32 {
     let limit = libc::rlimit { rlim_cur: 3, rlim_max: 3 };
     // SAFETY: a live object.
     unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }
+}
+
+/// Children that wait, made one after the other by a thread of its own; their pids, when all are there. They end with this
+/// program.
+fn fork_beside(count: u64) -> String {
+    let (tell, told) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        for _ in 0..count {
+            // SAFETY: the child makes system calls only.
+            let pid = unsafe { libc::fork() };
+            if pid == 0 {
+                // SAFETY: async-signal-safe calls.
+                unsafe {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    libc::alarm(60);
+                    libc::pause();
+                    libc::_exit(0);
+                }
+            }
+            tell.send(pid.to_string()).unwrap();
+        }
+        drop(tell);
+        // Its end would be theirs.
+        loop {
+            thread::park();
+        }
+    });
+    told.iter().collect::<Vec<_>>().join(" ")
 }
 
 /// The parent waits, unkillable by a stop, until the child lets it go.

@@ -426,7 +426,7 @@ impl Capturer {
                     Err(error) => return Err(error.into()),
                 }
             }
-            match Tracker::attach(task.pid) {
+            match self.attach(task.pid) {
                 Ok(tracker) => {
                     // The first pass reports all of its memory, so nothing that is known under this pid is trusted.
                     let start_ticks = task.start_ticks;
@@ -443,6 +443,14 @@ impl Capturer {
             }
         }
         Ok(())
+    }
+
+    fn attach(&self, pid: i32) -> Result<Tracker, AttachError> {
+        let back = memory::take_back(self.tasks.values().map(|tracked| &tracked.tracker), pid)?;
+        if back > 0 {
+            tracing::debug!(pid, "forked while its parent was attached to; what it inherited is closed");
+        }
+        Tracker::attach(pid)
     }
 }
 
