@@ -7,7 +7,7 @@
 use std::{env, path::PathBuf, process::Command};
 
 const BRIDGE: &str = "src/criu/bridge";
-const BRIDGE_SOURCES: [&str; 4] = ["bridge.c", "fork.c", "lists.c", "scan.c"];
+const BRIDGE_SOURCES: [&str; 5] = ["bridge.c", "fork.c", "lists.c", "records.c", "scan.c"];
 const INIT: &str = "src/workload/container/init.c";
 const FREESTANDING: [&str; 6] =
     ["-O2", "-Wall", "-Wextra", "-Werror", "-ffreestanding", "-fno-stack-protector"];

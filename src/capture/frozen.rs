@@ -18,6 +18,7 @@ use super::{
     ipc,
     lists::{self, Listed, Lists},
     shared::SharedMemory,
+    sockets::Likely,
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -108,6 +109,7 @@ pub(super) struct Lent<'a> {
     pub(super) known: &'a mut Known,
     pub(super) shared: &'a mut SharedMemory,
     pub(super) files: &'a mut Option<Files>,
+    pub(super) likely: &'a mut Likely,
 }
 
 /// How a pass takes what was written.
@@ -231,10 +233,7 @@ impl<F: FnOnce() + Send> Reader<'_, F> {
                 }
                 Ok(Order::Finish { manifest, sent, closed }) => break (manifest, sent, closed),
                 Ok(_) => {}
-                // Of what CRIU was told wrongly it may have failed.
-                Err(_) => {
-                    return result.err().filter(|error| matches!(error, CaptureError::Guards(_))).map(Err);
-                }
+                Err(_) => return result.err().and_then(unless_criu_knows),
             }
         };
         result = result.and_then(|()| freeze.finish(&mut frozen, manifest, sent));
@@ -250,10 +249,21 @@ impl<F: FnOnce() + Send> Reader<'_, F> {
 
 /// Lets CRIU go on as far as its close, and has the epoch fail there.
 fn refuse(ends: &Ends, error: CaptureError) -> Option<Result<Frozen, CaptureError>> {
-    while !matches!(ends.orders.recv().ok()?, Order::Finish { .. }) {}
+    loop {
+        match ends.orders.recv() {
+            Ok(Order::Finish { .. }) => break,
+            Ok(_) => {}
+            Err(_) => return unless_criu_knows(error),
+        }
+    }
     // CRIU that is gone by now rolls back by itself.
     let _ = ends.verdict.send(false);
     Some(Err(error))
+}
+
+/// What is the reason when CRIU has given up: that it was told something wrong, or else its own.
+fn unless_criu_knows(error: CaptureError) -> Option<Result<Frozen, CaptureError>> {
+    matches!(error, CaptureError::Guards(_) | CaptureError::Sockets).then_some(Err(error))
 }
 
 /// Makes the lists for CRIU; gives the tree, and the mappings whose pages we list.
@@ -264,10 +274,17 @@ fn list(
     parts: &mut FreezeParts,
 ) -> Result<(Vec<Task>, Listed), CaptureError> {
     let began = Instant::now();
+    if let Some(lists) = lists {
+        lists.begin();
+    }
     let tasks = memory::tasks_of(root)?;
-    let listed = lists.map(|lists| lists.write(&tasks, lent.tasks, lent.shared)).transpose()?;
+    let Some(lists) = lists else { return Ok((tasks, Listed::default())) };
+    let listed = lists.write(&tasks, lent.tasks, lent.shared)?;
     parts.lists_us = us_since(began);
-    Ok((tasks, listed.unwrap_or_default()))
+    if !lent.likely.learn(lists.ahead.protocols, listed.sockets) {
+        return Err(CaptureError::Sockets);
+    }
+    Ok((tasks, listed))
 }
 
 impl Frozen {
@@ -536,6 +553,7 @@ mod tests {
             known: &mut known,
             shared: &mut SharedMemory::default(),
             files: &mut None,
+            likely: &mut Likely::default(),
         };
         let (pending, left, shared) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
         let listed = Listed::default();
@@ -574,6 +592,7 @@ mod tests {
                 known: &mut Known::default(),
                 shared: &mut SharedMemory::default(),
                 files: &mut None,
+                likely: &mut Likely::default(),
             });
             criu.join().unwrap();
             served

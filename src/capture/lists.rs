@@ -3,7 +3,7 @@
 //! Written to the directory of CRIU's images when it says that the tree is frozen. CRIU goes on meanwhile; the bridge waits
 //! where it comes to need a list that is not there yet (`bridge/lists.c`). All but one are made of the frozen tree, so there
 //! is nothing in them to go stale. Each gets its name when it is whole; of what has none CRIU asks the kernel. First the bridge
-//! is told which protocols the tree's [sockets] have.
+//! is told which protocols the tree's [sockets] have, or had in the freezes before.
 //!
 //! - `smaps-PID`: of `/proc/PID/smaps` CRIU uses the lines of the mappings and their flags (parse_smaps in proc_parse.c).
 //! - `ours-PID`: mappings whose pages we list. When CRIU asks the kernel which pages such a mapping has, it is told of
@@ -52,6 +52,17 @@ pub(super) struct Listed {
     pub(super) told_ahead: BTreeSet<Space>,
     /// Shared memory that we read.
     pub(super) shared: Vec<Mapped>,
+    /// Which protocols the sockets have.
+    pub(super) sockets: sockets::Found,
+}
+
+/// What CRIU is told before it is looked at.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Whether guard regions are told before the first pass.
+    pub(super) guards: bool,
+    /// Of sockets.
+    pub(super) protocols: Option<u32>,
 }
 
 /// Where the lists of a freeze go.
@@ -60,8 +71,7 @@ pub(super) struct Lists<'a> {
     /// CRIU sees the tasks from the host, whatever their pids inside.
     pub(super) from_host: bool,
     pub(super) gate: Arc<Gate>,
-    /// Whether guard regions may be told before the first pass.
-    pub(super) ahead: bool,
+    pub(super) ahead: Ahead,
     /// None where the kernel permits no BPF.
     pub(super) vmas: Option<&'a Vmas>,
 }
@@ -77,16 +87,20 @@ impl Lists<'_> {
         let living = || tasks.iter().filter(|task| !task.zombie);
         let all_maps: Vec<Vec<u8>> =
             living().map(|task| fs::read(format!("/proc/{}/maps", task.pid))).collect::<Result<_, _>>()?;
+        // Before CRIU can have a list of mappings: then it has the task open a socket of its own.
         let mapped = all_maps.iter().any(|maps| sockets::has_mapped(maps));
-        let protocols = if mapped { sockets::ALL } else { sockets::protocols_of(tasks) };
-        self.gate.tell(Told::Protocols(protocols));
+        let ahead = self.ahead.protocols.is_some();
+        let found = if mapped { sockets::ANY } else { sockets::protocols_of(tasks, ahead) };
+        if !ahead {
+            self.gate.tell(Told::Protocols(found.protocols));
+        }
         let pids = living().map(|task| task.pid);
         let shared = shared.find(pids.zip(all_maps.iter().map(Vec::as_slice)));
         if !shared.is_empty() {
             let inodes: Vec<u8> = shared.iter().flat_map(|mapped| mapped.inode.to_ne_bytes()).collect();
             self.put("shared", 0, &inodes)?;
         }
-        let mut listed = Listed { shared, ..Listed::default() };
+        let mut listed = Listed { shared, sockets: found, ..Listed::default() };
         for (task, maps) in living().zip(&all_maps) {
             let space = Space::Task(task.inner_pid);
             let own = ours_of(maps)?;
@@ -94,7 +108,7 @@ impl Lists<'_> {
                 self.put("ours", self.seen_as(task.pid, space), &words_of(&own).collect::<Vec<u8>>())?;
                 listed.ours.insert(space, own);
             }
-            let tracked = trackers.get(&task.pid).filter(|_| self.ahead);
+            let tracked = trackers.get(&task.pid).filter(|_| self.ahead.guards);
             let likely = tracked.and_then(|tracked| {
                 tracked.tracker.likely_guards(maps).filter(|likely| likely.found == tracked.guards.found)
             });
@@ -112,6 +126,13 @@ impl Lists<'_> {
         }
         self.gate.tell(Told::Mappings);
         Ok(listed)
+    }
+
+    /// Tells what can be told before anything is looked at.
+    pub(super) fn begin(&self) {
+        if let Some(protocols) = self.ahead.protocols {
+            self.gate.tell(Told::Protocols(protocols));
+        }
     }
 
     /// Lists the guard regions of a task.

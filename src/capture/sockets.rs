@@ -4,8 +4,13 @@
 //! CRIU looks up only sockets that are among the descriptors of the tree's tasks, or mapped by them, or on their way
 //! between two of them. So a protocol that none of those has may be left out of what it is told; in doubt all are asked
 //! for.
+//!
+//! CRIU asks so early that it would wait for the answer. It is told ahead, as soon as the tree stands, which protocols were
+//! found in freezes before; if this one has others after all, the epoch fails, and the next ones tell nothing ahead.
 
 use std::{ffi::CString, fs, io, os::unix::ffi::OsStrExt as _, path::Path};
+
+use nix::libc;
 
 use super::sys;
 use crate::memory::Task;
@@ -26,14 +31,73 @@ mod bit {
 /// Descriptors of a tree that are looked at: a look costs 2 µs, and all that it can spare is half a millisecond.
 const DESCRIPTORS_MAX: usize = 128;
 
+/// For so many epochs nothing is told ahead once it was wrong.
+const DOUBTED_EPOCHS: u32 = 100;
+
+/// Up to so many descriptors something is told ahead, and then all are looked at, however many they are by now.
+const DESCRIPTORS_AHEAD_MAX: usize = DESCRIPTORS_MAX / 2;
+
+/// What a look has found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Found {
+    /// The bridge's bits of the protocols.
+    pub(super) protocols: u32,
+    /// Descriptors that were looked at.
+    descriptors: usize,
+}
+
+/// What is told ahead of a freeze.
+#[derive(Debug, Default)]
+pub(super) struct Likely {
+    /// Of all freezes in which it could be said; none before the first.
+    found: Option<u32>,
+    /// The last freeze's answer was that it may be any.
+    was_any: bool,
+    /// The last freeze had too many descriptors for it.
+    many: bool,
+    /// Epochs that will tell nothing ahead.
+    doubted: u32,
+}
+
+impl Likely {
+    /// What to tell, if anything.
+    pub(super) fn told(&self) -> Option<u32> {
+        if self.was_any {
+            return Some(bit::ALL);
+        }
+        self.found.filter(|_| self.doubted == 0 && !self.many)
+    }
+
+    /// Takes what a freeze had; whether what was told of it holds.
+    pub(super) fn learn(&mut self, told: Option<u32>, Found { protocols: has, descriptors }: Found) -> bool {
+        self.many = descriptors > DESCRIPTORS_AHEAD_MAX;
+        let holds = told.is_none_or(|told| has & !told == 0);
+        self.doubted = if holds { self.doubted.saturating_sub(1) } else { DOUBTED_EPOCHS };
+        self.was_any = has == bit::ALL;
+        if !self.was_any {
+            self.found = Some(self.found.unwrap_or_default() | has);
+        }
+        holds
+    }
+}
+
 /// The protocols of a tree that stands still.
-pub(super) fn protocols_of(tasks: &[Task]) -> u32 {
-    let mut left = DESCRIPTORS_MAX;
+pub(super) fn protocols_of(tasks: &[Task], told_ahead: bool) -> Found {
+    let descriptors_max = if told_ahead { usize::MAX } else { DESCRIPTORS_MAX };
+    let mut left = descriptors_max;
     let mut living = tasks.iter().filter(|task| !task.zombie);
-    let bits =
-        living.try_fold(0, |bits, task| Ok::<_, io::Error>(bits | protocols_of_task(task.pid, &mut left)?));
+    let bits = living.try_fold(0, |bits, task| match protocols_of_task(task.pid, &mut left) {
+        Ok(its) => Ok(bits | its),
+        // It was killed before it could be stopped, and is ending.
+        Err(error) if is_gone(&error) => Ok(bits),
+        Err(error) => Err(error),
+    });
     // What cannot be looked at may be anything.
-    bits.unwrap_or(bit::ALL)
+    Found { protocols: bits.unwrap_or(bit::ALL), descriptors: descriptors_max - left }
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
 }
 
 fn protocols_of_task(pid: i32, left: &mut usize) -> io::Result<u32> {
@@ -87,7 +151,7 @@ pub(super) fn has_mapped(maps: &[u8]) -> bool {
 }
 
 /// What to say if one is mapped.
-pub(super) const ALL: u32 = bit::ALL;
+pub(super) const ANY: Found = Found { protocols: bit::ALL, descriptors: 0 };
 
 #[cfg(test)]
 mod tests {
@@ -139,6 +203,40 @@ mod tests {
         let (socket, flags) = (from.as_raw_fd(), MsgFlags::empty());
         sendmsg::<UnixAddr>(socket, &[io::IoSlice::new(b"x")], &rights, flags, None).unwrap();
         assert!(carries(&to));
+    }
+
+    #[test]
+    fn what_is_told_ahead_is_what_was_found_before() {
+        let few = |protocols| Found { protocols, descriptors: 9 };
+        let mut likely = Likely::default();
+        assert_eq!(likely.told(), None);
+        assert!(likely.learn(None, few(bit::TCP)));
+        assert_eq!(likely.told(), Some(bit::TCP));
+        // None any more is right too.
+        assert!(likely.learn(Some(bit::TCP), few(0)));
+        assert!(!likely.learn(Some(bit::TCP), few(bit::TCP | bit::UNIX)));
+        for _ in 0..DOUBTED_EPOCHS {
+            assert_eq!(likely.told(), None);
+            assert!(likely.learn(None, few(bit::UNIX)));
+        }
+        assert_eq!(likely.told(), Some(bit::TCP | bit::UNIX));
+        // Where it may be any, that is told for as long as it is so, and not kept.
+        assert!(!likely.learn(likely.told(), ANY));
+        assert_eq!(likely.told(), Some(bit::ALL));
+        assert!(likely.learn(Some(bit::ALL), few(bit::TCP)));
+        assert_eq!(likely.told(), None);
+    }
+
+    #[test]
+    fn a_tree_that_has_sometimes_too_many_descriptors_fails_no_epoch() {
+        let mut likely = Likely::default();
+        for descriptors in [9, DESCRIPTORS_MAX, 9, 2 * DESCRIPTORS_AHEAD_MAX + 9, DESCRIPTORS_AHEAD_MAX, 9] {
+            let told = likely.told();
+            let given_up = told.is_none() && descriptors >= DESCRIPTORS_MAX;
+            let protocols = if given_up { bit::ALL } else { bit::TCP };
+            assert!(likely.learn(told, Found { protocols, descriptors }), "{descriptors}");
+        }
+        assert_eq!(likely.told(), Some(bit::TCP));
     }
 
     #[test]

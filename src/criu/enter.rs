@@ -269,6 +269,7 @@ fn execute(plan: &Plan) -> Result<Infallible, String> {
         for text in [
             format!("STANDIN_LISTS=/proc/self/fd/{}", slot::IMAGES),
             format!("STANDIN_GATE={}", slot::GATE),
+            format!("STANDIN_PAGES={}", slot::PAGES),
             // Nothing that can be done before the freeze shall be left for it: finding functions, asking for memory.
             "LD_BIND_NOW=1".to_owned(),
             format!("MALLOC_TOP_PAD_={HEAP_BYTES}"),

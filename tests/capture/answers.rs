@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use standin::capture::{CaptureError, Tracking};
+use standin::capture::{CaptureError, Finish, Tracking};
 
 use crate::{
     host::{Primary, await_true},
@@ -71,13 +71,40 @@ fn guard_regions_that_come_right_before_the_freeze_fail_the_epoch_once() {
     }
 }
 
-/// Has the program change its guard regions.
+/// What CRIU is told ahead of the freeze is not so in it. A last freeze cannot be done again, so for that it is told nothing ahead.
+#[test]
+fn a_socket_of_another_protocol_right_before_the_freeze_fails_the_epoch_once() {
+    for last in [false, true] {
+        let mut primary = Primary::start("socket-answers", Tracking::WriteProtect);
+        for _ in 0..3 {
+            primary.epoch(Finish::Continue);
+        }
+        let (mut change, mut changed) = (changing(&primary, 0), false);
+        primary.capturer.on_stages(before_freeze(move || {
+            if !std::mem::replace(&mut changed, true) {
+                change();
+            }
+        }));
+        if last {
+            primary.try_true_epoch(true).unwrap_or_else(|error| panic!("{error}"));
+            continue;
+        }
+        let captured = primary.attempt(Finish::Continue).map(drop);
+        assert!(matches!(captured, Err(CaptureError::Sockets)), "{captured:?}");
+        for _ in 0..3 {
+            primary.epoch(Finish::Continue);
+        }
+        primary.true_epoch(false);
+    }
+}
+
+/// Has the program change what it waits to change.
 fn changing(primary: &Primary, round: usize) -> impl FnMut() + Send + 'static {
     let dir = primary.home.dir.path().to_owned();
     move || {
         fs::write(dir.join(format!("{GO}{round}")), "").unwrap();
         let done = format!("round {round}");
-        await_true("guard regions", || fs::read_to_string(dir.join("log")).unwrap().contains(&done));
+        await_true("a change", || fs::read_to_string(dir.join("log")).unwrap().contains(&done));
     }
 }
 
@@ -102,6 +129,9 @@ fn sockets_of_any_protocol_are_dumped() {
     for kind in ["tcp", "tcp6", "udp", "udp6", "unix", "datagram", "netlink", "all"] {
         let mut primary = Primary::start(&format!("sockets-{kind}"), Tracking::WriteProtect);
         primary.true_epoch(false);
+        for _ in 0..5 {
+            primary.epoch(Finish::Continue);
+        }
         primary.true_epoch(false);
     }
 }
@@ -110,6 +140,7 @@ fn sockets_of_any_protocol_are_dumped() {
 pub(crate) fn run(role: &str) {
     match role {
         "guard-answers" => guarded(),
+        "socket-answers" => with_sockets(),
         _ => {
             if let Some(kind) = role.strip_prefix("sockets-") {
                 let _held = sockets(kind).unwrap();
@@ -142,6 +173,15 @@ fn guarded() {
         }
         println!("round {round}");
     }
+    wait();
+}
+
+fn with_sockets() {
+    let _first = sockets("tcp").unwrap();
+    println!("tick 1");
+    await_true("a word of the test", || fs::exists(dir().join(format!("{GO}0"))).unwrap());
+    let _second = sockets("udp").unwrap();
+    println!("round 0");
     wait();
 }
 

@@ -22,7 +22,7 @@ use crate::{
         files::Files,
         frozen::{self, FreezeParts, Frozen, Lent, Piece, Reader},
         images::{self, Note},
-        lists::Lists,
+        lists::{Ahead, Lists},
     },
     criu::{gate::Gate, hurry, hurry_meanwhile, images::namespaces, page_server, stats, swrk::CriuError},
     delta::{Encoder, Known},
@@ -44,7 +44,7 @@ struct Outlet<'a, 'e> {
 }
 
 impl Source {
-    fn lists(&self, dir: &Path, gate: Arc<Gate>, ahead: bool) -> Lists<'_> {
+    fn lists(&self, dir: &Path, gate: Arc<Gate>, ahead: Ahead) -> Lists<'_> {
         let (dir, from_host) = (dir.to_owned(), self.whole.is_some());
         Lists { dir, from_host, gate, ahead, vmas: self.vmas.as_deref() }
     }
@@ -61,6 +61,12 @@ impl Capturer {
         }
     }
 
+    /// What CRIU is told before it is looked at.
+    fn told_ahead(&self, runs_on: bool) -> Ahead {
+        // For an answer that is there soon a last freeze shall not fail.
+        Ahead { guards: self.guards_doubted == 0, protocols: self.likely.told().filter(|_| runs_on) }
+    }
+
     /// The freeze itself, and the encoding of what it read. Returns whether the tree was killed, and
     /// what took how long.
     pub(super) fn freeze(
@@ -75,7 +81,7 @@ impl Capturer {
         let (socket, page_version) = (swrk.take_page_server().ok_or(CaptureError::NoMemory)?, swrk.version());
         let options = self.source.dump_options(matches!(*finish, Finish::Continue));
         figures.frozen_at_unix_ms = unix_ms();
-        let note = self.note(figures.frozen_at_unix_ms);
+        let (note, ahead) = (self.note(figures.frozen_at_unix_ms), self.told_ahead(options.leave_running));
         figures.output_held = note.output_held;
         // Clients wait for the next epoch too: while the tree stands, all but one of the processors have little to do.
         let forks = note.output_held && options.leave_running && has_processors();
@@ -85,7 +91,7 @@ impl Capturer {
         let root = self.source.root;
         let gate = swrk.take_gate().map(Arc::new);
         let without_ipc = (self.source.init.is_some() && !self.crius.own_ipc()).then(|| self.root.as_fd());
-        let lists = gate.clone().map(|gate| self.source.lists(&outlet.dir, gate, self.guards_doubted == 0));
+        let lists = gate.clone().map(|gate| self.source.lists(&outlet.dir, gate, ahead));
         // They go to the reader and come back when it ends.
         let lent = Mutex::new(Lent {
             tracking: self.source.tracking,
@@ -94,6 +100,7 @@ impl Capturer {
             known: &mut self.known,
             shared: &mut self.shared,
             files: &mut self.files,
+            likely: &mut self.likely,
         });
         let mut told = self.on_stages.as_mut();
         let mut refused = None;

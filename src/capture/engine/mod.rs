@@ -19,6 +19,7 @@ use super::{
     frozen::{FreezeParts, Tracked},
     images::Outside,
     shared::SharedMemory,
+    sockets::Likely,
     tracking::{Dumped, Tracking},
 };
 use crate::{
@@ -73,6 +74,9 @@ pub enum CaptureError {
     /// What was told to CRIU ahead was not so any more.
     #[error("guard regions of process {0} changed right before the freeze")]
     Guards(i32),
+    /// What was told to CRIU ahead was not so any more.
+    #[error("a socket of another protocol than before was made right before the freeze")]
+    Sockets,
     /// The image of this freeze would lack it.
     #[error("a System V object (shared memory, semaphore, message queue) was made right before the freeze")]
     Ipc,
@@ -195,6 +199,8 @@ pub struct Capturer {
     root: Arc<OwnedFd>,
     /// Epochs that will not tell guard regions ahead.
     guards_doubted: u32,
+    /// Which protocols CRIU is told ahead.
+    likely: Likely,
     shared: SharedMemory,
     on_stages: Option<Box<OnStages>>,
     /// As was said of the newest freeze.
@@ -257,6 +263,7 @@ impl Capturer {
             told: None,
             root,
             guards_doubted: 0,
+            likely: Likely::default(),
             shared: SharedMemory::default(),
             on_stages: None,
             output_held: false,

@@ -9,6 +9,7 @@
  *   - is told by the agent what that knows of the frozen tree already (lists.c), and does not ask the
  *     kernel again: the mappings of a task and their pages, guard regions, which sockets there are;
  *   - tells the agent when all tasks stand and when it has left one;
+ *   - sends its records of pages many at a time (records.c);
  *   - has its memory at hand when it freezes the tree;
  *   - joins the workload's mount namespace when it is loaded already (lists.c);
  *   - is forked from one that was started already (fork.c).
@@ -18,7 +19,7 @@
  *
  * Environment, read once: STANDIN_KERNDAT=DIR, where that cache goes; STANDIN_LISTS=DIR, where such
  * lists are; STANDIN_GATE=FD, the socket between the bridge and the agent; STANDIN_FORK=FD, where
- * orders to fork come; STANDIN_MOUNTS=FD, a process whose mount namespace it joins.
+ * orders to fork come; STANDIN_PAGES=FD, the page server; STANDIN_MOUNTS=FD, a process whose mount namespace it joins.
  *
  * It is freestanding: no C library but the address of errno and what a fork takes, which come from
  * whichever C library the criu is linked with. CRIU is single-threaded where these functions matter.
@@ -170,6 +171,7 @@ static long open_of_task(int dir, const char *name, int flags)
 		return pid ? open_list("smaps-", pid, LIST_OF_MAPPINGS, flags) : -1;
 	}
 	if (same(name, "auxv")) {
+		send_kept_records();
 		pid = pid_of(dir, "");
 		if (pid)
 			say_touched_no_more(pid);

@@ -138,12 +138,18 @@ enum list { LIST_OF_MAPPINGS, LIST_OF_PAGES };
 
 /* The value of a variable of the environment, null if it is not set. */
 const char *setting(const char *name);
+/* The descriptor that a variable names, -1 if there is none. */
+int number_in(const char *name);
 /* Opens the list `name` of a task, waiting until it is there; -1 if there is none. */
 long open_list(const char *name, u64 pid, enum list kind, int flags);
 /* The mappings of a task are dumped: nobody touches it any more. */
 void say_touched_no_more(u64 pid);
 /* CRIU compares what tasks share. */
 void tasks_are_compared(void);
+
+/* ---- records.c: what the page server is told ---- */
+
+void send_kept_records(void);
 
 /* ---- fork.c: a CRIU of which others are forked ---- */
 

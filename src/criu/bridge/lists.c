@@ -20,8 +20,7 @@ const char *setting(const char *name)
 	return 0;
 }
 
-/* The descriptor that a variable names, -1 if there is none. */
-static int number_in(const char *name)
+int number_in(const char *name)
 {
 	const char *text = setting(name);
 	int number = 0;
