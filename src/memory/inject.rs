@@ -177,8 +177,7 @@ pub(super) struct Injected {
 /// Makes `pid` open a userfaultfd and takes it.
 pub(super) fn userfaultfd_of(pid: i32, pidfd: BorrowedFd<'_>) -> Result<Injected, AttachError> {
     check(pid)?;
-    let taken = in_thread(pid, |tracee| take_userfaultfd(tracee, pidfd))?;
-    let ((uffd, number), stopped) = taken;
+    let ((uffd, number), stopped) = in_thread(pid, |tracee| take_userfaultfd(tracee, pidfd))?;
     Ok(Injected { uffd, number, stopped })
 }
 
@@ -196,7 +195,6 @@ pub fn take_back<'a>(
         if !*is_some || !sys::is_same_file(uffd, pid, number) {
             continue;
         }
-        check(pid)?;
         let close = |tracee: &Tracee| {
             let alone = thread_ids(pid)?.len() == 1;
             // It ran until now.
@@ -205,7 +203,10 @@ pub fn take_back<'a>(
             }
             tracee.call(libc::SYS_close, number as u64).map(|result| result == 0)
         };
-        closed += usize::from(in_thread(pid, close)?.0);
+        let pidfd = sys::pidfd_open(pid, false).map_err(|e| AttachError::io(pid, "opening a pidfd", e))?;
+        let done = check(pid).and_then(|()| in_thread(pid, close));
+        let (is_closed, _) = done.map_err(|e| or_gone(e, pid, pidfd.as_fd()))?;
+        closed += usize::from(is_closed);
     }
     Ok(closed)
 }

@@ -315,7 +315,7 @@ impl Drop for Cluster {
 }
 
 /// Waits until `test` holds.
-pub(crate) fn wait_for(what: &str, test: impl Fn() -> bool) {
+pub(crate) fn wait_for(what: &str, mut test: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !test() {
         assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");

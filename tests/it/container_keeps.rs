@@ -88,7 +88,12 @@ fn a_containers_processes_may_do_after_a_takeover_what_they_might_before() {
         assert_eq!(now, *before, "on {host}");
     };
     wait_for("its child", || oci.cluster.lab.on(Host::A, &["pgrep", "-f", "^sleep 1000"]).status.success());
-    let before = limits(&oci, Host::A);
+    let mut before = limits(&oci, Host::A);
+    // A shell blocks signals for a moment when it makes a child.
+    wait_for("it to wait for its child", || {
+        let seen = std::mem::replace(&mut before, limits(&oci, Host::A));
+        seen == before
+    });
     oci.protect(&[]);
     for (controller, _, _, limit) in CGROUP_LIMITS {
         assert!(before[0].contains(&format!("/limited {controller} {limit}")), "{}", before[0]);
